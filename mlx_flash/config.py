@@ -1,0 +1,58 @@
+"""Settings of a run: one frozen dataclass, validated once; a command-line flag maps to a field one to one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import BudgetError, UsageError
+
+SELECTORS = ("auto", "all", "gate")
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes in a size such as `2.5GB`, `512MiB` or a plain number; GB = 10^9, GiB = 2^30. Raises BudgetError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise BudgetError(f"cannot read the size {text!r}; write for example 2GB, 1.5GiB or 800MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """`1.49 GB`, `83.9 kB`: three digits and a decimal unit."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+@dataclass(frozen=True)
+class FlashConfig:
+    """How a model is loaded and run.
+
+    memory: budget in bytes, a size such as "2GB", or "auto"
+    max_context: tokens the KV cache holds; None = the smaller of 2048 and the model's
+    backend: "auto" (mlx where MLX has a GPU, else numpy), "mlx" or "numpy"
+    select: "auto" (exact: gate if it fits, else all), "all" or "gate"
+    prefill_chunk: prompt tokens per pass over the layers
+    """
+
+    memory: int | str = "auto"
+    max_context: int | None = None
+    backend: str = "auto"
+    select: str = "auto"
+    prefill_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.memory != "auto":
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if self.select not in SELECTORS:
+            raise UsageError(f"unknown selector {self.select!r}; known: {', '.join(SELECTORS)}")
+        if self.max_context is not None and self.max_context < 1:
+            raise UsageError(f"max_context is {self.max_context}; it must be at least 1")
+        if self.prefill_chunk < 1:
+            raise UsageError(f"prefill_chunk is {self.prefill_chunk}; it must be at least 1")

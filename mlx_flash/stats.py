@@ -1,0 +1,36 @@
+"""Counters of one run: what was read, what was found in memory. Owned by the generating thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Stats:
+    """Since `reset`: bytes and reads asked of the disk, seconds waited for them, and how many of the bundles that
+    decoding steps asked for were resident (hits) or had to be read (misses)."""
+
+    bytes_read: int = 0
+    reads: int = 0
+    wait_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the bundles asked for that were resident; 1.0 when none was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+    def reset(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - begin
