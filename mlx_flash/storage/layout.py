@@ -1,0 +1,162 @@
+"""What a bundle is made of and where it lies in its file. Knows bytes, not models or backends.
+
+A layer's file is plain safetensors: one U8 tensor "bundles" [count, stride], header padded so that data
+starts at 16 KiB. Parts lie back to back in a bundle, in layout order; the stride is the bundle rounded up to
+512 bytes, so that direct I/O can read any bundle ("LLM in a flash", section 3.2, row-column bundling).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FormatError
+from .header import TensorInfo as TensorInfo
+from .header import read_header as read_header
+
+FORMAT_VERSION = 1
+ALIGN = 512
+DATA_START = 16384
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
+MAX_COUNT = (1 << 31) - 1  # ids are int32 in the residency
+MAX_PART_ITEMS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's share of a bundle: `length` items of `dtype`."""
+
+    name: str
+    dtype: str
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of each bundle of one layer, and how many bundles there are."""
+
+    parts: tuple[Part, ...]
+    count: int
+
+    @property
+    def bundle_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def stride(self) -> int:
+        return -(-self.bundle_bytes // ALIGN) * ALIGN
+
+    @property
+    def file_bytes(self) -> int:
+        return DATA_START + self.count * self.stride
+
+    def offset(self, name: str) -> int:
+        """Where part `name` begins within a bundle, in bytes."""
+        at = 0
+        for part in self.parts:
+            if part.name == name:
+                return at
+            at += part.nbytes
+        raise KeyError(name)
+
+    def part(self, name: str) -> Part:
+        return next(part for part in self.parts if part.name == name)
+
+    def segments(self, names: Collection[str]) -> list[tuple[int, int]]:
+        """The (offset, nbytes) in a bundle that these parts take, ascending; neighbours are one segment."""
+        unknown = set(names) - {part.name for part in self.parts}
+        if unknown:
+            raise KeyError(sorted(unknown)[0])
+        found: list[tuple[int, int]] = []
+        at = 0
+        for part in self.parts:
+            if part.name in names:
+                if found and sum(found[-1]) == at:
+                    found[-1] = (found[-1][0], found[-1][1] + part.nbytes)
+                else:
+                    found.append((at, part.nbytes))
+            at += part.nbytes
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json holds of this layout."""
+        parts = [{"name": part.name, "dtype": part.dtype, "length": part.length} for part in self.parts]
+        return {"count": self.count, "stride": self.stride, "parts": parts}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Layout:
+        """The layout that `to_json` wrote; raises FormatError naming the field for anything else."""
+        _need_fields(value, "a layout", {"count", "stride", "parts"})
+        if not isinstance(value["parts"], list) or not value["parts"]:
+            raise _bad(
+                f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one"
+            )
+        layout = cls(
+            tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT)
+        )
+        names = [part.name for part in layout.parts]
+        if len(set(names)) != len(names):
+            raise _bad(f"layout names a part twice: {', '.join(names)[:200]}")
+        if type(value["stride"]) is not int or value["stride"] != layout.stride:
+            raise _bad(f"layout has the stride {str(value['stride'])[:40]}, its parts need {layout.stride}")
+        return layout
+
+
+def layer_file(layer: int) -> str:
+    """Name of a layer's file, relative to the checkpoint."""
+    return f"flash/layer-{layer:03d}.safetensors"
+
+
+def layer_header(layout: Layout) -> bytes:
+    """The first DATA_START bytes of a layer's file: safetensors header, its JSON padded with spaces."""
+    shape = [layout.count, layout.stride]
+    tensor = {"dtype": "U8", "shape": shape, "data_offsets": [0, layout.count * layout.stride]}
+    text = json.dumps({"bundles": tensor}, separators=(",", ":")).encode()
+    return (DATA_START - 8).to_bytes(8, "little") + text.ljust(DATA_START - 8)
+
+
+def check_layer_file(path: str | os.PathLike[str], layout: Layout) -> None:
+    """Check header and size of a layer's file against its layout. Raises FormatError, or ReadError."""
+    tensors = read_header(path)
+    expected = TensorInfo(
+        "bundles", "U8", (layout.count, layout.stride), DATA_START, layout.count * layout.stride
+    )
+    if tensors == {"bundles": expected}:
+        return
+    wanted = f'"bundles" U8 {list(expected.shape)} at byte {DATA_START}'
+    found = ", ".join(
+        f'"{t.name[:40]}" {t.dtype} {list(t.shape)} at byte {t.offset}' for t in tensors.values()
+    )
+    raise _bad(f"{os.fspath(path)} holds {found[:300] or 'no tensor'}, its layout says {wanted}")
+
+
+def _bad(problem: str) -> FormatError:
+    return FormatError(f"{problem}; convert the model again")
+
+
+def _need_fields(value: Any, what: str, fields: set[str]) -> None:
+    if not isinstance(value, dict) or set(value) != fields:
+        found = ", ".join(map(str, value))[:200] if isinstance(value, dict) else str(value)[:80]
+        raise _bad(f"{what} needs exactly the fields {', '.join(sorted(fields))}, not {found}")
+
+
+def _size(value: Any, what: str, largest: int) -> int:
+    if type(value) is not int or not 1 <= value <= largest:  # `type`, because True is an int too
+        raise _bad(f"layout has the {what} {str(value)[:40]}, which is not a number from 1 to {largest}")
+    return value
+
+
+def _part(value: Any) -> Part:
+    _need_fields(value, "a part", {"name", "dtype", "length"})
+    if not isinstance(value["name"], str) or not value["name"]:
+        raise _bad(f"layout has a part named {str(value['name'])[:40]!r}, which is not a name")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in ITEM_BYTES:
+        raise _bad(f"part {value['name'][:40]!r} has the unknown dtype {str(value['dtype'])[:40]!r}")
+    return Part(value["name"], value["dtype"], _size(value["length"], "part length", MAX_PART_ITEMS))

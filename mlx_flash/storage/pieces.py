@@ -1,0 +1,136 @@
+"""Which reads fetch a request: sorts, merges neighbours, cuts what is long. Pure arithmetic, no I/O.
+
+A *segment* is bytes that are contiguous in the file and in memory; a *piece* is one read, of one or more
+segments with small gaps between them. Work per bundle stays in numpy, for a layer has thousands of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layout import DATA_START, Layout
+from .protocol import Target
+
+PAGE = 4096
+# A read may name at most IOV_MAX = 1024 buffers, and each segment may need one more for the gap before it.
+MAX_SEGMENTS = 512
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Columns (n,) int64, in file order: position in the file, target, position in `target.flat`, length."""
+
+    offset: np.ndarray
+    target: np.ndarray
+    memory: np.ndarray
+    nbytes: np.ndarray
+
+    def take(self, index: np.ndarray) -> Segments:
+        return Segments(self.offset[index], self.target[index], self.memory[index], self.nbytes[index])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Piece k reads [start[k], end[k]) of the file into segments first[k] .. first[k + 1].
+
+    Plain lists, because workers take them one by one. aligned[k]: all its places and lengths are.
+    """
+
+    segments: tuple[list[int], list[int], list[int], list[int]]  # offset, target, memory, nbytes
+    first: list[int]
+    start: list[int]
+    end: list[int]
+    aligned: list[bool]
+
+
+def check_request(
+    layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]
+) -> tuple[np.ndarray, np.ndarray, list[Target]]:
+    """ids and rows as int64 (n,), targets in bundle order, none empty. ValueError where out of range."""
+    if ids.ndim != 1 or ids.shape != rows.shape:
+        raise ValueError(f"ids {ids.shape} and rows {rows.shape} must be two lists of the same length")
+    if ids.size and (ids.dtype.kind not in "iu" or rows.dtype.kind not in "iu"):
+        raise ValueError(f"ids and rows must be integers, not {ids.dtype} and {rows.dtype}")
+    chosen = sorted((target for target in targets if target.nbytes), key=lambda target: target.offset)
+    at = 0
+    for target in chosen:
+        if target.offset < at or target.offset + target.nbytes > layout.stride:
+            end = target.offset + target.nbytes
+            raise ValueError(
+                f"target [{target.offset}, {end}) overlaps another or the stride of {layout.stride}"
+            )
+        at = target.offset + target.nbytes
+    if ids.size:
+        capacity = min((len(target.rows) for target in chosen), default=0) if chosen else int(rows.max()) + 1
+        if ids.min() < 0 or ids.max() >= layout.count or rows.min() < 0 or rows.max() >= capacity:
+            raise ValueError(
+                f"ids {ids.min()}..{ids.max()} of {layout.count} bundles, "
+                f"rows {rows.min()}..{rows.max()} of {capacity}: out of range"
+            )
+    return ids.astype(np.int64, copy=False), rows.astype(np.int64, copy=False), chosen
+
+
+def segments(layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Segments:
+    """The segments of a checked request; neighbours that are contiguous in file and memory are one."""
+    order = np.argsort(ids, kind="stable")
+    ids, rows = ids[order], rows[order]
+    starts = np.array([target.offset for target in targets], np.int64)
+    widths = np.array([target.nbytes for target in targets], np.int64)
+    pitches = np.array([target.rows.strides[0] for target in targets], np.int64)
+    offset = np.add.outer(DATA_START + ids * layout.stride, starts).ravel()
+    memory = np.multiply.outer(rows, pitches).ravel()
+    target = np.tile(np.arange(len(targets)), len(ids))
+    nbytes = np.tile(widths, len(ids))
+    joined = (offset[1:] == offset[:-1] + nbytes[:-1]) & (memory[1:] == memory[:-1] + nbytes[:-1])
+    if len(targets) > 1:
+        joined &= target[1:] == target[:-1]
+    first, last = _groups(~joined)
+    return Segments(offset[first], target[first], memory[first], offset[last] + nbytes[last] - offset[first])
+
+
+def pieces(
+    found: Segments, targets: Sequence[Target], merge_gap: int, piece_bytes: int, align: int
+) -> Pieces:
+    """Group segments into reads of about `piece_bytes` (a multiple of PAGE), over gaps up to `merge_gap`."""
+    if found.nbytes.max() > piece_bytes:
+        found = _cut(found, piece_bytes)
+    end = found.offset + found.nbytes
+    gap = found.offset[1:] - end[:-1]
+    breaks = (gap < 0) | (gap > merge_gap)  # < 0: the same bundle twice
+    run_first, _ = _groups(breaks)
+    if len(run_first) < len(end):  # else every segment is a read of its own
+        run = np.zeros(len(end), np.int64)
+        np.cumsum(breaks, out=run[1:])
+        bucket = (found.offset - found.offset[run_first][run]) // piece_bytes
+        block = (np.arange(len(end)) - run_first[run]) // MAX_SEGMENTS
+        breaks |= (bucket[1:] != bucket[:-1]) | (block[1:] != block[:-1])
+    first, last = _groups(breaks)
+    addresses = np.array([target.address for target in targets], np.int64)[found.target] + found.memory
+    odd = ((found.offset | addresses | found.nbytes) & (align - 1)) != 0
+    return Pieces(
+        (found.offset.tolist(), found.target.tolist(), found.memory.tolist(), found.nbytes.tolist()),
+        [*first.tolist(), len(end)],
+        found.offset[first].tolist(),
+        end[last].tolist(),
+        (~np.logical_or.reduceat(odd, first)).tolist(),
+    )
+
+
+def _groups(breaks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last index of each group, where breaks[i] parts item i from item i + 1."""
+    cuts = np.flatnonzero(breaks)
+    return np.concatenate(([0], cuts + 1)), np.concatenate((cuts, [len(breaks)]))
+
+
+def _cut(found: Segments, piece_bytes: int) -> Segments:
+    """Segments of at most `piece_bytes`."""
+    count = -(-found.nbytes // piece_bytes)
+    source = np.repeat(np.arange(len(count)), count)
+    skip = (np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)) * piece_bytes
+    cut = found.take(source)
+    return Segments(
+        cut.offset + skip, cut.target, cut.memory + skip, np.minimum(piece_bytes, cut.nbytes - skip)
+    )

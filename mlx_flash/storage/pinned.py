@@ -1,0 +1,76 @@
+"""Resident tensors in one block of anonymous memory, locked there where the system allows it.
+
+If the dense part is paged out, keeping it resident was in vain: so it is neither mapped nor left in the page cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError, ReadError
+from .layout import TensorInfo
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ALIGN = 64  # a cache line, and the widest vector load
+PIECE = 64 << 20
+
+
+def lock_memory(array: np.ndarray) -> bool:
+    """Ask the system to keep this memory in RAM; False where it refuses (RLIMIT_MEMLOCK) or cannot."""
+    if sys.platform == "win32" or not array.nbytes:
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)) == 0
+
+
+def load_tensors(
+    files: Mapping[str, tuple[Path, TensorInfo]],
+    shapes: Mapping[str, tuple[int, ...]],
+    wrap: Callable[[np.ndarray, str, tuple[int, ...]], Any],
+) -> dict[str, Any]:
+    """Read the tensors named in `shapes` and give each to `wrap(bytes, dtype, shape)`.
+
+    Raises FormatError for one that is missing, of another shape or dtype; ReadError when the disk fails.
+    """
+    places, total = {}, 0
+    for name, shape in shapes.items():
+        if name not in files:
+            raise FormatError(f"the checkpoint lacks the tensor {name!r}; convert it again")
+        path, info = files[name]
+        if tuple(info.shape) != tuple(shape) or info.dtype not in DTYPES:
+            raise FormatError(f"{path}: {name!r} is {info.dtype} {list(info.shape)}, the config asks for {list(shape)}")
+        places[name] = total
+        total += -(-info.nbytes // ALIGN) * ALIGN
+    memory = np.frombuffer(mmap.mmap(-1, max(total, 1)), np.uint8)
+    lock_memory(memory)
+    tensors = {}
+    for name, at in places.items():
+        path, info = files[name]
+        raw = memory[at : at + info.nbytes]
+        _read_into(path, info.offset, raw)
+        tensors[name] = wrap(raw, DTYPES[info.dtype], tuple(info.shape))
+    return tensors
+
+
+def _read_into(path: Path, offset: int, memory: np.ndarray) -> None:
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            view, done = memoryview(memory), 0
+            while done < len(view):
+                count = file.readinto(view[done : done + PIECE])
+                if not count:
+                    raise ReadError(f"{path}: the file ends {len(view) - done} bytes early")
+                if hasattr(os, "posix_fadvise"):  # a second copy in the page cache would cost memory twice
+                    os.posix_fadvise(file.fileno(), offset + done, count, os.POSIX_FADV_DONTNEED)
+                done += count
+    except OSError as error:
+        raise ReadError(f"{path}: reading failed: {error}") from error

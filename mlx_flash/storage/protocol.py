@@ -1,0 +1,100 @@
+"""What every reader of bundles promises, and its words: targets, layer files, pending reads, reports.
+
+Knows ids, rows and bytes; how bytes are fetched is each reader's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from .layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Memory that receives bytes [offset, offset + nbytes) of bundles.
+
+    rows: uint8 (n, nbytes), writable, each row contiguous; row `slot` takes one bundle's bytes. `nbytes` may
+    reach into the padding, up to the stride: whole records in rows `stride` apart are read in one go.
+    """
+
+    offset: int
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        if rows.dtype != np.uint8 or rows.ndim != 2 or not rows.flags.writeable or self.offset < 0:
+            raise ValueError(
+                f"a target needs writable uint8 rows, not {rows.dtype} {rows.shape} at {self.offset}"
+            )
+        if rows.size and (
+            rows.strides[1] != 1 and rows.shape[1] > 1 or len(rows) > 1 and rows.strides[0] < rows.shape[1]
+        ):
+            raise ValueError(f"a target's rows must be contiguous and apart, not of strides {rows.strides}")
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.rows.shape[1])
+
+    @cached_property
+    def address(self) -> int:
+        return int(self.rows.ctypes.data)
+
+    @cached_property
+    def flat(self) -> memoryview:
+        """All rows, and what lies between them, as one run of bytes; row r begins at r * rows.strides[0]."""
+        count, nbytes = self.rows.shape
+        length = (count - 1) * self.rows.strides[0] + nbytes if count and nbytes else 0
+        return np.lib.stride_tricks.as_strided(self.rows, (length,), (1,)).data
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A layer's bundles on disk: bundle `id` begins at byte DATA_START + id * stride."""
+
+    path: Path
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """Bytes asked of the system, gaps and alignment included, and how many reads they took."""
+
+    bytes: int
+    reads: int
+
+
+class Pending(Protocol):
+    """Reads under way."""
+
+    def wait(self) -> ReadReport:
+        """Return when all reads have ended. Raises ReadError, also only then: the rows may be reused
+        afterwards, though after an error their bytes are undefined. A second call has the same outcome."""
+
+
+class Reader(Protocol):
+    """Reads bundles of layers into rows of memory. Used by one thread."""
+
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """Begin to read bundle ids[i] into row rows[i] of every target.
+
+        ids, rows (n,) integers, in any order; rows are distinct; targets overlap neither in the bundle nor in
+        memory. The rows belong to the reader until `wait` of the returned object has ended. What the disk
+        does wrong is raised there; ids, rows or targets out of range raise ValueError here.
+        """
+
+    def close(self) -> None:
+        """Wait for what is under way and close the files."""
+
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

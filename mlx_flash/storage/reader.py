@@ -1,0 +1,129 @@
+"""Readers of bundles behind one protocol: a plain one, one in memory, one that fails; and which to pick.
+
+Knows ids, rows and bytes. `pread.py` holds the reader that runs where the system has `preadv`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from io import FileIO
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import ReadError
+from .layout import Layout
+from .pieces import check_request, segments
+from .pread import Done, ended, read_error
+from .pread import PreadReader as PreadReader
+from .protocol import LayerFile as LayerFile
+from .protocol import Pending as Pending
+from .protocol import Reader as Reader
+from .protocol import ReadReport as ReadReport
+from .protocol import Target as Target
+
+
+def open_reader(files: Sequence[LayerFile], **options: Any) -> Reader:
+    """The best reader this system can run; `options` are those of PreadReader, the plain one has none."""
+    return PreadReader(files, **options) if hasattr(os, "preadv") else PlainReader(files)
+
+
+class _Closing:
+    """`with` for readers."""
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PlainReader(_Closing):
+    """Reads with seek and readinto, one segment after the other, for systems without `preadv`."""
+
+    def __init__(self, files: Sequence[LayerFile]):
+        self.files = tuple(files)
+        self._open: dict[int, FileIO] = {}
+
+    def __enter__(self) -> PlainReader:
+        return self
+
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """See `Reader.submit`; all is read when it returns."""
+        source = self.files[layer]
+        ids, rows, wanted = check_request(source.layout, ids, rows, targets)
+        if not len(ids) or not wanted:
+            return Done(ReadReport(0, 0))
+        found = segments(source.layout, ids, rows, wanted)
+        memory = [target.flat for target in wanted]
+        columns = [c.tolist() for c in (found.offset, found.target, found.memory, found.nbytes)]
+        at = int(found.offset[0])
+        try:
+            file = self._open.get(layer)
+            if file is None:
+                file = self._open[layer] = FileIO(source.path)
+            for at, target, start, nbytes in zip(*columns, strict=True):
+                file.seek(at)
+                view = memory[target][start : start + nbytes]
+                while view:
+                    got = file.readinto(view)
+                    if not got:
+                        return Done(read_error(source, layer, at, ended(at)))
+                    at, view = at + got, view[got:]
+        except OSError as error:
+            return Done(read_error(source, layer, at, error.strerror or str(error)))
+        return Done(ReadReport(int(found.nbytes.sum()), len(found.nbytes)))
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+class MemoryReader(_Closing):
+    """Bundles that already are in memory: one (layout, uint8 (count, stride)) per layer. For tests."""
+
+    def __init__(self, layers: Sequence[tuple[Layout, np.ndarray]]):
+        self.layers = tuple(layers)
+
+    def __enter__(self) -> MemoryReader:
+        return self
+
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """See `Reader.submit`; all is copied when it returns."""
+        layout, bundles = self.layers[layer]
+        ids, rows, wanted = check_request(layout, ids, rows, targets)
+        for target in wanted:
+            target.rows[rows] = bundles[ids, target.offset : target.offset + target.nbytes]
+        return Done(ReadReport(len(ids) * sum(target.nbytes for target in wanted), len(ids) if wanted else 0))
+
+
+class FaultyReader(_Closing):
+    """Passes requests on to `inner`; the `fail_at`-th (from 1) ends in ReadError, with half of it read."""
+
+    def __init__(self, inner: Reader, fail_at: int):
+        self.inner, self.fail_at, self.submits = inner, fail_at, 0
+
+    def __enter__(self) -> FaultyReader:
+        return self
+
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """See `Reader.submit`."""
+        self.submits += 1
+        if self.submits != self.fail_at:
+            return self.inner.submit(layer, ids, rows, targets)
+        half = len(ids) // 2
+        self.inner.submit(layer, ids[:half], rows[:half], targets).wait()
+        bundle = int(ids[half]) if len(ids) else -1
+        return Done(
+            ReadError(f"cannot read layer {layer}, bundle {bundle}: request {self.fail_at} is made to fail")
+        )
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        self.inner.close()

@@ -1,0 +1,17 @@
+"""Shared test fixtures: data that lies beside the project, and which backends run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_path(relative: str) -> Path:
+    """A path under ../shared; skips the test, saying so, where it is missing."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{relative}, which is not here")
+    return path

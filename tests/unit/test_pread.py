@@ -1,0 +1,220 @@
+"""What PreadReader promises beyond the protocol: few reads, around the page cache, and failing well."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mlx_flash.errors import ReadError
+from mlx_flash.storage import pread
+from mlx_flash.storage.layout import DATA_START, Layout, Part
+from mlx_flash.storage.reader import PreadReader, ReadReport, Target
+
+from .test_reader import ALIGNED, READERS, check, make_file, page_aligned
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
+
+
+class Calls:
+    """Stands in for os.preadv: notes every call, and lets a test decide how it ends."""
+
+    def __init__(self, monkeypatch, act=None):
+        self.real, self.act, self.calls, self.lock = os.preadv, act, [], threading.Lock()
+        monkeypatch.setattr(os, "preadv", self)
+
+    def __call__(self, fd, buffers, offset):
+        if offset < DATA_START:  # the probe for alignment
+            return self.real(fd, buffers, offset)
+        with self.lock:
+            self.calls.append((offset, [len(buffer) for buffer in buffers]))
+            number = len(self.calls)
+        return (
+            self.real(fd, buffers, offset)
+            if self.act is None
+            else self.act(self, number, fd, buffers, offset)
+        )
+
+
+def spans_of(layout, *names):
+    return [(layout.offset(name), layout.part(name).nbytes, layout.part(name).nbytes, 0) for name in names]
+
+
+def direct_alignment(path):
+    """What direct reads must be multiples of here; 1 where this file system has none."""
+    fd, align = pread._open_direct(path)
+    if fd >= 0:
+        os.close(fd)
+    return align
+
+
+def test_whole_runs_are_few_long_reads(tmp_path, monkeypatch):
+    layout = Layout((Part("all", "uint8", 18432),), 300)
+    file, bundles = make_file(tmp_path, layout)
+    calls = Calls(monkeypatch)
+    with PreadReader([file]) as reader:
+        report = check(reader, 0, bundles, range(20, 276), range(256), [(0, 18432, 18432, 0)], 256)
+    assert report == ReadReport(256 * 18432, 5)
+    lengths = [n for _, buffers in sorted(calls.calls) for n in buffers]
+    assert lengths == [1 << 20] * 4 + [256 * 18432 - (4 << 20)]
+
+
+def test_near_neighbours_are_one_read(tmp_path, monkeypatch):
+    file, bundles = make_file(tmp_path, ALIGNED)
+    calls = Calls(monkeypatch)
+    spans = spans_of(ALIGNED, "up", "down")
+    with PreadReader([file], merge_gap=512) as reader:
+        report = check(reader, 0, bundles, [12, 10, 11, 14], [5, 0, 2, 1], spans, 6)
+    assert report.reads == 2 and report.bytes == (3 * 2048 - 512) + 1536
+    assert sorted(calls.calls) == [
+        (DATA_START + 10 * 2048 + 512, [1024, 512, 512, 1024, 512, 512, 1024, 512]),
+        (DATA_START + 14 * 2048 + 512, [1024, 512]),
+    ]
+    calls.calls.clear()
+    with PreadReader([file], merge_gap=511) as reader:
+        assert check(reader, 0, bundles, [12, 10, 11, 14], [5, 0, 2, 1], spans, 6).reads == 4
+
+
+def test_more_buffers_than_one_read_may_name(tmp_path, monkeypatch):
+    layout = Layout((Part("a", "uint8", 1), Part("b", "uint8", 2), Part("c", "uint8", 3)), 3000)
+    file, bundles = make_file(tmp_path, layout)
+    calls = Calls(monkeypatch)
+    with PreadReader([file], piece_bytes=1 << 30, direct=False) as reader:
+        check(reader, 0, bundles, range(3000), range(2999, -1, -1), spans_of(layout, "a", "c"), 3000)
+    assert len(calls.calls) < 20 and max(len(buffers) for _, buffers in calls.calls) <= 1024
+
+
+def test_unaligned_extents_are_read_aligned(tmp_path, monkeypatch):
+    layout = Layout((Part("a", "uint8", 700), Part("b", "uint8", 700)), 30)
+    file, bundles = make_file(tmp_path, layout)
+    align = direct_alignment(file.path)
+    calls = Calls(monkeypatch)
+    with PreadReader([file], merge_gap=0) as reader:
+        report = check(reader, 0, bundles, [20, 9], [0, 1], spans_of(layout, "b"), 2)
+    assert len(calls.calls) == 2
+    if align > 1:
+        for offset, lengths in calls.calls:
+            assert offset % align == 0 and len(lengths) == 1 and lengths[0] % align == 0
+        assert report.bytes == sum(lengths[0] for _, lengths in calls.calls)
+
+
+def short_reads(calls, number, fd, buffers, offset):
+    """At most 1 to 700 bytes, ending within a buffer or between two."""
+    count = min(1 + number * 137 % 700, sum(map(len, buffers)))
+    with open(calls.path, "rb") as file:
+        file.seek(offset)
+        data = file.read(count)
+    for buffer in buffers:
+        part, data = data[: len(buffer)], data[len(buffer) :]
+        buffer[: len(part)] = part
+    return count
+
+
+def is_direct(fd):
+    import fcntl
+
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+@pytest.mark.parametrize("name", ["direct", "direct-merged", "buffered"])
+def test_short_reads_are_continued(tmp_path, monkeypatch, name):
+    file, bundles = make_file(tmp_path, ALIGNED)
+    Calls(monkeypatch, short_reads).path = file.path
+    with READERS[name]([file], []) as reader:
+        check(
+            reader, 0, bundles, [1, 2, 3, 9, 50, 49], [0, 1, 2, 5, 4, 3], spans_of(ALIGNED, "gate", "down"), 6
+        )
+
+
+def test_interrupted_reads_are_continued(tmp_path, monkeypatch):
+    def interrupt(calls, number, fd, buffers, offset):
+        if number % 3:
+            raise InterruptedError
+        return calls.real(fd, buffers, offset)
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    Calls(monkeypatch, interrupt)
+    with PreadReader([file]) as reader:
+        check(reader, 0, bundles, [1, 2, 9, 50], [0, 1, 2, 3], spans_of(ALIGNED, "up"), 4)
+
+
+def test_a_refused_direct_read_is_read_buffered(tmp_path, monkeypatch):
+    def refuse(calls, number, fd, buffers, offset):
+        if is_direct(fd):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return calls.real(fd, buffers, offset)
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    Calls(monkeypatch, refuse)
+    with PreadReader([file]) as reader:
+        check(reader, 0, bundles, range(0, 60, 20), range(3), [(0, 2048, 2048, 0)], 3)
+
+
+def test_no_direct_reads_at_all(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *rest, **more):
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest, **more)
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    monkeypatch.setattr(os, "open", refuse)
+    with PreadReader([file]) as reader:
+        check(reader, 0, bundles, range(60), range(60), spans_of(ALIGNED, "up"), 60)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 5, 20])
+def test_an_error_ends_after_every_read_has(tmp_path, monkeypatch, fail_at):
+    under_way = []
+
+    def fail(calls, number, fd, buffers, offset):
+        if number == fail_at:
+            raise OSError(errno.EIO, "Input/output error")
+        under_way.append(number)
+        time.sleep(0.02)
+        got = calls.real(fd, buffers, offset)
+        under_way.remove(number)
+        return got
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    calls = Calls(monkeypatch, fail)
+    with PreadReader([file], threads=4, merge_gap=0) as reader:
+        ids = np.arange(0, 60, 3)
+        pending = reader.submit(0, ids, np.arange(20), [Target(0, page_aligned(20, 2048))])
+        with pytest.raises(
+            ReadError, match=rf"{file.path}, layer 0, bundle \d+: Input/output error"
+        ) as caught:
+            pending.wait()
+        assert not under_way
+        failed = (calls.calls[fail_at - 1][0] - DATA_START) // 2048
+        assert f"bundle {failed}:" in str(caught.value)
+        with pytest.raises(ReadError, match=f"bundle {failed}:"):
+            pending.wait()
+        assert len(calls.calls) < 20 or fail_at == 20, "the rest should not have been read"
+        calls.act = None
+        check(reader, 0, bundles, ids, range(20), [(0, 2048, 2048, 0)], 20)
+
+
+def test_files_are_opened_once(tmp_path, monkeypatch):
+    file, bundles = make_file(tmp_path, ALIGNED)
+    with PreadReader([file]) as reader:
+        check(reader, 0, bundles, [1], [0], [(0, 2048, 2048, 0)], 1)
+        opened = []
+        real = os.open
+        monkeypatch.setattr(os, "open", lambda *rest: opened.append(rest) or real(*rest))
+        check(reader, 0, bundles, [2], [0], [(0, 2048, 2048, 0)], 1)
+        assert not opened
+    reader.close()
+    with pytest.raises(RuntimeError):
+        reader.submit(0, np.array([0]), np.array([0]), [Target(0, page_aligned(1, 2048))])
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"merge_gap": -1}, {"piece_bytes": 0}])
+def test_pread_reader_refuses_wrong_options(wrong):
+    with pytest.raises(ValueError):
+        PreadReader([], **wrong)
