@@ -1,0 +1,73 @@
+"""The backends by name. Each is one file; which model code goes with it is named beside it.
+
+A further backend is registered with `register` and needs no change anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from ..errors import BackendError
+from .base import Backend
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and
+    `families` the column of the family table that says what it runs; `preferred()`: does `auto` take it here?"""
+
+    make: Callable[[], Backend]
+    models: str
+    families: str
+    preferred: Callable[[], bool]
+
+
+def _make_mlx() -> Backend:
+    try:
+        module = import_module("mlx_flash.backends.mlx")
+    except ImportError as error:
+        raise BackendError(
+            f"the mlx backend needs mlx and mlx-lm ({error}); pip install 'mlx-flash-runtime[mlx]', or use "
+            "--backend numpy"
+        ) from error
+    return module.MlxBackend()
+
+
+def _mlx_has_gpu() -> bool:
+    try:
+        return bool(import_module("mlx_flash.backends.mlx").available())
+    except ImportError:
+        return False
+
+
+def _make_numpy() -> Backend:
+    return import_module("mlx_flash.backends.numpy").NumpyBackend()
+
+
+_ENTRIES: dict[str, Entry] = {
+    "mlx": Entry(_make_mlx, "mlx_flash.models.mlx", "mlx", _mlx_has_gpu),
+    "numpy": Entry(_make_numpy, "mlx_flash.models.decoder", "numpy", lambda: True),
+}
+
+
+def register(name: str, entry: Entry) -> None:
+    """Add a backend under a new name; `auto` prefers those registered first."""
+    if name in _ENTRIES:
+        raise ValueError(f"backend {name!r} exists")
+    _ENTRIES[name] = entry
+
+
+def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
+    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has.
+
+    Raises BackendError for an unknown name, and for a family without that backend.
+    """
+    if name == "auto":
+        return next((n, e) for n, e in _ENTRIES.items() if e.families in families and e.preferred())
+    if name not in _ENTRIES:
+        raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
+    if _ENTRIES[name].families not in families:
+        raise BackendError(f"this model family runs on {' and '.join(families)} only, not on {name}")
+    return name, _ENTRIES[name]

@@ -1,0 +1,90 @@
+"""What a backend supplies: memory for bundles and the arithmetic on it. Speaks ids, rows and bytes, never files.
+
+A third backend is one more file with these two classes; nothing outside `backends/` names a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..storage.layout import Layout
+from ..storage.reader import Target
+
+# Sums run over fixed blocks of this many ids, ascending: the same bits at every budget and slot order (DESIGN 2).
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """What one FFN computes: `act(gate.x) * (up.x)` or, not gated, `act(up.x + up_bias)`, times `down`."""
+
+    layout: Layout
+    activation: str
+    gated: bool
+    up_bias: Any = None  # (count,) backend array, or None
+    down_bias: Any = None  # (d,) backend array, or None
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What prefill scratch depends on, in items: the largest over the layers."""
+
+    dim: int
+    intermediate: int
+    qkv_rows: int
+    head_dim: int
+
+
+class Slab(Protocol):
+    """Preallocated memory for `rows` bundles; `targets` are the byte views that a reader fills."""
+
+    rows: int
+    nbytes: int
+    targets: tuple[Target, ...]
+
+
+class FFNPass(Protocol):
+    """One layer's FFN on one input. Terms are added in ascending id order; the order they became resident is free."""
+
+    def gate(self, slab: Slab) -> np.ndarray:
+        """Compute the activation of all `count` rows of `slab` (the gate part; up if not gated), keep it, and
+        return the ids whose activation is not zero for any token, ascending, int32."""
+
+    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> None:
+        """Compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Needs `gate` first."""
+
+    def down(self) -> None:
+        """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by blocks of ids.
+        When it returns their rows may be overwritten."""
+
+    def dense(self, slab: Slab, first_row: int, first_id: int, count: int) -> None:
+        """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there."""
+
+    def settle(self) -> None:
+        """When it returns, nothing pending reads any slab: rows may be overwritten."""
+
+    def result(self) -> Any:
+        """The FFN's output, shaped as its input."""
+
+
+class Backend(Protocol):
+    """Memory and arithmetic of one device."""
+
+    name: str
+
+    def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
+        """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""
+
+    def slab_bytes(self, layout: Layout, rows: int, parts: Sequence[str]) -> int:
+        """Bytes that `slab` would take."""
+
+    def ffn(self, spec: FFNSpec, x: Any) -> FFNPass:
+        """Begin one FFN on `x`, whose last axis is d."""
+
+    def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
+        """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache. `layout` is that of
+        the largest layer."""

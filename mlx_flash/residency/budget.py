@@ -1,0 +1,125 @@
+"""How a memory budget is split: what must be resident, and how many slots each layer gets. Arithmetic only.
+
+budget = dense part + selector rows + KV cache + prefill scratch + staging + slots (DESIGN 3); the interpreter and
+its libraries come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ..config import format_bytes
+from ..errors import BudgetError
+
+STAGING_BLOCKS = 6  # blocks in flight or being computed: enough to keep a disk busy, little memory
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model needs, in bytes. `fixed` parts by name; a slot of layer l holds one of `counts[l]` bundles.
+
+    unit: slots come in multiples of it (a layer's last unit may be shorter).
+    """
+
+    model: str
+    fixed: dict[str, int]
+    staging_block: int
+    slot: int
+    counts: tuple[int, ...]
+    unit: int = 1
+
+    @property
+    def smallest(self) -> int:
+        """The smallest legal budget: no slots, staging for one block."""
+        return sum(self.fixed.values()) + self.staging_block
+
+    @property
+    def largest(self) -> int:
+        """Everything resident."""
+        return sum(self.fixed.values()) + self.staging_block * STAGING_BLOCKS + self.slot * sum(self.counts)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A budget split: `parts` in bytes by name, slots per layer, staging slabs of one block each."""
+
+    budget_bytes: int
+    parts: dict[str, int]
+    capacities: tuple[int, ...]
+    staging_blocks: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]:
+    """Slots per layer, in proportion to the layer's size, in whole units, at most `total` in all.
+
+    What rounding down leaves goes unit by unit to the layers that were rounded most.
+    """
+    everything = sum(counts)
+    if total >= everything:
+        return tuple(counts)
+    exact = [total * count / everything for count in counts]
+    slots = [int(share) // unit * unit for share in exact]
+    left = total - sum(slots)
+    for layer in sorted(range(len(counts)), key=lambda i: slots[i] - exact[i]):
+        more = min(unit, counts[layer] - slots[layer])
+        if 0 < more <= left:
+            slots[layer] += more
+            left -= more
+    return tuple(slots)
+
+
+def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
+    """The plan for a budget; raises BudgetError, part by part, when it is under the smallest legal one."""
+    if budget_bytes < costs.smallest:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in costs.fixed.items())
+        raise BudgetError(
+            f"{costs.model} needs at least {format_bytes(costs.smallest)} ({parts}, staging "
+            f"{format_bytes(costs.staging_block)}), the budget is {format_bytes(budget_bytes)}; "
+            f"use --memory {-(-costs.smallest // 10**5) / 10:.1f}MB or more, or a smaller --max-context"
+        )
+    left = budget_bytes - sum(costs.fixed.values())
+    # Staging beyond the one block that is needed may take an eighth of what is left, no more.
+    staging = max(1, min(STAGING_BLOCKS, left // 8 // costs.staging_block))
+    if budget_bytes >= costs.largest:
+        staging = STAGING_BLOCKS
+    total = (left - staging * costs.staging_block) // costs.slot
+    capacities = split_slots(total, costs.counts, costs.unit)
+    parts = dict(costs.fixed) | {"staging": staging * costs.staging_block, "slots": sum(capacities) * costs.slot}
+    return MemoryPlan(budget_bytes, parts, capacities, staging)
+
+
+def cgroup_limit() -> int | None:
+    """The memory limit of this process's control group (Linux, v1 or v2) in bytes, or None."""
+    limits = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        number, controllers, group = line.split(":", 2)
+        if number == "0" and not controllers:
+            file = Path("/sys/fs/cgroup") / group.lstrip("/") / "memory.max"
+        elif "memory" in controllers.split(","):
+            file = Path("/sys/fs/cgroup/memory") / group.lstrip("/") / "memory.limit_in_bytes"
+        else:
+            continue
+        try:
+            limits.append(int(file.read_text()))
+        except (OSError, ValueError):  # not mounted, or "max"
+            continue
+    return min((limit for limit in limits if limit < 1 << 60), default=None)
+
+
+def auto_budget(costs: Costs) -> int:
+    """The least of everything resident, half of the available memory, half of a cgroup limit."""
+    limit = cgroup_limit()
+    choices = [costs.largest, psutil.virtual_memory().available // 2] + ([limit // 2] if limit else [])
+    return min(choices)

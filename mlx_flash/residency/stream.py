@@ -1,0 +1,90 @@
+"""Blocks of bundles that pass through staging: read ahead in the order in which they will be asked for.
+
+Owns a ring of staging slabs. Which blocks, and what is done with them, is the selector's business.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ReadError
+from ..storage.reader import Pending
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Bundles of one layer that go together into one staging slab, row k for ids[k]."""
+
+    layer: int
+    ids: np.ndarray
+
+    def same(self, layer: int, first_id: int) -> bool:
+        return self.layer == layer and len(self.ids) > 0 and int(self.ids[0]) == first_id
+
+
+Fetch = Callable[[Request, Any], Pending]
+
+
+class BlockStream:
+    """Keeps every staging slab but the one in use filling. `take` and `release` alternate."""
+
+    def __init__(self, slabs: list[Any]):
+        self.slabs = slabs
+        self._fetch: Fetch | None = None
+        self._free = list(slabs)
+        self._coming: deque[tuple[Request, Any, Pending]] = deque()
+        self._wanted: Iterator[Request] = iter(())
+
+    def start(self, wanted: Iterable[Request], fetch: Fetch) -> None:
+        """Forget what was read ahead, and read these blocks in this order, each by `fetch` into a staging slab."""
+        self.stop()
+        self._fetch = fetch
+        self._wanted = iter(wanted)
+        self._fill()
+
+    def stop(self) -> None:
+        """Wait for what is in flight and drop it; all slabs are free afterwards."""
+        while self._coming:
+            _, _, pending = self._coming.popleft()
+            with suppress(ReadError):  # dropped: whoever asks for it again will see the error again
+                pending.wait()
+        self._free = list(self.slabs)
+        self._wanted = iter(())
+
+    def next_is(self, layer: int, first_id: int) -> bool:
+        return bool(self._coming) and self._coming[0][0].same(layer, first_id)
+
+    def take(self) -> tuple[Request, Any]:
+        """The next block, once it is there. A ReadError stops the stream: `start` begins anew."""
+        request, slab, pending = self._coming.popleft()
+        try:
+            pending.wait()
+        except BaseException:
+            self._coming.appendleft((request, slab, pending))
+            self.stop()
+            raise
+        return request, slab
+
+    def release(self, slab: Any) -> None:
+        """The block is done with; its slab takes the next one."""
+        self._free.append(slab)
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._free:
+            request = next(self._wanted, None)
+            if request is None:
+                return
+            slab = self._free.pop()
+            assert self._fetch is not None
+            try:
+                self._coming.append((request, slab, self._fetch(request, slab)))
+            except BaseException:
+                self.stop()
+                raise
