@@ -55,9 +55,7 @@ class Checkpoint:
         config = _read_json(path / CONFIG)
         flash = config.get("flash")
         if not isinstance(flash, dict):
-            raise FormatError(
-                f'{path / CONFIG} has no "flash" object: run `mlx_flash convert {path} OUT` first'
-            )
+            raise FormatError(f'{path / CONFIG} has no "flash" object: run `mlx_flash convert {path} OUT` first')
         version = flash.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise FormatError(
@@ -86,9 +84,7 @@ class Checkpoint:
             self._need(MODEL)
             return {name: (self.path / MODEL, info) for name, info in read_header(self.path / MODEL).items()}
         weight_map = _read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(shard, str) for shard in weight_map.values()
-        ):
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise _bad(self.path / INDEX, 'has no table of names under "weight_map"')
         shards = {}
         for shard in sorted(set(weight_map.values())):

@@ -54,9 +54,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
                 raise _bad(path, f"has {len(prefix)} bytes, too short for a header")
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES:
-                raise _bad(
-                    path, f"claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are legal"
-                )
+                raise _bad(path, f"claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are legal")
             if 8 + header_bytes > file_bytes:
                 raise _bad(path, f"claims a header of {header_bytes} bytes, but the file has {file_bytes}")
             text = file.read(header_bytes)
@@ -107,9 +105,7 @@ def _parse(path: Path, text: bytes, data_start: int, file_bytes: int) -> dict[st
     for tensor in tensors:
         if tensor.offset != at:
             problem = "overlaps the one before it" if tensor.offset < at else "leaves a hole before it"
-            raise _bad(
-                path, f"tensor {tensor.name[:80]!r} begins at byte {tensor.offset} and {problem} ({at})"
-            )
+            raise _bad(path, f"tensor {tensor.name[:80]!r} begins at byte {tensor.offset} and {problem} ({at})")
         at += tensor.nbytes
     if at != file_bytes:
         problem = "truncated" if file_bytes < at else "too long"

@@ -95,12 +95,8 @@ class Layout:
         """The layout that `to_json` wrote; raises FormatError naming the field for anything else."""
         _need_fields(value, "a layout", {"count", "stride", "parts"})
         if not isinstance(value["parts"], list) or not value["parts"]:
-            raise _bad(
-                f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one"
-            )
-        layout = cls(
-            tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT)
-        )
+            raise _bad(f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one")
+        layout = cls(tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT))
         names = [part.name for part in layout.parts]
         if len(set(names)) != len(names):
             raise _bad(f"layout names a part twice: {', '.join(names)[:200]}")
@@ -125,15 +121,11 @@ def layer_header(layout: Layout) -> bytes:
 def check_layer_file(path: str | os.PathLike[str], layout: Layout) -> None:
     """Check header and size of a layer's file against its layout. Raises FormatError, or ReadError."""
     tensors = read_header(path)
-    expected = TensorInfo(
-        "bundles", "U8", (layout.count, layout.stride), DATA_START, layout.count * layout.stride
-    )
+    expected = TensorInfo("bundles", "U8", (layout.count, layout.stride), DATA_START, layout.count * layout.stride)
     if tensors == {"bundles": expected}:
         return
     wanted = f'"bundles" U8 {list(expected.shape)} at byte {DATA_START}'
-    found = ", ".join(
-        f'"{t.name[:40]}" {t.dtype} {list(t.shape)} at byte {t.offset}' for t in tensors.values()
-    )
+    found = ", ".join(f'"{t.name[:40]}" {t.dtype} {list(t.shape)} at byte {t.offset}' for t in tensors.values())
     raise _bad(f"{os.fspath(path)} holds {found[:300] or 'no tensor'}, its layout says {wanted}")
 
 

@@ -59,9 +59,7 @@ def check_request(
     for target in chosen:
         if target.offset < at or target.offset + target.nbytes > layout.stride:
             end = target.offset + target.nbytes
-            raise ValueError(
-                f"target [{target.offset}, {end}) overlaps another or the stride of {layout.stride}"
-            )
+            raise ValueError(f"target [{target.offset}, {end}) overlaps another or the stride of {layout.stride}")
         at = target.offset + target.nbytes
     if ids.size:
         capacity = min((len(target.rows) for target in chosen), default=0) if chosen else int(rows.max()) + 1
@@ -91,9 +89,7 @@ def segments(layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequenc
     return Segments(offset[first], target[first], memory[first], offset[last] + nbytes[last] - offset[first])
 
 
-def pieces(
-    found: Segments, targets: Sequence[Target], merge_gap: int, piece_bytes: int, align: int
-) -> Pieces:
+def pieces(found: Segments, targets: Sequence[Target], merge_gap: int, piece_bytes: int, align: int) -> Pieces:
     """Group segments into reads of about `piece_bytes` (a multiple of PAGE), over gaps up to `merge_gap`."""
     if found.nbytes.max() > piece_bytes:
         found = _cut(found, piece_bytes)
@@ -131,6 +127,4 @@ def _cut(found: Segments, piece_bytes: int) -> Segments:
     source = np.repeat(np.arange(len(count)), count)
     skip = (np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)) * piece_bytes
     cut = found.take(source)
-    return Segments(
-        cut.offset + skip, cut.target, cut.memory + skip, np.minimum(piece_bytes, cut.nbytes - skip)
-    )
+    return Segments(cut.offset + skip, cut.target, cut.memory + skip, np.minimum(piece_bytes, cut.nbytes - skip))

@@ -64,7 +64,7 @@ def _read_into(path: Path, offset: int, memory: np.ndarray) -> None:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            view, done = memoryview(memory), 0
+            view, done = memory.data, 0
             while done < len(view):
                 count = file.readinto(view[done : done + PIECE])
                 if not count:

@@ -216,9 +216,7 @@ class PreadReader:
         piece_bytes: int = PIECE_BYTES,
     ):
         if threads < 1 or merge_gap < 0 or piece_bytes < 1:
-            raise ValueError(
-                f"{threads} threads, merge_gap {merge_gap}, piece_bytes {piece_bytes}: out of range"
-            )
+            raise ValueError(f"{threads} threads, merge_gap {merge_gap}, piece_bytes {piece_bytes}: out of range")
         self.files, self.threads, self.direct = tuple(files), threads, direct
         self.merge_gap = merge_gap
         self.piece_bytes = -(-piece_bytes // PAGE) * PAGE

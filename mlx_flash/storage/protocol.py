@@ -31,9 +31,7 @@ class Target:
     def __post_init__(self) -> None:
         rows = self.rows
         if rows.dtype != np.uint8 or rows.ndim != 2 or not rows.flags.writeable or self.offset < 0:
-            raise ValueError(
-                f"a target needs writable uint8 rows, not {rows.dtype} {rows.shape} at {self.offset}"
-            )
+            raise ValueError(f"a target needs writable uint8 rows, not {rows.dtype} {rows.shape} at {self.offset}")
         if rows.size and (
             rows.strides[1] != 1 and rows.shape[1] > 1 or len(rows) > 1 and rows.strides[0] < rows.shape[1]
         ):

@@ -120,9 +120,7 @@ class FaultyReader(_Closing):
         half = len(ids) // 2
         self.inner.submit(layer, ids[:half], rows[:half], targets).wait()
         bundle = int(ids[half]) if len(ids) else -1
-        return Done(
-            ReadError(f"cannot read layer {layer}, bundle {bundle}: request {self.fail_at} is made to fail")
-        )
+        return Done(ReadError(f"cannot read layer {layer}, bundle {bundle}: request {self.fail_at} is made to fail"))
 
     def close(self) -> None:
         """See `Reader.close`."""

@@ -84,9 +84,7 @@ class HashedFile:
         self._in_flight: deque[tuple[memoryview, Future[None], Future[None]]] = deque()
         self._unsynced = 0
         self._closed = False
-        flags = (
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         self._fd, self._direct = self._create(flags)
 
     def write(self, buffer: Any) -> None:
@@ -179,15 +177,13 @@ class HashedFile:
 
     def _write(self, data: memoryview) -> None:
         """On the writing thread."""
-        if self._direct and len(data) % CHUNK_BYTES:
-            self._leave_direct()
         while data:
             try:
                 count = os.write(self._fd, data)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                self._leave_direct()  # after a short write the rest is not aligned any more
+                self._leave_direct()  # the end of the file is not aligned, nor what a short write leaves
                 continue
             data = data[count:]
             self._unsynced += count

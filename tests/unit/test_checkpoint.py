@@ -16,9 +16,7 @@ from mlx_flash.storage.layout import DATA_START, FORMAT_VERSION, Layout, Part, l
 from mlx_flash.storage.reader import Target, open_reader
 from mlx_flash.storage.writer import FolderWriter
 
-LAYOUTS = [
-    Layout(tuple(Part(name, "bfloat16", 16) for name in ("gate", "up", "down")), count) for count in (3, 5)
-]
+LAYOUTS = [Layout(tuple(Part(name, "bfloat16", 16) for name in ("gate", "up", "down")), count) for count in (3, 5)]
 
 
 def tensor_file(tensors):
@@ -62,9 +60,7 @@ def build(path, sharded=False):
             for i, (name, array) in enumerate(TENSORS.items()):
                 weight_map[name] = f"model-{i}.safetensors"
                 writer.write_bytes(weight_map[name], tensor_file({name: array}))
-            writer.write_bytes(
-                "model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode()
-            )
+            writer.write_bytes("model.safetensors.index.json", json.dumps({"weight_map": weight_map}).encode())
         else:
             writer.write_bytes("model.safetensors", tensor_file(TENSORS))
         writer.write_bytes("tokenizer.json", b"{}")
@@ -133,9 +129,7 @@ def test_what_is_no_checkpoint(tmp_path, folder):
 @pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, None, "1", True, 1.0])
 def test_another_version(folder, version):
     edit(folder, lambda flash: flash.update(format_version=version))
-    with pytest.raises(
-        FormatError, match=f"format version {version}, this mlx_flash reads {FORMAT_VERSION}; convert"
-    ):
+    with pytest.raises(FormatError, match=f"format version {version}, this mlx_flash reads {FORMAT_VERSION}; convert"):
         Checkpoint.open(folder)
 
 
@@ -331,9 +325,7 @@ def test_verify_names_everything_that_is_wrong(whole, tmp_path):
         verify(folder)
     message = str(caught.value)
     assert "4 damaged" in message and "5 bytes, " in message
-    assert all(
-        name in message for name in ("tokenizer.json (missing)", layer_file(0), layer_file(1), "config.json")
-    )
+    assert all(name in message for name in ("tokenizer.json (missing)", layer_file(0), layer_file(1), "config.json"))
 
 
 @given(st.binary(max_size=80) | st.text(max_size=80).map(str.encode))

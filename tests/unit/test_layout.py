@@ -152,9 +152,7 @@ def test_layer_file_opens_in_safetensors(tmp_path):
 
 def test_check_layer_file_refuses_what_differs(tmp_path):
     path = write_layer(tmp_path / "layer", GLU)
-    with pytest.raises(
-        FormatError, match=r"holds \"bundles\" U8 \[7, 1024\].*says \"bundles\" U8 \[8, 1024\]"
-    ):
+    with pytest.raises(FormatError, match=r"holds \"bundles\" U8 \[7, 1024\].*says \"bundles\" U8 \[8, 1024\]"):
         check_layer_file(path, Layout(GLU.parts, 8))
     with open(path, "ab") as file:
         file.write(b"\0")
@@ -215,9 +213,7 @@ BAD_HEADERS = {
     "deep list": (raw(b"[" * 100_000 + b"]" * 100_000), "JSON"),
     "many digits": (raw(b'{"a":' + b"9" * 10_000 + b"}"), "JSON"),
     "same name twice": (
-        raw(
-            b'{"a":' + b",".join([json.dumps(tensor()).encode()] * 2).replace(b",{", b',"a":{') + b"}", EIGHT
-        ),
+        raw(b'{"a":' + b",".join([json.dumps(tensor()).encode()] * 2).replace(b",{", b',"a":{') + b"}", EIGHT),
         "twice",
     ),
     "same field twice": (
@@ -300,9 +296,7 @@ VALID = raw({"a": tensor(), "b.c": tensor("BF16", (2, 2), (8, 16)), "__metadata_
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=3), st.integers(-9, 9)
-)
+@given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=3), st.integers(-9, 9))
 def test_mutated_headers_are_refused_or_true(tmp_path_factory, changes, growth):
     data = bytearray(VALID)
     for at, byte in changes:

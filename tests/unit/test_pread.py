@@ -13,6 +13,7 @@ import pytest
 from mlx_flash.errors import ReadError
 from mlx_flash.storage import pread
 from mlx_flash.storage.layout import DATA_START, Layout, Part
+from mlx_flash.storage.pieces import pieces, segments
 from mlx_flash.storage.reader import PreadReader, ReadReport, Target
 
 from .test_reader import ALIGNED, READERS, check, make_file, page_aligned
@@ -33,15 +34,29 @@ class Calls:
         with self.lock:
             self.calls.append((offset, [len(buffer) for buffer in buffers]))
             number = len(self.calls)
-        return (
-            self.real(fd, buffers, offset)
-            if self.act is None
-            else self.act(self, number, fd, buffers, offset)
-        )
+        return self.real(fd, buffers, offset) if self.act is None else self.act(self, number, fd, buffers, offset)
 
 
 def spans_of(layout, *names):
     return [(layout.offset(name), layout.part(name).nbytes, layout.part(name).nbytes, 0) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("skew", "offset", "nbytes", "aligned"),
+    [
+        (0, 0, 2048, True),
+        (0, 512, 1024, True),
+        (8, 0, 2048, False),
+        (0, 8, 512, False),
+        (0, 512, 1000, False),
+    ],
+)
+def test_which_pieces_are_aligned(skew, offset, nbytes, aligned):
+    """A read that is thought aligned and is not would fall back to the page cache, unnoticed."""
+    memory = page_aligned(1, 4 * 4096)[0][skew : skew + 3 * 4096].reshape(3, 4096)[:, :nbytes]
+    targets = [Target(offset, memory)]
+    found = segments(ALIGNED, np.array([7]), np.array([2]), targets)
+    assert pieces(found, targets, 0, 4096, 512).aligned == [aligned]
 
 
 def direct_alignment(path):
@@ -125,9 +140,7 @@ def test_short_reads_are_continued(tmp_path, monkeypatch, name):
     file, bundles = make_file(tmp_path, ALIGNED)
     Calls(monkeypatch, short_reads).path = file.path
     with READERS[name]([file], []) as reader:
-        check(
-            reader, 0, bundles, [1, 2, 3, 9, 50, 49], [0, 1, 2, 5, 4, 3], spans_of(ALIGNED, "gate", "down"), 6
-        )
+        check(reader, 0, bundles, [1, 2, 3, 9, 50, 49], [0, 1, 2, 5, 4, 3], spans_of(ALIGNED, "gate", "down"), 6)
 
 
 def test_interrupted_reads_are_continued(tmp_path, monkeypatch):
@@ -186,9 +199,7 @@ def test_an_error_ends_after_every_read_has(tmp_path, monkeypatch, fail_at):
     with PreadReader([file], threads=4, merge_gap=0) as reader:
         ids = np.arange(0, 60, 3)
         pending = reader.submit(0, ids, np.arange(20), [Target(0, page_aligned(20, 2048))])
-        with pytest.raises(
-            ReadError, match=rf"{file.path}, layer 0, bundle \d+: Input/output error"
-        ) as caught:
+        with pytest.raises(ReadError, match=rf"{file.path}, layer 0, bundle \d+: Input/output error") as caught:
             pending.wait()
         assert not under_way
         failed = (calls.calls[fail_at - 1][0] - DATA_START) // 2048
@@ -198,6 +209,22 @@ def test_an_error_ends_after_every_read_has(tmp_path, monkeypatch, fail_at):
         assert len(calls.calls) < 20 or fail_at == 20, "the rest should not have been read"
         calls.act = None
         check(reader, 0, bundles, ids, range(20), [(0, 2048, 2048, 0)], 20)
+
+
+def test_of_several_errors_the_first_in_the_file_is_told(tmp_path, monkeypatch):
+    barrier = threading.Barrier(2, timeout=10)
+
+    def fail(calls, number, fd, buffers, offset):
+        barrier.wait()
+        raise OSError(errno.EIO, "Input/output error")
+
+    file, _ = make_file(tmp_path, ALIGNED)
+    Calls(monkeypatch, fail)
+    with PreadReader([file], threads=2, merge_gap=0) as reader:
+        ids = np.array([90, 30])
+        pending = reader.submit(0, ids, np.arange(2), [Target(0, page_aligned(2, 2048))])
+        with pytest.raises(ReadError, match="bundle 30:"):
+            pending.wait()
 
 
 def test_files_are_opened_once(tmp_path, monkeypatch):

@@ -62,9 +62,7 @@ def requests(draw):
     else:
         ids = draw(st.lists(st.integers(0, layout.count - 1), unique=draw(st.booleans()), max_size=40))
     capacity = len(ids) + draw(st.integers(0, 3))
-    rows = (
-        list(range(len(ids))) if draw(st.booleans()) else draw(st.permutations(range(capacity)))[: len(ids)]
-    )
+    rows = list(range(len(ids))) if draw(st.booleans()) else draw(st.permutations(range(capacity)))[: len(ids)]
     kind = draw(st.sampled_from(["whole", "parts", "cut"]))
     if kind == "whole":
         spans = [(0, layout.stride)]
@@ -106,9 +104,7 @@ def test_readers_obey_the_protocol(tmp_path_factory, name, request_, seed):
     layout, ids, rows, spans, capacity = request_
     other = Layout((Part("x", "uint8", 7),), 3)
     folder = tmp_path_factory.getbasetemp()
-    files, bundles = zip(
-        make_file(folder, other, "first"), make_file(folder, layout, "second", seed), strict=True
-    )
+    files, bundles = zip(make_file(folder, other, "first"), make_file(folder, layout, "second", seed), strict=True)
     with READERS[name](files, list(zip((other, layout), bundles, strict=True))) as reader:
         report = check(reader, 1, bundles[1], ids, rows, spans, capacity)
         asked = len(set(ids)) * sum(nbytes for _, nbytes, _, _ in spans)

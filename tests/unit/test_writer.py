@@ -265,9 +265,7 @@ def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     events = []
     real_sync, real_rename = os.fsync, os.rename
     where = {}
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or real_sync(fd)
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or real_sync(fd))
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("rename") or real_rename(a, b))
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("needs /proc to see which file is synced")
