@@ -58,8 +58,8 @@ class FFNPass(Protocol):
         """Compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Needs `gate` first."""
 
     def down(self) -> None:
-        """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by blocks of ids.
-        When it returns their rows may be overwritten."""
+        """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may
+        be overwritten after `settle`, or once the layer's next `gate` has returned."""
 
     def dense(self, slab: Slab, first_row: int, first_id: int, count: int) -> None:
         """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there."""

@@ -1,0 +1,82 @@
+"""The arithmetic that decoding spends its time in, behind three functions, and which of two sets of them runs.
+
+Weights stay in their storage dtype: float32, float16, or bfloat16 as uint16 bit patterns; sums are fp32 in an order
+that depends on nothing but the ids (DESIGN 2). Knows arrays, rows and blocks; neither slabs, files nor models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import numpy as np
+
+
+class Kernels(Protocol):
+    """One set of kernels; results are bit-identical within a set, for Numba also at every number of threads.
+
+    A weight array is (count, n) float32, float16 or uint16 (bfloat16) whose rows are contiguous, any distance apart.
+    """
+
+    name: str
+
+    @property
+    def threads(self) -> int:
+        """How many threads work on one call; the plain set takes any number and uses one."""
+
+    @threads.setter
+    def threads(self, count: int) -> None: ...
+
+    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+        """`w[r] . x` for r in `rows` (None: all). w (count, n), x (n,) fp32 -> (len(rows),) fp32."""
+
+    def add_blocks(
+        self,
+        sources: Sequence[np.ndarray],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        """Add to y (d,) fp32, for each block b ascending, the sum over i in starts[b]..starts[b+1], ascending, of
+        `h[i] * sources[source[i]][rows[i]]`. A block's sum starts from zero.
+
+        sources: weight arrays (., d); source, rows (m,) integers; h (m,) fp32; starts (blocks + 1,) integers.
+        """
+
+    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+        """One query token over the first `length` keys. q (H, hd) fp32; keys, values (kv_heads, context, hd), head h
+        uses kv head h // (H / kv_heads) -> (H, hd) fp32. Scale hd ** -0.5, softmax in fp32."""
+
+
+def load(numba: bool | None = None) -> Kernels:
+    """The Numba set or the plain NumPy one; None: Numba where it is installed. Compiles at the first call of each
+    kernel. Raises ImportError if Numba is asked for and missing."""
+    if numba is None:
+        numba = find_spec("numba") is not None
+    module = import_module(f"{__package__}.kernels_{'numba' if numba else 'plain'}")
+    kernels: Kernels = module.KernelSet()
+    return kernels
+
+
+def widen(w: np.ndarray, out: np.ndarray) -> None:
+    """Write weights, in whatever storage dtype, into `out`, fp32 of the same shape. Exact."""
+    if w.dtype == np.uint16:
+        np.left_shift(w, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, w)
+
+
+def narrow(values: np.ndarray, out: np.ndarray) -> None:
+    """Write fp32 `values` into `out` of a storage dtype, rounding to the nearest, ties to even."""
+    if out.dtype == np.uint16:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        # Rounding up may carry a NaN's payload into infinity: keep it a quiet NaN.
+        out[...] = np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded)
+    else:
+        with np.errstate(over="ignore"):
+            out[...] = values

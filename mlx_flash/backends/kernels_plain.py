@@ -1,0 +1,68 @@
+"""The kernels in plain NumPy, for where Numba is missing: same order of sums within the set, several times slower.
+
+No BLAS here: its order changes with the number of rows. `einsum` adds up each row the same way wherever it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .kernels import widen
+
+ROWS = 256  # widened at a time
+
+
+class KernelSet:
+    """See `kernels.Kernels`."""
+
+    name = "plain"
+    threads = 1
+
+    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+        count = len(w) if rows is None else len(rows)
+        out = np.empty(count, np.float32)
+        scratch = np.empty((min(ROWS, count), w.shape[1]), np.float32)
+        for begin in range(0, count, ROWS):
+            end = min(begin + ROWS, count)
+            widen(w[begin:end] if rows is None else w[rows[begin:end]], scratch[: end - begin])
+            np.einsum("ij,j->i", scratch[: end - begin], x, out=out[begin:end])
+        return out
+
+    def add_blocks(
+        self,
+        sources: Sequence[np.ndarray],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        scratch = np.empty((int(np.max(np.diff(starts), initial=0)), len(y)), np.float32)
+        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+            block = scratch[: end - begin]
+            for index, w in enumerate(sources):
+                mine = np.flatnonzero(source[begin:end] == index)
+                wide = np.empty((len(mine), len(y)), np.float32)
+                widen(w[rows[begin:end][mine]], wide)
+                block[mine] = wide
+            # Row by row: elementwise over d, so neither alignment nor the number of rows changes the order.
+            total = np.zeros_like(y)
+            for weight, row in zip(h[begin:end], block, strict=True):
+                total += weight * row
+            y += total
+
+    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+        kv_heads, _, size = keys.shape
+        wide = np.empty((2, length, size), np.float32)
+        grouped = q.reshape(kv_heads, -1, size)
+        out = np.empty_like(grouped)
+        for head in range(kv_heads):
+            widen(keys[head, :length], wide[0])
+            widen(values[head, :length], wide[1])
+            scores = np.einsum("rd,ld->rl", grouped[head], wide[0]) * np.float32(size**-0.5)
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+            scores /= scores.sum(axis=1, keepdims=True)
+            np.einsum("rl,ld->rd", scores, wide[1], out=out[head])
+        return out.reshape(q.shape)

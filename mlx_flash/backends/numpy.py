@@ -1,0 +1,212 @@
+"""The numpy backend: slabs of whole records in anonymous memory, and a decoder's arithmetic in fp32.
+
+Weights stay in their storage dtype; what decoding spends its time in is in `kernels`. Prefill widens small blocks and
+uses BLAS, always with the same shapes, so that results depend on neither budget nor slots. Knows no files, no models.
+Used by one thread at a time; one FFN pass is finished before the next one begins.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from ..storage.layout import ALIGN, Layout
+from ..storage.reader import Target
+from . import kernels
+from .base import BLOCK, FFNSpec, Widths
+from .numpy_ffn import DecodePass, PrefillPass, Scratch
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+SCRATCH_BYTES = 16 << 20  # widened weights of one BLAS call
+
+
+def _range(layout: Layout, parts: Sequence[str]) -> tuple[int, int]:
+    """First byte and length within a bundle of a run of parts; raises ValueError if they are not one."""
+    names = [part.name for part in layout.parts]
+    if not parts or parts[0] not in names:
+        raise ValueError(f"a slab of parts {list(parts)}: the layout has {names}")
+    first = names.index(parts[0])
+    if list(parts) != names[first : first + len(parts)]:
+        raise ValueError(f"a slab of parts {list(parts)}: they must follow each other as in {names}")
+    return layout.offset(parts[0]), sum(part.nbytes for part in layout.parts[first : first + len(parts)])
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _anonymous(nbytes: int) -> np.ndarray:
+    """Page-aligned zeroed bytes that belong to this process alone, in huge pages where the system has them."""
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+class Slab:
+    """`rows` bundles, `row_bytes` apart, in one page-aligned block.
+
+    Whole bundles: a row is a whole record of the file (its stride), so direct I/O lands in it without a copy.
+    """
+
+    def __init__(self, layout: Layout, rows: int, parts: Sequence[str]):
+        self.rows, self.parts = rows, tuple(parts)
+        begin, length = _range(layout, parts)
+        self.row_bytes = -(-length // ALIGN) * ALIGN
+        self.nbytes = _pages(rows * self.row_bytes)
+        memory = _anonymous(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
+        whole = len(parts) == len(layout.parts)
+        self.targets = (Target(begin, memory if whole else memory[:, :length]),)
+        self._views: dict[str, np.ndarray] = {}
+        for name in parts:
+            part, at = layout.part(name), layout.offset(name) - begin
+            flat = memory[:, at : at + part.nbytes]
+            dtype = DTYPES[part.dtype]
+            self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
+
+    def part(self, name: str) -> np.ndarray:
+        """A part of every row, (rows, length) in its storage dtype: a view."""
+        return self._views[name]
+
+
+class NumpyBackend:
+    """See `base.Backend`; what a decoder needs is here too. T tokens, H heads of size hd; activations are fp32.
+
+    numba: as in `kernels.load`.
+    """
+
+    name = "numpy"
+
+    def __init__(self, numba: bool | None = None):
+        self.kernels = kernels.load(numba)
+        self._scratch = Scratch()
+
+    @property
+    def threads(self) -> int:
+        """Threads that one kernel uses (BLAS has its own setting)."""
+        return self.kernels.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self.kernels.threads = count
+
+    def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
+        """Memory for `rows` bundles, these parts of each: a run of the layout's, else ValueError."""
+        return Slab(layout, rows, parts)
+
+    def slab_bytes(self, layout: Layout, rows: int, parts: Sequence[str]) -> int:
+        """Bytes that `slab` would take, in whole pages."""
+        return _pages(rows * (-(-_range(layout, parts)[1] // ALIGN) * ALIGN))
+
+    def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass:
+        """Begin one FFN on x (T, d)."""
+        if len(x) == 1:
+            return DecodePass(self.kernels, spec, x)
+        return PrefillPass(self._scratch, spec, x)
+
+    def from_bytes(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The weights in these bytes, a view. raw (nbytes,) uint8; dtype "float32", "float16" or "bfloat16"."""
+        return raw.view(DTYPES[dtype]).reshape(shape)
+
+    def to_float32(self, w: np.ndarray) -> np.ndarray:
+        """Weights as fp32: themselves, or a widened copy."""
+        if w.dtype == np.float32:
+            return w
+        out = np.empty(w.shape, np.float32)
+        kernels.widen(w, out)
+        return out
+
+    def linear(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        """x (T, n), w (rows, n), bias (rows,) -> (T, rows)."""
+        if len(x) == 1:
+            out = self.kernels.dots(w, None, np.ascontiguousarray(x[0]))[None]
+        else:
+            out = np.empty((len(x), len(w)), np.float32)
+            step = len(w) if w.dtype == np.float32 else max(1, SCRATCH_BYTES // 4 // w.shape[1])
+            for begin in range(0, len(w), step):
+                block = w[begin : begin + step]
+                if w.dtype != np.float32:
+                    wide = self._scratch.get("weights", block.shape)
+                    kernels.widen(block, wide)
+                    block = wide
+                np.matmul(x, block.T, out=out[:, begin : begin + step])
+        if bias is not None:
+            out += self.to_float32(bias)
+        return out
+
+    def embed(self, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Rows `ids` (T,) of w (V, d) -> (T, d)."""
+        return self.to_float32(w[np.asarray(ids)])
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x (..., n), weight (n,) -> (..., n): x / rms(x) * weight."""
+        mean = np.mean(np.square(x), axis=-1, keepdims=True)
+        out = x / np.sqrt(mean + np.float32(eps))
+        out *= self.to_float32(weight)
+        return out
+
+    def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+        """x (..., n), weight and bias (n,) -> (..., n)."""
+        out = x - np.mean(x, axis=-1, keepdims=True)
+        out /= np.sqrt(np.mean(np.square(out), axis=-1, keepdims=True) + np.float32(eps))
+        out *= self.to_float32(weight)
+        out += self.to_float32(bias)
+        return out
+
+    def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Rotary positions, half-split. x (T, H, hd), cos and sin (T, hd/2) -> (T, H, hd)."""
+        half = x.shape[-1] // 2
+        a, b, cos, sin = x[..., :half], x[..., half:], cos[:, None], sin[:, None]
+        out = np.empty(x.shape, np.float32)
+        np.subtract(a * cos, b * sin, out=out[..., :half])
+        np.add(b * cos, a * sin, out=out[..., half:])
+        return out
+
+    def new_cache(self, kv_heads: int, context: int, head_dim: int, dtype: str) -> np.ndarray:
+        """Keys or values of one layer, zeroed: (kv_heads, context, head_dim) in a storage dtype."""
+        return np.zeros((kv_heads, context, head_dim), DTYPES[dtype])
+
+    def store(self, cache: np.ndarray, start: int, values: np.ndarray) -> None:
+        """Write values (T, kv_heads, hd) at positions start.., rounded to nearest even."""
+        kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
+
+    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
+        """Causal attention: query t, at position start + t, sees keys 0..start + t. q (T, H, hd); keys, values
+        (kv_heads, context, hd), head h uses h // (H / kv_heads) -> (T, H, hd)."""
+        if len(q) == 1:
+            return self.kernels.attend(np.ascontiguousarray(q[0]), keys, values, start + 1)[None]
+        tokens, heads, size = q.shape
+        end, group = start + tokens, heads // len(keys)
+        wide = self._scratch.get("weights", (2, end, size))
+        scores = self._scratch.get("scores", (tokens, end))
+        later = np.triu(np.ones((tokens, tokens), bool), 1)
+        out = np.empty(q.shape, np.float32)
+        for head in range(heads):
+            if head % group == 0:
+                kernels.widen(keys[head // group, :end], wide[0])
+                kernels.widen(values[head // group, :end], wide[1])
+            np.matmul(q[:, head] * np.float32(size**-0.5), wide[0].T, out=scores)
+            scores[:, start:][later] = -np.inf
+            scores -= scores.max(axis=1, keepdims=True)
+            np.exp(scores, out=scores)
+            total = scores.sum(axis=1, keepdims=True)
+            out[:, head] = (scores @ wide[1]) / total
+        return out
+
+    def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
+        """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache; `layout` is not looked
+        at, everything is fp32 here. BLAS's own buffers belong to the libraries."""
+        dim, tokens = widths.dim, min(chunk, context)
+        weights = max(SCRATCH_BYTES, 4 * BLOCK * dim, 8 * context * widths.head_dim) + 8 * BLOCK * dim
+        ffn = 4 * tokens * (widths.intermediate + 4 * BLOCK + 2 * dim)
+        attention = 4 * tokens * (context + 3 * widths.head_dim) + 2 * tokens * tokens
+        activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows)
+        return weights + ffn + attention + activations + (1 << 20)

@@ -1,0 +1,283 @@
+"""The kernels against float64, and their promise: the order of a sum depends on nothing but the ids."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_flash.backends import kernels, workers
+from mlx_flash.backends.base import BLOCK
+
+DTYPES = ("float32", "float16", "bfloat16")
+SETS = {"plain": kernels.load(False)}
+with suppress(ImportError):
+    SETS["numba"] = kernels.load(True)
+both_sets = pytest.mark.parametrize("name", SETS)
+needs_numba = pytest.mark.skipif("numba" not in SETS, reason="numba is not installed")
+quick = settings(deadline=None, max_examples=30)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(autouse=True)
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the smallest work be shared among threads."""
+    monkeypatch.setattr(workers, "TASK_BYTES", 64)
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    out = np.empty(values.shape, np.uint16 if dtype == "bfloat16" else dtype)
+    kernels.narrow(values.astype(np.float32), out)
+    return out
+
+
+def wide(w: np.ndarray) -> np.ndarray:
+    out = np.empty(w.shape, np.float32)
+    kernels.widen(w, out)
+    return out
+
+
+def within_record(w: np.ndarray, before: int, after: int) -> np.ndarray:
+    """The same weights as a part of records: rows further apart, at another alignment."""
+    count, n = w.shape
+    record = np.full((count, before + n + after), 7, w.dtype)
+    record[:, before : before + n] = w
+    return record[:, before : before + n]
+
+
+def random(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@both_sets
+@quick
+@given(seed=seeds, count=st.integers(1, 300), n=st.integers(1, 150), dtype=st.sampled_from(DTYPES))
+def test_dots_are_the_products_in_float64_and_a_rows_bits_do_not_depend_on_its_company(
+    name: str, seed: int, count: int, n: int, dtype: str
+) -> None:
+    rng, kernel = np.random.default_rng(seed), SETS[name]
+    w, x = stored(random(rng, count, n), dtype), random(rng, n)
+    got = kernel.dots(w, None, x)
+    scale = np.abs(wide(w)).astype(np.float64) @ np.abs(x)
+    assert np.all(np.abs(got - wide(w).astype(np.float64) @ x) <= 1e-6 * scale)
+    rows = rng.integers(0, count, rng.integers(0, count + 1))
+    assert kernel.dots(w, rows, x).tobytes() == got[rows].tobytes()
+    apart = within_record(w, int(rng.integers(0, 9)), int(rng.integers(0, 9)))
+    assert kernel.dots(apart, None, x).tobytes() == got.tobytes()
+    for row in rows[:3]:
+        assert kernel.dots(apart[row : row + 1], None, x).tobytes() == got[row].tobytes()
+
+
+def blocks_of(ids: np.ndarray) -> np.ndarray:
+    edges = np.arange(ids[0] // BLOCK + 1, ids[-1] // BLOCK + 1) * BLOCK
+    return np.concatenate([[0], np.searchsorted(ids, edges), [len(ids)]])
+
+
+@both_sets
+@quick
+@given(seed=seeds, count=st.integers(1, 700), d=st.integers(1, 90), dtype=st.sampled_from(DTYPES))
+def test_a_sum_over_blocks_has_the_same_bits_wherever_the_rows_lie(
+    name: str, seed: int, count: int, d: int, dtype: str
+) -> None:
+    rng, kernel = np.random.default_rng(seed), SETS[name]
+    w, h = stored(random(rng, count, d), dtype), random(rng, count)
+    h[rng.random(count) < 0.3] = 0
+    ids, zeros = np.arange(count), np.zeros(count, np.int64)
+    start = np.abs(random(rng, d))
+    y = start.copy()
+    kernel.add_blocks([w], zeros, ids, h, blocks_of(ids), y)
+    exact = start + wide(w).astype(np.float64).T @ h
+    assert np.all(np.abs(y - exact) <= 2e-6 * (start + np.abs(wide(w)).astype(np.float64).T @ np.abs(h)))
+
+    # Without the zeros, the rows shuffled over two slabs, in as many calls as there are blocks.
+    kept = np.flatnonzero(h)
+    place, split = rng.permutation(count), int(rng.integers(0, count + 1))
+    shuffled = np.empty_like(w)
+    shuffled[place] = w
+    sources = [within_record(shuffled[:split], 1, 2), within_record(shuffled[split:], 3, 0)]
+    again = start.copy()
+    for block in range(-(-count // BLOCK)):
+        mine = kept[kept // BLOCK == block]
+        rows, second = place[mine], (place[mine] >= split).astype(np.int64)
+        kernel.add_blocks(sources, second, rows - second * split, h[mine], np.array([0, len(mine)]), again)
+    assert again.tobytes() == y.tobytes()
+
+
+def naive_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    group = len(q) // len(keys)
+    out = []
+    for head, query in enumerate(q.astype(np.float64)):
+        scores = wide(keys[head // group, :length]).astype(np.float64) @ query / np.sqrt(q.shape[1])
+        weights = np.exp(scores - scores.max())
+        out.append(weights @ wide(values[head // group, :length]) / weights.sum())
+    return np.array(out)
+
+
+@both_sets
+@quick
+@given(
+    seed=seeds,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    size=st.integers(1, 70),
+    length=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_attention_is_the_naive_one(
+    name: str, seed: int, kv_heads: int, group: int, size: int, length: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    q = random(rng, kv_heads * group, size)
+    keys, values = (stored(random(rng, kv_heads, 40, size), dtype) for _ in range(2))
+    got = SETS[name].attend(q, keys, values, length)
+    np.testing.assert_allclose(got, naive_attention(q, keys, values, length), rtol=0, atol=2e-6 * np.sqrt(size))
+
+
+def all_three(kernel: kernels.Kernels, dtype: str, seed: int = 5) -> list[np.ndarray]:
+    rng, d = np.random.default_rng(seed), 1000  # wide enough to be cut into columns too, at odd places
+    w, x = stored(random(rng, 1000, d), dtype), random(rng, d)
+    h, y = kernel.dots(w, None, x), np.zeros(d, np.float32)
+    kernel.add_blocks([w], np.zeros(1000, np.int64), np.arange(1000), h, blocks_of(np.arange(1000)), y)
+    cache = stored(random(rng, 2, 50, 64), dtype)
+    return [h, y, kernel.attend(random(rng, 8, 64), cache, cache[:, ::-1].copy(), 47)]
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_threads_gives_the_same_bits(dtype: str) -> None:
+    kernel, results = kernels.load(True), []
+    for count in (1, 2, 5):
+        kernel.threads = count
+        results.append([array.tobytes() for array in all_three(kernel, dtype)])
+        assert kernel.threads == count
+    assert results[0] == results[1] == results[2]
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numba_and_plain_agree(dtype: str) -> None:
+    for one, other in zip(*(all_three(kernel, dtype) for kernel in SETS.values()), strict=True):
+        assert np.max(np.abs(one - other)) <= 1e-5 * np.max(np.abs(one))
+
+
+@needs_numba
+def test_calls_from_two_python_threads_do_not_disturb_each_other() -> None:
+    kernel = kernels.load(True)
+    kernel.threads = 3
+    expected = {seed: [array.tobytes() for array in all_three(kernel, "bfloat16", seed)] for seed in (1, 2)}
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(15):
+            if [array.tobytes() for array in all_three(kernel, "bfloat16", seed)] != expected[seed]:
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_numba
+def test_numba_set_refuses_what_compiled_code_would_take_on_trust() -> None:
+    kernel, x = SETS["numba"], np.ones(8, np.float32)
+    w = np.ones((4, 8), np.float32)
+    for rows in ([4], [-1]):
+        with pytest.raises(IndexError, match="of 4"):
+            kernel.dots(w, np.array(rows), x)
+        with pytest.raises(IndexError, match=r"of \[4\]"):
+            kernel.add_blocks([w], np.array([0]), np.array(rows), x[:1], np.array([0, 1]), x.copy())
+    for bad in (w.astype(np.float64), np.ones((8, 4), np.float32).T):
+        with pytest.raises(ValueError, match="contiguous"):
+            kernel.dots(bad, None, x)
+    for vector in (x[:7], x.astype(np.float64), np.ones(16, np.float32)[::2]):
+        with pytest.raises(ValueError, match="8 items"):
+            kernel.dots(w, None, vector)
+    cache = np.ones((2, 4, 8), np.float32)
+    for q, length in ((np.ones((4, 8), np.float32), 5), (np.ones((3, 8), np.float32), 4)):
+        with pytest.raises(ValueError, match=f"length {length}"):
+            kernel.attend(q, cache, cache, length)
+
+
+@needs_numba
+def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_flash.backends import kernels_llvm
+
+    real = kernels_llvm.numba.njit
+
+    def no_locator(cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(kernels_llvm.numba, "njit", no_locator)
+    compiled = kernels_llvm._jit(nogil=True)(lambda x: x + 1)
+    assert compiled.signatures == []
+    assert compiled(2) == 3
+
+
+@needs_numba
+@pytest.mark.parametrize("hardware", [None, False])
+def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_flash.backends import kernels_llvm
+
+    if hardware is not None:  # compile as for a processor that cannot convert
+        monkeypatch.setattr(kernels_llvm, "HALF_IN_HARDWARE", hardware)
+        monkeypatch.setattr(kernels_llvm, "dots", kernels_llvm.numba.njit(kernels_llvm.dots.py_func))
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 1)
+    one = np.ones(1, np.float32)
+    assert np.array_equal(SETS["numba"].dots(every, None, one)[:, None], every.astype(np.float32), equal_nan=True)
+    lanes = every[np.isfinite(every)].reshape(-1, 16)
+    for lane in range(16):
+        x = np.eye(16, dtype=np.float32)[lane]
+        assert np.array_equal(SETS["numba"].dots(lanes, None, x), lanes[:, lane].astype(np.float32))
+
+
+def test_widening_is_exact_and_narrowing_rounds_to_nearest_even() -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    got, narrowed = np.empty(65536, np.float32), np.empty(65536, np.uint16)
+    kernels.widen(every, got)
+    assert np.array_equal(got.view(np.uint32), every.astype(np.uint32) << 16)
+    kernels.narrow(got, narrowed)
+    nan = np.isnan(got)
+    assert np.array_equal(narrowed[~nan], every[~nan]) and np.all(np.isnan(wide(narrowed[nan])))
+    ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800001], np.uint32)
+    kernels.narrow(ties.view(np.float32), narrowed[:6])
+    assert [hex(bits) for bits in narrowed[:6]] == ["0x3f80", "0x3f82", "0x3f81", "0x3f80", "0x7f80", "0x7fc0"]
+    half = np.empty(3, np.float16)
+    kernels.narrow(np.array([1 + 2**-11, 1 + 3 * 2**-11, 1e6], np.float32), half)
+    assert half.tolist() == [1.0, 1 + 2**-9, np.inf]
+
+
+def test_workers_do_each_task_once_and_do_not_wait_for_a_helper_that_sleeps() -> None:
+    crew, lock, seen = workers.Workers(), threading.Lock(), []
+
+    def kernel(state: np.ndarray, tasks: int, slow: float) -> int:
+        if slow and threading.current_thread() is not threading.main_thread():
+            time.sleep(slow)  # held up before it has taken anything
+        while True:
+            with lock:
+                task, state[0] = int(state[0]), state[0] + 1
+            if task >= tasks:
+                return int(state[1])
+            time.sleep(0.001)
+            with lock:
+                seen.append((task, threading.current_thread().name))
+                state[1] += 1
+
+    crew.count = 3
+    crew.run(kernel, 40, 0)
+    assert sorted(task for task, _ in seen) == list(range(40)) and len({thread for _, thread in seen}) > 1
+    seen.clear()
+    begin = time.perf_counter()
+    crew.run(kernel, 5, 2.0)
+    assert time.perf_counter() - begin < 1 and {thread for _, thread in seen} == {"MainThread"}
+    with pytest.raises(ValueError, match="0 threads"):
+        crew.count = 0
