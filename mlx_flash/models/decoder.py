@@ -1,0 +1,167 @@
+"""The numpy backend's model: one decoder for every family, driven by its `ModelSpec`. Readable from top to bottom.
+
+Shapes: T new tokens, d the width, H query heads that share K key/value heads of size D. Activations are fp32; weights
+stay in the checkpoint's dtype. The FFN is a callable per layer: what is resident and what is read is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..sampling import Sampling, make_sampler
+from ..storage.checkpoint import Checkpoint
+from ..storage.pinned import load_tensors
+from ..tokenizer import Tokenizer
+from ..tokenizer import load_tokenizer as load_tokenizer_files
+from .families import OPT_POSITION_OFFSET, ModelSpec, Rope
+
+FFN = Callable[[np.ndarray], np.ndarray]
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """(D/2,) float64 angles per position, after the config's scaling."""
+    inverse = rope.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        return inverse / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_context * inverse / (2 * np.pi)  # full turns within the original context
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return inverse * (keep + (1 - keep) / rope.factor)
+    return inverse
+
+
+class Layer:
+    """Attention, norms and FFN of one layer."""
+
+    def __init__(self, decoder: Decoder, index: int, ffn: FFN):
+        self.decoder, self.backend, self.ffn = decoder, decoder.backend, ffn
+        self.shape = decoder.spec.layers[index]
+        self.index = index
+        roles = ["attn_norm", "ffn_norm", "o"] + (["qkv"] if "qkv" in decoder.spec.table.names else ["q", "k", "v"])
+        roles += ["q_norm", "k_norm"] if decoder.spec.qk_norm else []
+        self.weights = {role: decoder.weight(role, index) for role in roles}
+
+    def __call__(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:
+        h = self.decoder.norm(x, *self.weights["attn_norm"])
+        x = x + self.attend(h, cache, start)
+        return x + self.ffn(self.decoder.norm(x, *self.weights["ffn_norm"]))
+
+    def linear(self, role: str, x: np.ndarray) -> np.ndarray:
+        weight, bias = self.weights[role]
+        return self.backend.linear(x, weight, bias)
+
+    def attend(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:  # (T, d) -> (T, d)
+        heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.decoder.spec.head_dim
+        if "qkv" in self.weights:
+            q, k, v = np.split(self.linear("qkv", x), [heads * size, (heads + kv_heads) * size], axis=-1)
+        else:
+            q, k, v = (self.linear(role, x) for role in ("q", "k", "v"))
+        q, k, v = (part.reshape(len(x), -1, size) for part in (q, k, v))  # (T, H or K, D)
+        if "q_norm" in self.weights:
+            q, k = self.decoder.norm(q, *self.weights["q_norm"]), self.decoder.norm(k, *self.weights["k_norm"])
+        if self.decoder.rotations is not None:
+            cos, sin = self.decoder.rotations[:, start : start + len(x)]
+            q, k = self.backend.rope(q, cos, sin), self.backend.rope(k, cos, sin)
+        keys, values = cache.layers[self.index]
+        self.backend.store(keys, start, k)
+        self.backend.store(values, start, v)
+        y = self.backend.attend(q, keys, values, start)  # (T, H, D)
+        return self.linear("o", y.reshape(len(x), heads * size))
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, `context` tokens at most, in the checkpoint's dtype."""
+
+    def __init__(self, decoder: Decoder):
+        spec, new = decoder.spec, decoder.backend.new_cache
+        shapes = [(layer.kv_heads, decoder.context, spec.head_dim, decoder.dtype) for layer in spec.layers]
+        self.layers = [(new(*shape), new(*shape)) for shape in shapes]
+        self.length = 0
+
+
+class Decoder:
+    """A language model: `decoder(ids, cache)` gives the logits that follow the last id.
+
+    `flash` is the run that the FFNs read through (set by `mlx_flash.load`).
+    """
+
+    flash: Any
+
+    def __init__(self, spec: ModelSpec, backend: Any, tensors: dict[str, Any], dtype: str, context: int):
+        self.spec, self.backend, self.tensors = spec, backend, tensors
+        self.dtype, self.context = dtype, context
+        self.rotations = None  # (2, context, D/2): cosines and sines
+        if spec.rope is not None:
+            angle = np.arange(context)[:, None] * inverse_frequencies(spec.rope, spec.head_dim)
+            self.rotations = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+        self.embed = self.weight("embed")[0]
+        self.head = self.embed if spec.tied else self.weight("head")[0]
+        self.positions = self.weight("positions")[0] if "positions" in spec.table.names else None
+        self.last_norm = self.weight("norm")
+        self.layers: list[Layer] = []
+        self._cache: Cache | None = None
+
+    def weight(self, role: str, layer: int = 0) -> tuple[Any, Any]:
+        """(weight, bias or None) of a module, in the backend's form."""
+        name = self.spec.name(role, layer)
+        return self.tensors.get(name + ".weight"), self.tensors.get(name + ".bias")
+
+    def norm(self, x: np.ndarray, weight: Any, bias: Any) -> np.ndarray:
+        if self.spec.table.norm == "layer":
+            return self.backend.layer_norm(x, weight, bias, self.spec.eps)
+        return self.backend.rms_norm(x, weight, self.spec.eps)
+
+    def make_cache(self) -> Cache:
+        """An empty cache. The memory is one per model: the budget holds one."""
+        if self._cache is None:
+            self._cache = Cache(self)
+        self._cache.length = 0
+        return self._cache
+
+    def __call__(self, ids: Sequence[int], cache: Cache) -> np.ndarray:
+        """Run T new tokens; returns the logits (vocab,) fp32 after the last one."""
+        start, tokens = cache.length, np.asarray(ids, np.int64)
+        x = self.backend.embed(self.embed, tokens)
+        if self.positions is not None:
+            x = x + self.backend.embed(self.positions, np.arange(start, start + len(tokens)) + OPT_POSITION_OFFSET)
+        for layer in self.layers:
+            x = layer(x, cache, start)
+        cache.length = start + len(tokens)
+        last = self.norm(x[-1:], *self.last_norm)
+        return self.backend.linear(last, self.head, None)[0]
+
+
+def build(
+    checkpoint: Checkpoint, spec: ModelSpec, backend: Any, make_ffn: Callable[..., FFN], dtype: str, context: int
+) -> Decoder:
+    """The decoder of a flash checkpoint: loads the dense part into pinned memory. Raises FormatError, ReadError."""
+    shapes = spec.resident_shapes()
+    tensors = load_tensors(checkpoint.resident_tensors(), shapes, backend.from_bytes)
+    decoder = Decoder(spec, backend, tensors, dtype, context)
+    for index in range(len(spec.layers)):
+        biases = (decoder.weight("up", index)[1], decoder.weight("down", index)[1]) if spec.ffn_bias else (None, None)
+        decoder.layers.append(Layer(decoder, index, make_ffn(index, *biases)))
+    return decoder
+
+
+def steps(
+    model: Decoder, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
+) -> Iterator[int]:
+    """Yield up to `max_tokens` sampled ids after the prompt; the prompt runs in chunks of `prefill_chunk`."""
+    sample, cache = make_sampler(sampling), model.make_cache()
+    for begin in range(0, len(prompt_ids), prefill_chunk):
+        logits = model(prompt_ids[begin : begin + prefill_chunk], cache)
+    for made in range(max_tokens):
+        token = sample(logits)
+        yield token
+        if made + 1 < max_tokens:
+            logits = model([token], cache)
+
+
+def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Tokenizer:
+    return load_tokenizer_files(path, eos_ids)

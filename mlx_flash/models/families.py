@@ -1,0 +1,225 @@
+"""Where the FFNs are in each model family, and what a model is made of.
+
+One table, FAMILIES, says which families exist, where their tensors are and which backends run them. Nothing here
+reads configs or weights, or knows what computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..storage.layout import Layout, Part
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions, half-split: base and, for `linear` and `llama3`, the config's scaling numbers."""
+
+    base: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Rows `first_row .. first_row+rows` of a checkpoint tensor; `transposed`: its columns are the neurons."""
+
+    name: str
+    first_row: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: tensor names by role ({i} is the layer), and the backends that run it."""
+
+    names: Mapping[str, str]
+    backends: tuple[str, ...]
+    activation_key: str
+    gated: bool = True
+    norm: str = "rms"
+    title: str = ""
+
+
+def _llama_names(qk_norm: bool = False) -> dict[str, str]:
+    layer = "model.layers.{i}."
+    names = {
+        "embed": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "attn_norm": layer + "input_layernorm",
+        "q": layer + "self_attn.q_proj",
+        "k": layer + "self_attn.k_proj",
+        "v": layer + "self_attn.v_proj",
+        "o": layer + "self_attn.o_proj",
+        "ffn_norm": layer + "post_attention_layernorm",
+        "gate": layer + "mlp.gate_proj",
+        "up": layer + "mlp.up_proj",
+        "down": layer + "mlp.down_proj",
+    }
+    if qk_norm:
+        names |= {"q_norm": layer + "self_attn.q_norm", "k_norm": layer + "self_attn.k_norm"}
+    return names
+
+
+_OPENELM = "transformer.layers.{i}."
+_OPT = "model.decoder.layers.{i}."
+BOTH = ("mlx", "numpy")
+
+FAMILIES: dict[str, Family] = {
+    "openelm": Family(
+        {
+            "embed": "transformer.token_embeddings",
+            "norm": "transformer.norm",
+            "head": "lm_head",
+            "attn_norm": _OPENELM + "attn_norm",
+            "qkv": _OPENELM + "attn.qkv_proj",
+            "o": _OPENELM + "attn.out_proj",
+            "q_norm": _OPENELM + "attn.q_norm",
+            "k_norm": _OPENELM + "attn.k_norm",
+            "ffn_norm": _OPENELM + "ffn_norm",
+            "gate+up": _OPENELM + "ffn.proj_1",
+            "down": _OPENELM + "ffn.proj_2",
+        },
+        BOTH,
+        "activation_fn_name",
+        title="OpenELM",
+    ),
+    "llama": Family(_llama_names(), BOTH, "hidden_act", title="Llama"),
+    "mistral": Family(_llama_names(), BOTH, "hidden_act", title="Mistral"),
+    "qwen2": Family(_llama_names(), BOTH, "hidden_act", title="Qwen2"),
+    "qwen3": Family(_llama_names(qk_norm=True), BOTH, "hidden_act", title="Qwen3 (dense)"),
+    "opt": Family(
+        {
+            "embed": "model.decoder.embed_tokens",
+            "positions": "model.decoder.embed_positions",
+            "norm": "model.decoder.final_layer_norm",
+            "head": "lm_head",
+            "attn_norm": _OPT + "self_attn_layer_norm",
+            "q": _OPT + "self_attn.q_proj",
+            "k": _OPT + "self_attn.k_proj",
+            "v": _OPT + "self_attn.v_proj",
+            "o": _OPT + "self_attn.out_proj",
+            "ffn_norm": _OPT + "final_layer_norm",
+            "up": _OPT + "fc1",
+            "down": _OPT + "fc2",
+        },
+        ("numpy",),
+        "activation_function",
+        gated=False,
+        norm="layer",
+        title="OPT",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All a backend needs to know of a model. Lengths in items; `max_context` in tokens."""
+
+    family: str
+    dim: int
+    vocab: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    activation: str
+    eps: float
+    tied: bool
+    max_context: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    rope: Rope | None
+    qk_norm: bool
+    qkv_bias: bool
+    out_bias: bool
+    ffn_bias: bool
+    table: Family
+
+    @property
+    def gated(self) -> bool:
+        return self.table.gated
+
+    @property
+    def kv_items_per_token(self) -> int:
+        """Items that one token adds to the KV cache, all layers."""
+        return sum(2 * layer.kv_heads * self.head_dim for layer in self.layers)
+
+    def name(self, role: str, layer: int = 0) -> str:
+        """The module that plays `role`, without `.weight` or `.bias`."""
+        return self.table.names[role].format(i=layer)
+
+    def layout(self, layer: int, dtype: str) -> Layout:
+        """A bundle is gate row, up row, down column (plain MLP: up row, down column)."""
+        parts = ("gate", "up", "down") if self.gated else ("up", "down")
+        return Layout(tuple(Part(p, dtype, self.dim) for p in parts), self.layers[layer].intermediate)
+
+    def ffn_sources(self, layer: int) -> dict[str, TensorRef]:
+        """For each part of a bundle, the tensor whose rows (or columns) it takes."""
+        count, names = self.layers[layer].intermediate, self.table.names
+        down = TensorRef(self.name("down", layer) + ".weight", transposed=True)
+        if "gate+up" in names:  # gate rows first
+            fused = self.name("gate+up", layer) + ".weight"
+            return {"gate": TensorRef(fused), "up": TensorRef(fused, first_row=count), "down": down}
+        rows = ("gate", "up") if self.gated else ("up",)
+        return {role: TensorRef(self.name(role, layer) + ".weight") for role in rows} | {"down": down}
+
+    def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the checkpoint tensors that become bundles."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, layer in enumerate(self.layers):
+            for part, ref in self.ffn_sources(i).items():
+                rows = layer.intermediate * (2 if "gate+up" in self.table.names and part != "down" else 1)
+                shapes[ref.name] = (self.dim, layer.intermediate) if ref.transposed else (rows, self.dim)
+        return shapes
+
+    def resident_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that stays resident."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def norm(role: str, size: int, layer: int = 0) -> None:
+            shapes[self.name(role, layer) + ".weight"] = (size,)
+            if self.table.norm == "layer":
+                shapes[self.name(role, layer) + ".bias"] = (size,)
+
+        def linear(role: str, rows: int, columns: int, layer: int, bias: bool) -> None:
+            shapes[self.name(role, layer) + ".weight"] = (rows, columns)
+            if bias:
+                shapes[self.name(role, layer) + ".bias"] = (rows,)
+
+        linear("embed", self.vocab, self.dim, 0, False)
+        if "positions" in self.table.names:
+            linear("positions", self.max_context + OPT_POSITION_OFFSET, self.dim, 0, False)
+        norm("norm", self.dim)
+        if not self.tied:
+            linear("head", self.vocab, self.dim, 0, False)
+        for i, layer in enumerate(self.layers):
+            q, kv = layer.heads * self.head_dim, layer.kv_heads * self.head_dim
+            norm("attn_norm", self.dim, i)
+            norm("ffn_norm", self.dim, i)
+            if "qkv" in self.table.names:
+                linear("qkv", q + 2 * kv, self.dim, i, self.qkv_bias)
+            else:
+                for role, rows in (("q", q), ("k", kv), ("v", kv)):
+                    linear(role, rows, self.dim, i, self.qkv_bias)
+            linear("o", self.dim, q, i, self.out_bias)
+            if self.qk_norm:
+                norm("q_norm", self.head_dim, i)
+                norm("k_norm", self.head_dim, i)
+            if self.ffn_bias:
+                shapes[self.name("up", i) + ".bias"] = (layer.intermediate,)
+                shapes[self.name("down", i) + ".bias"] = (self.dim,)
+        return shapes
+
+
+OPT_POSITION_OFFSET = 2  # OPT's learned positions begin at row 2

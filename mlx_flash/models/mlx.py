@@ -1,0 +1,166 @@
+"""mlx-lm's own models with their FFN modules replaced by parameterless ones that call a function. Needs mlx-lm.
+
+Knows where a family keeps its FFN modules; does not know what the functions do, nor files of bundles.
+mlx-lm's generate, caches, samplers and adapters take the result like any other of its models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model
+from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
+
+from ..backends.mlx import cache_limit_bytes
+from ..errors import ConfigError, FormatError
+from .families import ModelSpec
+
+if TYPE_CHECKING:
+    from ..sampling import Sampling
+    from ..storage.checkpoint import Checkpoint
+
+FFN = Callable[[mx.array], mx.array]
+
+# family -> mlx-lm's module, and the name of the FFN module in each of its layers.
+MODULES = {
+    "openelm": ("openelm", "ffn"),
+    "llama": ("llama", "mlp"),
+    "mistral": ("llama", "mlp"),
+    "qwen2": ("qwen2", "mlp"),
+    "qwen3": ("qwen3", "mlp"),
+}
+
+
+class FlashFFNModule(nn.Module):
+    """Stands where a layer's FFN was: no parameters, calls `ffn` on x (B, T, d)."""
+
+    def __init__(self, ffn: FFN):
+        super().__init__()
+        self._ffn = ffn
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._ffn(x)
+
+
+def build(
+    checkpoint: Checkpoint, spec: ModelSpec, backend: Any, make_ffn: Callable[..., FFN], dtype: str, context: int
+) -> nn.Module:
+    """The model of a flash checkpoint; `make_ffn(layer)` gives each layer's FFN. Errors are those of `build_model`.
+
+    dtype and context are not used: mlx-lm takes the dtype of the tensors, and its KV cache grows.
+    """
+    return build_model(checkpoint.path, spec, [make_ffn(layer) for layer in range(len(spec.layers))])
+
+
+def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
+    """mlx-lm's model of a flash checkpoint folder, resident tensors in their own dtype, FFN of layer i = ffns[i].
+
+    Raises ConfigError for a family or a config that mlx-lm does not run, FormatError when the resident tensors are
+    not those of the model or cannot be read.
+    """
+    if spec.family not in MODULES:
+        raise ConfigError(f"family {spec.family!r} does not run on mlx; known: {', '.join(MODULES)}")
+    if len(ffns) != len(spec.layers):
+        raise ValueError(f"{len(ffns)} FFNs for {len(spec.layers)} layers")
+
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        return _model_class(spec.family, ffns)
+
+    try:
+        model, _ = load_model(path, strict=True, model_config=_config(spec), get_model_classes=classes)
+    except TypeError as error:  # a dataclass of mlx-lm that misses a field
+        raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {error}") from error
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        raise FormatError(f"{path}: cannot load the resident tensors: {error}") from error
+    mx.set_cache_limit(cache_limit_bytes(spec.dim))
+    mx.clear_cache()
+    return model
+
+
+def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's class for `family`, whose instances have the FFN modules replaced from the start: strict loading then
+    asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
+    module, attribute = MODULES[family]
+    architecture = importlib.import_module(f"mlx_lm.models.{module}")
+
+    class FlashModel(architecture.Model):  # type: ignore[name-defined]
+        def __init__(self, args: Any):
+            super().__init__(args)
+            for layer, ffn in zip(self.layers, ffns, strict=True):
+                setattr(layer, attribute, FlashFFNModule(ffn))
+
+    return FlashModel, architecture.ModelArgs
+
+
+def _config(spec: ModelSpec) -> dict[str, Any]:
+    """What the spec says, in mlx-lm's keys: its own defaults and spellings (`rope_parameters`, whether the head is
+    tied when the config is silent) are not those of every config.json, and both backends must read one config alike."""
+    rope = spec.rope
+    if rope is None:
+        raise ConfigError(f"family {spec.family!r} without rotary positions does not run on mlx")
+    if spec.family == "openelm":
+        return {
+            "share_input_output_layers": spec.tied,
+            "normalize_qk_projections": spec.qk_norm,
+            "rms_norm_eps": spec.eps,
+            "rope_freq_constant": rope.base,
+        }
+    scaling = {
+        "rope_type": rope.kind,
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_context,
+    }
+    return {
+        "tie_word_embeddings": spec.tied,
+        "head_dim": spec.head_dim,
+        "num_key_value_heads": spec.layers[0].kv_heads,
+        "max_position_embeddings": spec.max_context,
+        "rope_theta": rope.base,
+        "rope_scaling": None if rope.kind == "default" else scaling,
+    }
+
+
+def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
+    """mlx-lm's tokenizer of a folder, which stops at any of `eos_ids` (none given: at the tokenizer's own)."""
+    return load_wrapped_tokenizer(path, eos_token_ids=list(eos_ids) or None)
+
+
+def steps(
+    model: nn.Module, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
+) -> Iterator[int]:
+    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens.
+
+    mlx-lm computes one token ahead, also past the last one: its KV cache then holds prompt + max_tokens tokens.
+    """
+    if max_tokens < 1:  # mlx-lm would compute a step, and take -1 for no limit
+        return
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
+    prompt = mx.array(list(prompt_ids), mx.int32)
+    with _wired(model):
+        for token, _ in generate_step(
+            prompt, model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_chunk
+        ):
+            yield int(token)
+
+
+@contextmanager
+def _wired(model: nn.Module) -> Iterator[None]:
+    """On Metal, wire what is allocated now (dense part, slabs, staging) and no more: mlx-lm's own limit is the most
+    that the machine recommends. Theirs is put back at the end. Not run: needs Metal."""
+    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
+        most = mx.device_info().get("max_recommended_working_set_size")
+        if most is not None:
+            mx.set_wired_limit(min(int(most), mx.get_active_memory()))
+        yield
