@@ -1,0 +1,359 @@
+"""Turns a Hugging Face checkpoint into a flash checkpoint: FFN neurons become bundles, the rest is copied.
+
+Streams: one thread reads, another transposes and writes, through a few reused buffers; of a layer no more
+than a panel of its down projection is in memory at once. What is where in a family is models.families' to
+say.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .casting import RAW, cast, check_dtype
+from .errors import ConfigError, UsageError
+from .models.families import ModelSpec, TensorRef
+from .models.read_config import read_spec
+from .source import (
+    READ_ALIGN,
+    TOKENIZERS,
+    Source,
+    find_folder,
+    read_buffer,
+    safe_file,
+    safetensors_header,
+    source_hash,
+    tokenizer_files,
+)
+from .storage.layout import FORMAT_VERSION, ITEM_BYTES, Layout, layer_file, layer_header
+from .storage.writer import FolderWriter, HashedFile, check_free_space
+
+BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
+BLOCKS = 4  # buffers between the reading and the writing thread
+PANEL_BYTES = 96 << 20  # columns of one down projection held at once
+HARMLESS = ("*rotary_emb.inv_freq",)  # tensors that are computed, not learned
+MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
+
+
+def convert(
+    hf_path: str | Path,
+    flash_path: str | Path,
+    *,
+    revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
+    announce: Callable[[str], None] | None = None,
+) -> Path:
+    """Convert a Hugging Face checkpoint (folder or repository id) to a flash checkpoint; returns its path.
+
+    revision: branch, tag or commit of a repository
+    tokenizer: folder, file or repository id to take the tokenizer from, where the checkpoint has none
+    dtype: "float32", "float16" or "bfloat16"; None keeps that of the checkpoint's FFNs
+    progress: show a bar on stderr; announce: receives warnings (default: printed to stderr)
+
+    Bundles are neurons, [gate row | up row | down column] ("LLM in a flash", section 3.2). Memory stays under
+    0.5 GB. A conversion that fails or is killed leaves nothing that loads. Raises UsageError, ConfigError or
+    FormatError for what cannot be converted, SpaceError, ReadError.
+    """
+    out = Path(flash_path)
+    if dtype is not None:
+        check_dtype(dtype)
+    if out.exists():
+        raise UsageError(f"{out} exists; remove it or choose another folder")
+    folder = find_folder(hf_path, revision=revision)
+    words = None if tokenizer is None else _find_tokenizer(tokenizer)
+    with Source(folder) as source:
+        plan = _plan(source, dtype, words)
+        if not any(path.name in TOKENIZERS for path in plan.tokenizer):
+            (announce or _to_stderr)(
+                f"{hf_path} has no tokenizer: the converted model takes token ids only; "
+                "give one with --tokenizer (OpenELM uses Llama 2's)"
+            )
+        check_free_space(out.absolute().parent, plan.nbytes)
+        _write(source, plan, out, progress)
+    return out
+
+
+def _find_tokenizer(place: str | Path) -> Path:
+    """The folder, or the file, that the tokenizer is taken from. Raises UsageError if there is none."""
+    if Path(place).is_file():
+        if Path(place).name not in TOKENIZERS:
+            raise UsageError(f"{place} is not a tokenizer; known files: {', '.join(TOKENIZERS)}")
+        return Path(place)
+    folder = find_folder(place, weights=False)
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise UsageError(f"{place} has no tokenizer: none of {', '.join(TOKENIZERS)}")
+    return folder
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before the first byte is written."""
+
+    spec: ModelSpec
+    dtype: str
+    config: dict[str, Any]
+    layouts: tuple[Layout, ...]
+    resident: dict[str, tuple[int, ...]]  # in the order in which the source holds them
+    tokenizer: tuple[Path, ...]
+    copies: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        resident = sum(int(np.prod(shape)) for shape in self.resident.values()) * ITEM_BYTES[self.dtype]
+        others = sum(path.stat().st_size for path in self.tokenizer + self.copies)
+        return resident + others + sum(layout.file_bytes for layout in self.layouts) + MARGIN_BYTES
+
+
+def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
+    if "flash" in source.config:
+        raise UsageError(f"{source.folder} is a flash checkpoint already; it needs no conversion")
+    for key in ("quantization", "quantization_config"):
+        if source.config.get(key):
+            raise ConfigError(
+                f"{source.folder} is quantised ({key!r} in config.json); only 16- and 32-bit floats are converted yet"
+            )
+    read_spec(source.config)  # an unknown family is named before its files are looked for
+    source.open_tensors()
+    spec = read_spec(source.config, source.tensors)
+    _check_tensors(source, spec)
+    kind = dtype or _ffn_dtype(source, spec)
+    order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
+    layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
+    flash = {
+        "format_version": FORMAT_VERSION,
+        "activation": spec.activation,
+        "dtype": kind,
+        "layers": [layout.to_json() for layout in layouts],
+        "source_hash": source_hash(source.folder, dtype=dtype, tokenizer=tokenizer),
+    }
+    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if (source.folder / n).exists()]
+    return _Plan(
+        spec=spec,
+        dtype=kind,
+        config=normalised_config(source.config, spec, kind) | {"flash": flash},
+        layouts=layouts,
+        resident=dict(order),
+        tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
+        copies=tuple(copies),
+    )
+
+
+def _place(source: Source, name: str) -> tuple[str, int]:
+    tensor = source.tensors[name]
+    return tensor.path.name, tensor.info.offset
+
+
+def _check_tensors(source: Source, spec: ModelSpec) -> None:
+    wanted = spec.resident_shapes() | spec.ffn_shapes()
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
+    wrong = [
+        f"{name} is {list(source.tensors[name].info.shape)}, config.json says {list(shape)}"
+        for name, shape in wanted.items()
+        if source.tensors[name].info.shape != shape
+    ]
+    if wrong:
+        raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
+    head = spec.name("head") + ".weight"
+    extra = [
+        name
+        for name in source.tensors
+        if name not in wanted
+        and not (spec.tied and name == head)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
+    ]
+    if extra:
+        raise ConfigError(
+            f"{source.folder} has {len(extra)} tensors that {spec.table.title} has no use for, so it is "
+            f"not what config.json says: {_some(extra)}"
+        )
+    for name in wanted:
+        source.dtype(name)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _ffn_dtype(source: Source, spec: ModelSpec) -> str:
+    found = {source.dtype(name) for name in spec.ffn_shapes()}
+    if len(found) > 1:
+        raise ConfigError(f"{source.folder} mixes {' and '.join(sorted(found))} in its FFNs; choose one with dtype")
+    return found.pop()
+
+
+def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
+    """The config with every default spelled out on which readers differ, so that all read the same model.
+
+    Keys that name Python code of the original repository go: it is not copied, and nothing here runs it.
+    """
+    result = {key: value for key, value in config.items() if key not in ("auto_map", "model_file")}
+    result["torch_dtype"] = dtype
+    if "dtype" in result:
+        result["dtype"] = dtype
+    if spec.family == "openelm":
+        return result | {"share_input_output_layers": spec.tied}
+    result["tie_word_embeddings"] = spec.tied
+    if spec.rope is None:
+        return result
+    layer = spec.layers[0]
+    result |= {"head_dim": spec.head_dim, "num_key_value_heads": layer.kv_heads, "rope_theta": spec.rope.base}
+    result["max_position_embeddings"] = config.get("max_position_embeddings") or 2048
+    if not result.get("rope_scaling") and spec.rope.kind != "default":
+        parameters = config["rope_parameters"]
+        result["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return result
+
+
+def _write(source: Source, plan: _Plan, out: Path, progress: bool) -> None:
+    with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
+        pipeline = _Pipeline(source, plan.dtype, worker, plan.layouts)
+        bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
+        with bar:
+            for i, layout in enumerate(plan.layouts):
+                pipeline.layer(writer.open(layer_file(i)), layout, plan.spec.ffn_sources(i))
+                bar.update()
+            pipeline.resident(writer.open("model.safetensors"), plan.resident)
+            pipeline.finish()
+            bar.update()
+        for path in plan.tokenizer + plan.copies:
+            writer.copy_file(path, path.name)
+        writer.commit(plan.config)
+
+
+class _Pipeline:
+    """Reads on the calling thread; transposes and writes on the worker, in order.
+
+    A buffer is filled again only when the worker's last use of it has ended; waiting for that also raises
+    what went wrong there.
+    """
+
+    def __init__(self, source: Source, dtype: str, worker: ThreadPoolExecutor, layouts: Sequence[Layout]):
+        self.source, self.dtype, self.worker = source, dtype, worker
+        dim, stride, size = layouts[0].parts[0].length, layouts[0].stride, ITEM_BYTES[dtype]
+        self.rows = max(1, BLOCK_BYTES // stride)
+        self.width = max(self.rows, PANEL_BYTES // (dim * size))  # columns of a panel
+        widest = min(self.width, max(layout.count for layout in layouts))
+        # Zeroed once: the padding behind each bundle is never written.
+        self.blocks = _Ring([np.zeros((self.rows, stride // size), RAW[dtype]) for _ in range(BLOCKS)])
+        self.flats = _Ring([read_buffer(BLOCK_BYTES) for _ in range(BLOCKS)])
+        self.panels = _Ring([np.empty(dim * widest, RAW[dtype]) for _ in range(2)])
+        self.stage = read_buffer(0)
+        self.failure: BaseException | None = None  # the worker's first; it does nothing more after that
+
+    def layer(self, file: HashedFile, layout: Layout, refs: Mapping[str, TensorRef]) -> None:
+        """One layer's file, neurons ascending."""
+        self._submit(file.write, layer_header(layout))
+        down = next(ref for ref in refs.values() if ref.transposed)
+        for first, panel, ring_slot in self._columns(down, layout.parts[0].length, layout.count):
+            for start in range(0, panel.shape[1], self.rows):
+                count = min(self.rows, panel.shape[1] - start)
+                at, buffer = self.blocks.take()
+                block = buffer[:count]
+                columns = slice(0, 0)
+                for part in layout.parts:
+                    columns = slice(columns.stop, columns.stop + part.length)
+                    if refs[part.name].transposed:
+                        turn = (block[:, columns], panel[:, start : start + count])
+                    else:
+                        ref = refs[part.name]
+                        size = part.length * ITEM_BYTES[self.source.dtype(ref.name)]
+                        items = self._read(ref.name, (ref.first_row + first + start) * size, count * size)
+                        block[:, columns] = items.reshape(count, part.length)
+                done = self._submit(_turn_and_write, file, block, *turn)
+                self.blocks.give(at, done)
+                self.panels.give(ring_slot, done)
+        self._submit(file.close)
+
+    def resident(self, file: HashedFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """model.safetensors: the tensors that are no bundles, under their names."""
+        self._submit(file.write, safetensors_header(shapes, self.dtype, shapes))
+        for name in shapes:
+            kind = self.source.dtype(name)
+            total = self.source.tensors[name].info.nbytes
+            for start in range(0, total, BLOCK_BYTES):
+                at, memory = self.flats.take()
+                raw = self.source.read(name, start, min(BLOCK_BYTES, total - start), memory).view(RAW[kind])
+                self.flats.give(at, self._submit(file.write, cast(raw, kind, self.dtype, name).data))
+        self._submit(file.close)
+
+    def finish(self) -> None:
+        """Wait until everything is written; raises what went wrong."""
+        self._submit(lambda: None).result()
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        return self.worker.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self.failure is not None:  # else a file could go on behind a hole, and look whole
+            raise self.failure
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _columns(self, ref: TensorRef, dim: int, count: int) -> Iterator[tuple[int, np.ndarray, int]]:
+        """A down projection (dim, count) by columns: (first column, panel (dim, n), slot in the ring)."""
+        kind = self.source.dtype(ref.name)
+        size = ITEM_BYTES[kind]
+        for first in range(0, count, self.width):
+            columns = min(self.width, count - first)
+            at, memory = self.panels.take()
+            panel = memory[: dim * columns].reshape(dim, columns)
+            # Whole rows lie back to back: read many at once.
+            step = max(1, BLOCK_BYTES // (columns * size)) if columns == count else 1
+            for row in range(0, dim, step):
+                rows = min(step, dim - row)
+                items = self._read(ref.name, (row * count + first) * size, rows * columns * size)
+                panel[row : row + rows] = items.reshape(rows, columns)
+            yield first, panel, at
+
+    def _read(self, name: str, start: int, count: int) -> np.ndarray:
+        """`count` bytes of a tensor as items of our dtype; good until the next read."""
+        if self.stage.size < count + 2 * READ_ALIGN:
+            self.stage = read_buffer(count)
+        kind = self.source.dtype(name)
+        return cast(self.source.read(name, start, count, self.stage).view(RAW[kind]), kind, self.dtype, name)
+
+
+class _Ring:
+    """A few arrays used in turn; `take` waits until the oldest one's last user is done."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self._arrays = arrays
+        self._users: list[Future[Any] | None] = [None] * len(arrays)
+        self._next = 0
+
+    def take(self) -> tuple[int, np.ndarray]:
+        at = self._next
+        self._next = (at + 1) % len(self._arrays)
+        user, self._users[at] = self._users[at], None
+        if user is not None:
+            user.result()
+        return at, self._arrays[at]
+
+    def give(self, at: int, user: Future[Any]) -> None:
+        self._users[at] = user
+
+
+def _turn_and_write(file: HashedFile, block: np.ndarray, target: np.ndarray, panel: np.ndarray) -> None:
+    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file."""
+    for row in range(0, len(panel), 32):  # a whole .T walks panel and block a cache line per item: ten times slower
+        target[:, row : row + 32] = panel[row : row + 32].T
+    file.write(block.data)

@@ -1,0 +1,96 @@
+"""From what a user names as a model to a flash checkpoint's folder, converting once into the user's cache.
+
+Owns where model cards and converted copies lie. Reads no weights itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .convert import convert
+from .errors import UsageError
+from .source import find_folder, is_repo_id, source_hash
+from .storage.checkpoint import is_checkpoint
+
+DEFAULT_MODEL = "flash-stories-6m"
+
+
+def models_folder() -> Path:
+    """The model cards: packaged in a wheel, beside the package in a clone. Raises UsageError."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_models", package.parent / "models"):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"this installation has no model cards ({package / '_models'}); give the path of a model")
+
+
+def cache_folder() -> Path:
+    """Where converted copies are kept: the platform's cache folder for the user, under mlx_flash."""
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "mlx_flash"
+
+
+def resolve_model(
+    model: str | Path | None,
+    *,
+    dtype: str | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+    progress: bool = False,
+) -> Path:
+    """The flash checkpoint of a model.
+
+    model: None for the default model; a flash checkpoint is returned as it is; a Hugging Face folder or repo
+    id is converted into the user's cache the first time, and found there as long as its content stays the
+    same. dtype: as for `convert`, for copies made here; announce: receives a line before a conversion begins.
+    Raises UsageError for a model that is not there, an unwritable cache, and whatever `convert` raises.
+    """
+    if model is None:
+        model = models_folder() / DEFAULT_MODEL
+        if not (model / "config.json").is_file():
+            raise UsageError(f"the default model is not in this installation ({model}); give the path of a model")
+    path = Path(model)
+    if path.is_dir() and is_checkpoint(path):
+        return path
+    if not path.exists() and not is_repo_id(str(model)):
+        raise UsageError(f"{model} does not exist, and is not a Hugging Face repository id (owner/name)")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{path} has no config.json, so it is no model folder")
+    folder = path if path.is_dir() else find_folder(str(model))
+    return _converted(
+        folder,
+        re.split(r"[/\\]", str(path.absolute() if path.is_dir() else model))[-1],
+        dtype,
+        announce,
+        progress,
+    )
+
+
+def _converted(folder: Path, name: str, dtype: str | None, announce: Callable[[str], None], progress: bool) -> Path:
+    from filelock import FileLock
+
+    safe_name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
+    out = cache_folder() / f"{safe_name}-{source_hash(folder, dtype=dtype)[:12]}"
+    try:
+        if is_checkpoint(out):  # without the lock: a cache that cannot be written serves what it has
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{out}.lock"):
+            if not is_checkpoint(out):
+                announce(f"converting {folder} once, into {out} (later runs use that copy)")
+                convert(folder, out, dtype=dtype, progress=progress, announce=announce)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the cache {out.parent} ({error.strerror or error}); write a copy elsewhere: "
+            f"mlx_flash convert --hf-path {folder} --flash-path OUT"
+        ) from error
+    return out

@@ -1,0 +1,76 @@
+"""Imports point one way only (DESIGN 10), storage and residency never import MLX, and the public names are pinned."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mlx_flash
+
+PACKAGE = Path(mlx_flash.__file__).parent
+# A file may import from the layers before its own, and from its own.
+LAYERS = [
+    ("errors", "config", "stats"),
+    ("storage",),
+    ("residency",),
+    ("backends",),
+    ("selection",),
+    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "casting"),
+    ("models",),
+    ("source", "convert", "random_model", "resolve"),
+    ("load", "generate", "inspection"),
+    ("cli", "__init__"),
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def top(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it, names of functions called aside."""
+    found: set[str] = set()
+    package = ["mlx_flash", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_from_its_own_layer_or_those_before(path: Path) -> None:
+    own = RANK[top(path)]
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "mlx_flash" and len(parts) > 1 and parts[1] in RANK:
+            assert RANK[parts[1]] <= own, f"{path.name} imports {name}, which lies below it"
+
+
+@pytest.mark.parametrize("layer", ["storage", "residency", "selection"])
+def test_bytes_and_slots_know_no_array_library_but_numpy(layer: str) -> None:
+    for path in (PACKAGE / layer).rglob("*.py"):
+        assert not any(name.split(".")[0] in ("mlx", "mlx_lm", "torch", "numba") for name in imported(path)), path
+
+
+def test_only_the_two_mlx_files_import_mlx() -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
+    }
+    assert users == {"backends/mlx.py", "models/mlx.py"}
+
+
+def test_public_names() -> None:
+    errors = {"FlashError", "UsageError", "BudgetError", "ConfigError", "FormatError", "ReadError", "IntegrityError"}
+    errors |= {"SpaceError", "BackendError"}
+    assert set(mlx_flash.__all__) == {"load", "generate", "stream_generate", "convert", "FlashConfig"} | errors
