@@ -79,9 +79,9 @@ def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]
 def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     """The plan for a budget; raises BudgetError, part by part, when it is under the smallest legal one."""
     if budget_bytes < costs.smallest:
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in costs.fixed.items())
+        needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in costs.fixed.items())
         raise BudgetError(
-            f"{costs.model} needs at least {format_bytes(costs.smallest)} ({parts}, staging "
+            f"{costs.model} needs at least {format_bytes(costs.smallest)} ({needs}, staging "
             f"{format_bytes(costs.staging_block)}), the budget is {format_bytes(budget_bytes)}; "
             f"use --memory {-(-costs.smallest // 10**5) / 10:.1f}MB or more, or a smaller --max-context"
         )

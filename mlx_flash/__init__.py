@@ -1,0 +1,46 @@
+"""Run language models larger than memory: the dense part stays resident, the FFN is read from SSD as bundles.
+
+model, tokenizer = mlx_flash.load("folder or repo", memory="2GB")
+for response in mlx_flash.stream_generate(model, tokenizer, "Once upon a time"):
+    print(response.text, end="", flush=True)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .config import FlashConfig
+from .convert import convert
+from .errors import (
+    BackendError,
+    BudgetError,
+    ConfigError,
+    FlashError,
+    FormatError,
+    IntegrityError,
+    ReadError,
+    SpaceError,
+    UsageError,
+)
+from .generate import generate, stream_generate
+from .load import load
+
+try:
+    __version__ = version("mlx-flash-runtime")
+except PackageNotFoundError:  # run from a folder that was never installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "ConfigError",
+    "FlashConfig",
+    "FlashError",
+    "FormatError",
+    "IntegrityError",
+    "ReadError",
+    "SpaceError",
+    "UsageError",
+    "convert",
+    "generate",
+    "load",
+    "stream_generate",
+]

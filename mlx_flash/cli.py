@@ -1,0 +1,221 @@
+"""The `mlx_flash` command: arguments in, text or one JSON object out, errors as one line and an exit status.
+
+0 ok, 1 failure while running, 2 wrong usage, bad input or budget, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from . import __version__
+from .config import SELECTORS, FlashConfig, format_bytes
+from .errors import FlashError, UsageError
+
+Command = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def say(text: str) -> None:
+    """A line for the reader, beside the output: stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_config(args: argparse.Namespace) -> FlashConfig:
+    return FlashConfig(memory=args.memory, max_context=args.max_context, backend=args.backend, select=args.select)
+
+
+def generate_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .generate import make_reply, stream_generate
+    from .load import load
+    from .tokenizer import encode_prompt
+
+    # Typed \n and \t mean newline and tab, as in mlx-lm's command.
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    model, tokenizer = load(args.model, run_config(args))
+    plan, responses, finish = model.flash.plan, [], "interrupted"
+    say(f"{plan.checkpoint.path.name}: select {plan.selector}, backend {plan.backend_name}, "
+        f"{format_bytes(plan.memory.total_bytes)} of memory planned")  # fmt: skip
+    ids = encode_prompt(tokenizer, prompt, use_chat_template=not args.ignore_chat_template)
+    sampling = {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}
+    try:
+        for response in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, **sampling):
+            responses.append(response)
+            finish = response.finish_reason or finish
+            if not args.json:
+                print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not responses:
+            raise
+        args.status = 130  # what was written so far is kept
+    finally:
+        if responses and not args.json:
+            print(flush=True)
+            say(summary(make_reply(model, tokenizer, responses, finish), plan))
+        model.flash.close()
+    return asdict(make_reply(model, tokenizer, responses, finish))
+
+
+def summary(reply: Any, plan: Any) -> str:
+    """The figures of a run, for a person."""
+    ffn = sum(layout.count * layout.stride for layout in plan.checkpoint.layouts)
+    share = reply.bytes_read_per_token / ffn if ffn else 0.0
+    exact = "exact" if reply.exact else "not exact"
+    return "\n".join(
+        [
+            "-" * 10,
+            f"prompt {reply.prompt_tokens_per_s:.1f} tokens/s, decode {reply.decode_tokens_per_s:.1f} tokens/s, "
+            f"{len(reply.tokens)} tokens ({reply.finish_reason})",
+            f"read {format_bytes(reply.bytes_read_per_token)} per token ({share:.0%} of the FFN), "
+            f"hit rate {reply.hit_rate:.0%}",
+            f"resident {format_bytes(reply.resident_bytes)}, peak of the process {format_bytes(reply.peak_bytes)}",
+            f"selector {reply.selector} ({exact})",
+        ]
+    )
+
+
+def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .inspection import inspect_model, print_inspection
+
+    report = inspect_model(args.model, run_config(args))
+    if not args.json:
+        print_inspection(report)
+    return report
+
+
+def verify_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .resolve import resolve_model
+    from .storage.checkpoint import verify
+
+    path = resolve_model(args.model, announce=say)
+    checked = verify(path)
+    if not args.json:
+        print(f"{path}: {format_bytes(checked)} checked, every file is as it was written")
+    return {"path": str(path), "bytes": checked, "ok": True}
+
+
+def convert_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .convert import convert
+
+    out = convert(
+        args.hf_path,
+        args.flash_path,
+        revision=args.revision,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        progress=not args.json,
+    )
+    if not args.json:
+        print(f"wrote {out}")
+    return {"path": str(out)}
+
+
+def make_random_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .random_model import make_random
+
+    out = make_random(args.card, args.out, dtype=args.dtype, seed=args.seed, progress=not args.json)
+    if not args.json:
+        print(f"wrote {out}")
+    return {"path": str(out)}
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="flash checkpoint, Hugging Face folder or repo id; the default model without")
+    parser.add_argument("--memory", default="auto", metavar="SIZE", help="memory budget, e.g. 2GB; default auto")
+    parser.add_argument("--max-context", type=int, metavar="C", help="tokens the KV cache holds")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
+    parser.add_argument("--select", default="auto", choices=SELECTORS, help="which neurons are computed; all are exact")
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage becomes a UsageError, so that `--json` can report it like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."
+    )
+    parser.add_argument("--version", action="version", version=f"mlx_flash {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    command = add("generate", generate_command, "Write a text that continues the prompt.")
+    add_run_options(command)
+    command.add_argument("--prompt", required=True, help="the text to continue; - reads stdin")
+    command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most this many; default 256")
+    command.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
+    command.add_argument("--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    command.add_argument("--seed", type=int, help="makes sampling repeatable")
+    command.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+
+    command = add("inspect", inspect_command, "Show what would be resident and read, before anything is loaded.")
+    add_run_options(command)
+
+    command = add("verify", verify_command, "Check every byte of a flash checkpoint against its hashes.")
+    command.add_argument("--model", help="flash checkpoint; the default model's copy without")
+
+    command = add("convert", convert_command, "Write a flash checkpoint from a Hugging Face one.")
+    command.add_argument("--hf-path", required=True, metavar="PATH_OR_REPO")
+    command.add_argument("--flash-path", required=True, metavar="OUT")
+    command.add_argument("--revision", help="branch, tag or commit of the repo")
+    command.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where to take the tokenizer from")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+
+    command = add("make-random", make_random_command, "Write a random-weight Hugging Face checkpoint of a card.")
+    command.add_argument("--card", required=True, help="a name under models/, such as openelm-3b, or a config's folder")
+    command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    command.add_argument("--out", required=True, metavar="DIR")
+    command.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def fail(as_json: bool, error: BaseException, status: int) -> int:
+    kind = type(error).__name__
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": str(error)}}))
+    else:
+        say(f"{kind}: {error}")
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        args = make_parser().parse_args(arguments)
+        args.status = 0
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result))
+        return int(args.status)
+    except KeyboardInterrupt as error:
+        return fail(as_json, error, 130) if as_json else 130
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): nothing more can be said, and Python must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FlashError, OSError) as error:
+        if debug:
+            raise
+        return fail(as_json, error, getattr(error, "exit_status", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
