@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
@@ -53,12 +52,14 @@ class Kernels(Protocol):
 
 
 def load(numba: bool | None = None) -> Kernels:
-    """The Numba set or the plain NumPy one; None: Numba where it is installed. Compiles at the first call of each
+    """The Numba set or the plain NumPy one; None: Numba where it can be imported. Compiles at the first call of each
     kernel. Raises ImportError if Numba is asked for and missing."""
     if numba is None:
-        numba = find_spec("numba") is not None
-    module = import_module(f"{__package__}.kernels_{'numba' if numba else 'plain'}")
-    kernels: Kernels = module.KernelSet()
+        try:
+            return load(True)
+        except ImportError:  # not installed, or not made for this NumPy
+            return load(False)
+    kernels: Kernels = import_module(f"{__package__}.kernels_{'numba' if numba else 'plain'}").KernelSet()
     return kernels
 
 

@@ -205,7 +205,8 @@ class NumpyBackend:
         """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache; `layout` is not looked
         at, everything is fp32 here. BLAS's own buffers belong to the libraries."""
         dim, tokens = widths.dim, min(chunk, context)
-        weights = max(SCRATCH_BYTES, 4 * BLOCK * dim, 8 * context * widths.head_dim) + 8 * BLOCK * dim
+        widened = min(SCRATCH_BYTES, 4 * dim * max(widths.qkv_rows, dim))
+        weights = max(widened, 4 * BLOCK * dim, 8 * context * widths.head_dim) + 8 * BLOCK * dim
         ffn = 4 * tokens * (widths.intermediate + 4 * BLOCK + 2 * dim)
         attention = 4 * tokens * (context + 3 * widths.head_dim) + 2 * tokens * tokens
         activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows)

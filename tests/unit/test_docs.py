@@ -1,0 +1,43 @@
+"""README says what the code does: families by backend, selectors, commands, flags."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_flash.cli import make_parser
+from mlx_flash.config import SELECTORS
+from mlx_flash.models.families import FAMILIES
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def test_the_family_table_is_the_codes() -> None:
+    section = README[README.index("| family |") : README.index("| selector |")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    for family in FAMILIES.values():
+        name = family.title.split(" ")[0]
+        row = next((row for row in rows if re.search(rf"\b{name}\b", row[0])), None)
+        assert row is not None, f"README's table lacks {family.title}"
+        assert [row[1] == "yes", row[2] == "yes"] == ["mlx" in family.backends, "numpy" in family.backends]
+
+
+def test_every_selector_is_explained() -> None:
+    for name in SELECTORS:
+        assert f"| `{name}`" in README
+
+
+def test_every_command_and_flag_in_readme_exists() -> None:
+    parser = make_parser()
+    commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    for line in re.findall(r"^(?:.*/)?mlx_flash ([a-z-]+ .*)$", README, re.MULTILINE):
+        name, *words = line.split()
+        known = commands[name]._option_string_actions
+        assert all(word in known for word in words if word.startswith("--")), line
+    for name in commands:
+        assert f"mlx_flash {name}" in README, f"README does not show {name}"
+
+
+def test_the_two_commands_stand_on_lines_of_their_own() -> None:
+    assert len(re.findall(r"^python3 -m venv \.venv-story .*generate.*$", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^python3 -m venv \.venv-test .*pytest tests$", README, re.MULTILINE)) == 1
