@@ -7,6 +7,7 @@ mlx-lm's generate, caches, samplers and adapters take the result like any other 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,10 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
         raise ConfigError(f"family {spec.family!r} does not run on mlx; known: {', '.join(MODULES)}")
     if len(ffns) != len(spec.layers):
         raise ValueError(f"{len(ffns)} FFNs for {len(spec.layers)} layers")
+
+    # Before mlx-lm sees the folder: its older releases run the file without asking.
+    if (program := json.loads((path / "config.json").read_text()).get("model_file")) is not None:
+        raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
     def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
         return _model_class(spec.family, ffns)

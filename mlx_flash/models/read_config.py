@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu"}
 ROPE_TYPES = ("default", "linear", "llama3")
+NUMBER = (int, float)
+MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
+MAX_LAYERS = 10_000
 
 
 class _Config:
@@ -30,21 +34,41 @@ class _Config:
 
     def check(self, key: str, value: Any, kind: type | tuple[type, ...] = int) -> Any:
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ConfigError(f"config.json: {key!r} is {value!r}, which is not of the right type")
-        if isinstance(value, (int, float)) and value <= 0:
-            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be positive")
-        if isinstance(value, int) and value > 1 << 31:
-            raise ConfigError(f"config.json: {key!r} is {value!r}, which no model has")
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not of the right type")
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which no model has")
+        if isinstance(value, NUMBER) and not 0 < value < math.inf:  # false for NaN too
+            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be positive and finite")
         return value
 
     def positive(self, key: str, default: int) -> int:
         return self.check(key, self.get(key, default))
 
-    def sequence(self, key: str, length: int) -> list[Any]:
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self.need(key, NUMBER) if default is None else self.check(key, self.get(key, default), NUMBER))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):  # a "false" in quotes must not count as true
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}; it must be true or false")
+        return value
+
+    def layers(self, key: str) -> int:
+        count = self.need(key)
+        if count > MAX_LAYERS:
+            raise ConfigError(f"config.json: {key!r} is {count}; at most {MAX_LAYERS} layers are known")
+        return count
+
+    def sequence(self, key: str, length: int, kind: type | tuple[type, ...] = int) -> list[Any]:
         values = self.need(key, (list, tuple))
         if len(values) != length:
             raise ConfigError(f"config.json: {key!r} has {len(values)} entries for {length} layers")
-        return [self.check(key, value, (int, float)) for value in values]
+        return [self.check(key, value, kind) for value in values]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -57,14 +81,14 @@ def family_of(config: Mapping[str, Any]) -> str:
     """The family's name; raises ConfigError for one that is not known."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(f"unknown model family {name!r}; known: {', '.join(sorted(FAMILIES))}")
+        raise ConfigError(f"unknown model family {_short(name)}; known: {', '.join(sorted(FAMILIES))}")
     return name
 
 
 def _activation(config: _Config, family: Family) -> str:
     name = config.need(family.activation_key, str)
     if name not in ACTIVATIONS:
-        raise ConfigError(f"unknown activation {name!r} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"unknown activation {_short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}")
     activation = ACTIVATIONS[name]
     if not family.gated and activation != "relu":
         raise ConfigError(f"activation {name!r} is not known for a plain MLP; known: relu")
@@ -73,45 +97,57 @@ def _activation(config: _Config, family: Family) -> str:
 
 def _rope(config: _Config) -> Rope:
     parameters = config.get("rope_parameters", {})
-    scaling = config.get("rope_scaling") or parameters or {}
-    if not isinstance(scaling, Mapping) or not isinstance(parameters, Mapping):
-        raise ConfigError(f"config.json: 'rope_scaling' is {scaling!r}, which is not an object")
-    base = float(
-        config.check("rope_theta", config.get("rope_theta", parameters.get("rope_theta", 10000.0)), (int, float))
-    )
+    scaling = config.get("rope_scaling", {})
+    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not an object")
+    scaling = scaling or parameters
+    base = config.number("rope_theta", parameters.get("rope_theta") or 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
-        raise ConfigError(f"unknown RoPE type {kind!r}; known: {', '.join(ROPE_TYPES)}")
+        raise ConfigError(f"unknown RoPE type {_short(kind)}; known: {', '.join(ROPE_TYPES)}")
     numbers = _Config(scaling)
     if kind == "default":
         return Rope(base)
-    factor = float(numbers.need("factor", (int, float)))
+    factor = numbers.check("factor", numbers.get("factor"), NUMBER)
+    if factor < 1:
+        raise ConfigError(f"config.json: the RoPE 'factor' is {factor!r}; it must be at least 1")
     if kind == "linear":
-        return Rope(base, kind, factor)
-    return Rope(
-        base,
-        kind,
-        factor,
-        float(numbers.get("low_freq_factor", 1.0)),
-        float(numbers.get("high_freq_factor", 4.0)),
-        int(numbers.get("original_max_position_embeddings", 8192)),
-    )
+        return Rope(base, kind, float(factor))
+    low, high = numbers.number("low_freq_factor", 1.0), numbers.number("high_freq_factor", 4.0)
+    if low >= high:
+        raise ConfigError(f"config.json: 'high_freq_factor' is {high}; it must be above 'low_freq_factor', {low}")
+    return Rope(base, kind, float(factor), low, high, numbers.positive("original_max_position_embeddings", 8192))
 
 
 def _eos_ids(config: _Config) -> tuple[int, ...]:
     value = config.get("eos_token_id", [])
-    ids = [value] if isinstance(value, int) else value
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-        raise ConfigError(f"config.json: 'eos_token_id' is {value!r}; it must be an id or a list of ids")
+    ids = value if isinstance(value, list) else [value]
+    if not all(_is_id(i) for i in ids):
+        raise ConfigError(f"config.json: 'eos_token_id' is {_short(value)}; it must be an id or a list of ids")
     return tuple(ids)
 
 
+def _bos_id(config: _Config) -> int | None:
+    value = config.get("bos_token_id")
+    if value is not None and not _is_id(value):
+        raise ConfigError(f"config.json: 'bos_token_id' is {_short(value)}; it must be an id")
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE  # `type`, because True is an int too
+
+
 def _openelm(config: _Config) -> dict[str, Any]:
-    count, dim = config.need("num_transformer_layers"), config.need("model_dim")
+    count, dim = config.layers("num_transformer_layers"), config.need("model_dim")
     heads, kv_heads = config.sequence("num_query_heads", count), config.sequence("num_kv_heads", count)
-    divisor, multipliers = config.need("ffn_dim_divisor"), config.sequence("ffn_multipliers", count)
-    if config.get("ffn_with_glu", True) is not True:
+    divisor, multipliers = config.need("ffn_dim_divisor"), config.sequence("ffn_multipliers", count, NUMBER)
+    if not config.flag("ffn_with_glu", True):
         raise ConfigError("config.json: 'ffn_with_glu' is not true; only OpenELM's gated FFN is known")
+    for multiplier in multipliers:
+        if multiplier * dim > MAX_SIZE - divisor:
+            raise ConfigError(f"config.json: 'ffn_multipliers' has {multiplier!r}, which no model has")
     layers = tuple(
         LayerSpec(h, k, make_divisible(m * dim, divisor)) for h, k, m in zip(heads, kv_heads, multipliers, strict=True)
     )
@@ -119,37 +155,37 @@ def _openelm(config: _Config) -> dict[str, Any]:
         "dim": dim,
         "head_dim": config.need("head_dim"),
         "layers": layers,
-        "eps": float(config.get("rms_norm_eps", 1e-6)),
-        "tied": bool(config.get("share_input_output_layers", True)),
+        "eps": config.number("rms_norm_eps", 1e-6),
+        "tied": config.flag("share_input_output_layers", True),
         "max_context": config.positive("max_context_length", 2048),
-        "rope": Rope(float(config.get("rope_freq_constant", 10000))),
-        "qk_norm": bool(config.get("normalize_qk_projections", True)),
+        "rope": Rope(config.number("rope_freq_constant", 10000.0)),
+        "qk_norm": config.flag("normalize_qk_projections", True),
     }
 
 
 def _llama(config: _Config, family: str, has_head: bool | None) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
-    if config.get("mlp_bias", False):
+    attention_bias = config.flag("attention_bias", False)
+    if config.flag("mlp_bias", False):
         raise ConfigError("config.json: 'mlp_bias' is true; FFN biases are known for OPT only")
-    if family == "qwen3" and config.get("attention_bias", False):
+    if family == "qwen3" and attention_bias:
         raise ConfigError("config.json: 'attention_bias' is true, which is not known for Qwen3")
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
     context = config.positive("max_position_embeddings", 2048)
     window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", True):
+    if window is not None and config.flag("use_sliding_window", True):
         context = min(context, config.check("sliding_window", window))  # within the window attention is full
-    tied = config.get("tie_word_embeddings", None if has_head is None else not has_head)
     return {
         "dim": dim,
         "head_dim": config.positive("head_dim", dim // heads),
-        "layers": (layer,) * config.need("num_hidden_layers"),
-        "eps": float(config.need("rms_norm_eps", float)),
-        "tied": bool(tied),
+        "layers": (layer,) * config.layers("num_hidden_layers"),
+        "eps": config.number("rms_norm_eps"),
+        "tied": config.flag("tie_word_embeddings", has_head is False),
         "max_context": context,
         "rope": _rope(config),
         "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2" or bool(config.get("attention_bias", False)),
-        "out_bias": family != "qwen2" and bool(config.get("attention_bias", False)),
+        "qkv_bias": family == "qwen2" or attention_bias,
+        "out_bias": family != "qwen2" and attention_bias,
     }
 
 
@@ -157,14 +193,14 @@ def _opt(config: _Config) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim), ("enable_bias", True)):
         if config.get(key, wanted) != wanted:
-            raise ConfigError(f"config.json: {key!r} is {config.get(key)!r}; only {wanted!r} is known (not OPT-350m)")
+            raise ConfigError(f"config.json: {key!r} is {_short(config.get(key))}; only {wanted!r} is known (not OPT-350m)")
     layer = LayerSpec(heads, heads, config.need("ffn_dim"))
     return {
         "dim": dim,
-        "head_dim": dim // heads,
-        "layers": (layer,) * config.need("num_hidden_layers"),
+        "head_dim": config.check("hidden_size / num_attention_heads", dim // heads),
+        "layers": (layer,) * config.layers("num_hidden_layers"),
         "eps": 1e-5,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tied": config.flag("tie_word_embeddings", True),
         "max_context": config.need("max_position_embeddings"),
         "rope": None,
         "qk_norm": False,
@@ -187,12 +223,14 @@ def read_spec(config: Mapping[str, Any], tensor_names: Collection[str] | None = 
     for layer in fields["layers"]:
         if layer.heads % layer.kv_heads:
             raise ConfigError(f"config.json: {layer.heads} heads cannot share {layer.kv_heads} key/value heads")
+    if fields["rope"] is not None and fields["head_dim"] % 2:
+        raise ConfigError(f"config.json: heads of {fields['head_dim']} items cannot be rotated; it must be even")
     return ModelSpec(
         family=family,
         vocab=values.need("vocab_size"),
         activation=activation,
         eos_ids=_eos_ids(values),
-        bos_id=values.get("bos_token_id"),
+        bos_id=_bos_id(values),
         table=table,
         **fields,
     )
