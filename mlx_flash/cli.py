@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -29,13 +31,23 @@ def run_config(args: argparse.Namespace) -> FlashConfig:
     return FlashConfig(memory=args.memory, max_context=args.max_context, backend=args.backend, select=args.select)
 
 
+def read_stdin() -> str:
+    """All of stdin, which is UTF-8 whatever the locale says. Raises UsageError."""
+    if sys.stdin is None:  # closed
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt is not UTF-8 text (byte {error.start})") from None
+
+
 def generate_command(args: argparse.Namespace) -> dict[str, Any]:
     from .generate import make_reply, stream_generate
     from .load import load
     from .tokenizer import encode_prompt
 
     # Typed \n and \t mean newline and tab, as in mlx-lm's command.
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = read_stdin() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not prompt:
         raise UsageError("the prompt is empty")
     model, tokenizer = load(args.model, run_config(args))
@@ -134,7 +146,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage becomes a UsageError, so that `--json` can report it like any other."""
+    """Wrong usage becomes a UsageError, so that `--json` can report it like any other.
+
+    No abbreviations: `--js` would be found by argparse and missed by `main`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -186,32 +204,44 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def fail(as_json: bool, error: BaseException, status: int) -> int:
-    kind = type(error).__name__
-    if as_json:
-        print(json.dumps({"error": {"type": kind, "message": str(error)}}))
-    else:
-        say(f"{kind}: {error}")
+    kind, message = type(error).__name__, str(error) or "interrupted"
+    try:
+        if as_json:
+            print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
+        else:
+            say(f"{kind}: {message}")
+    except OSError:  # nobody listens, or the disk that stdout is on is full
+        silence()
     return status
+
+
+def silence() -> None:
+    """Let Python's last flush of stdout and stderr go nowhere: it would end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in arguments, "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
     try:
         args = make_parser().parse_args(arguments)
         args.status = 0
         result = args.run(args)
         if args.json:
-            print(json.dumps(result))
+            print(json.dumps(result), flush=True)
         return int(args.status)
     except KeyboardInterrupt as error:
         return fail(as_json, error, 130) if as_json else 130
     except BrokenPipeError:
-        # The reader of stdout went away (`| head`): nothing more can be said, and Python must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()  # the reader of stdout went away (`| head`): nothing more can be said
         return 1
-    except (FlashError, OSError) as error:
+    except (FlashError, OSError, MemoryError) as error:
         if debug:
             raise
         return fail(as_json, error, getattr(error, "exit_status", 1))

@@ -13,12 +13,17 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 def parse_bytes(text: str | int) -> int:
     """Bytes in a size such as `2.5GB`, `512MiB` or a plain number; GB = 10^9, GiB = 2^30. Raises BudgetError."""
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         return text
+    if not isinstance(text, str):
+        raise BudgetError(f"cannot read the size {text!r}; write for example 2GB, 1.5GiB or 800MB")
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise BudgetError(f"cannot read the size {text!r}; write for example 2GB, 1.5GiB or 800MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    value = float(match[1]) * UNITS[match[2].upper()]
+    if value >= 1 << 63:
+        raise BudgetError(f"the size {text[:40]!r} is more than any machine has; write for example 2GB")
+    return int(value)
 
 
 def format_bytes(count: float) -> str:
@@ -52,7 +57,9 @@ class FlashConfig:
             object.__setattr__(self, "memory", parse_bytes(self.memory))
         if self.select not in SELECTORS:
             raise UsageError(f"unknown selector {self.select!r}; known: {', '.join(SELECTORS)}")
-        if self.max_context is not None and self.max_context < 1:
-            raise UsageError(f"max_context is {self.max_context}; it must be at least 1")
-        if self.prefill_chunk < 1:
-            raise UsageError(f"prefill_chunk is {self.prefill_chunk}; it must be at least 1")
+        for name in ("max_context", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is None and name == "max_context":
+                continue
+            if type(value) is not int or value < 1:  # `type`, because True is an int too
+                raise UsageError(f"{name} is {value!r}; it must be at least 1")

@@ -34,7 +34,7 @@ from .source import (
     tokenizer_files,
 )
 from .storage.layout import FORMAT_VERSION, ITEM_BYTES, Layout, layer_file, layer_header
-from .storage.writer import FolderWriter, HashedFile, check_free_space
+from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
 BLOCKS = 4  # buffers between the reading and the writing thread
@@ -75,9 +75,10 @@ def convert(
         plan = _plan(source, dtype, words)
         if not any(path.name in TOKENIZERS for path in plan.tokenizer):
             (announce or _to_stderr)(
-                f"{hf_path} has no tokenizer: the converted model takes token ids only; "
+                f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "
                 "give one with --tokenizer (OpenELM uses Llama 2's)"
             )
+        remove_stale(out.absolute().parent, out.name)  # what a killed conversion left takes room
         check_free_space(out.absolute().parent, plan.nbytes)
         _write(source, plan, out, progress)
     return out

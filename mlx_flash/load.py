@@ -154,6 +154,14 @@ def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
             f"{checkpoint.path}: config.json does not describe the bundles ({len(layouts)} layers by the config, "
             f"{len(checkpoint.layouts)} on flash); convert the model again"
         )
+    found = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
+    wanted = spec.resident_shapes()
+    wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if wrong:
+        raise FormatError(
+            f"{checkpoint.path}: config.json and the resident tensors disagree on {len(wrong)}, such as {wrong[0]!r}: "
+            f"{found.get(wrong[0])} on disk, {wanted.get(wrong[0])} by the config; convert the model again"
+        )
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from .casting import check_dtype, from_float32
 from .errors import FlashError, SpaceError, UsageError
 from .models.read_config import read_spec
 from .resolve import models_folder
-from .source import INDEX, TOKENIZERS, WEIGHTS, read_json, safetensors_header, tokenizer_files
+from .source import INDEX, TOKENIZERS, WEIGHTS, read_json, safe_file, safetensors_header, tokenizer_files
 from .storage.layout import ITEM_BYTES
-from .storage.writer import check_free_space
+from .storage.writer import check_free_space, lock_folder, remove_stale
 
 SCALE = 0.02
 SHARD_BYTES = 5_000_000_000
@@ -53,14 +53,20 @@ def make_random(
     spec = read_spec(config)
     shapes = spec.resident_shapes() | spec.ffn_shapes()
     needed = sum(_nbytes(shape, dtype) for shape in shapes.values())
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    check_free_space(out.absolute().parent, needed + (1 << 20))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(parent, out.name)
+        check_free_space(parent, needed + (1 << 20))
+        temporary = parent / f".{out.name}.partial-{os.getpid()}"
+        temporary.mkdir()
+        lock = lock_folder(temporary)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror or error}") from error
     try:
         _write_weights(temporary, shapes, dtype, seed, progress)
         _write_tokenizer(temporary, folder, config)
         _write_json(temporary / "config.json", dict(config) | {"torch_dtype": dtype})
-        temporary.chmod(0o755)
         os.rename(temporary, out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -68,6 +74,9 @@ def make_random(
             kind = SpaceError if error.errno == errno.ENOSPC else FlashError
             raise kind(f"cannot write {out}: {error.strerror or error}") from error
         raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
     return out
 
 
@@ -80,11 +89,11 @@ def _find_card(card: str | Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         known = sorted(p.parent.name for p in models_folder().glob("*/config.json"))
         raise UsageError(f"no model card {str(card)!r}; known: {', '.join(known)}, or give the path of a config.json")
-    return path.parent, read_json(path)
+    return path.parent, read_json(safe_file(path.parent, path.name))
 
 
 def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape)) * ITEM_BYTES[dtype]
+    return math.prod(shape) * ITEM_BYTES[dtype]  # np.prod would wrap around, and a lie would fit on any disk
 
 
 def _write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int, progress: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from .convert import convert
 from .errors import UsageError
 from .source import find_folder, is_repo_id, source_hash
 from .storage.checkpoint import is_checkpoint
+from .storage.layout import layer_file
+from .storage.writer import remove_stale
 
 DEFAULT_MODEL = "flash-stories-6m"
 
@@ -59,9 +62,15 @@ def resolve_model(
         if not (model / "config.json").is_file():
             raise UsageError(f"the default model is not in this installation ({model}); give the path of a model")
     path = Path(model)
-    if path.is_dir() and is_checkpoint(path):
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # too long, a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(model)[:80]!r} cannot be a model: {reason}") from None
+    # A folder of bundles is never converted: where its config.json is damaged, opening it says so.
+    if path.is_dir() and (is_checkpoint(path) or (path / layer_file(0)).is_file()):
         return path
-    if not path.exists() and not is_repo_id(str(model)):
+    if not exists and not is_repo_id(str(model)):
         raise UsageError(f"{model} does not exist, and is not a Hugging Face repository id (owner/name)")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json, so it is no model folder")
@@ -76,7 +85,7 @@ def resolve_model(
 
 
 def _converted(folder: Path, name: str, dtype: str | None, announce: Callable[[str], None], progress: bool) -> Path:
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     safe_name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
     out = cache_folder() / f"{safe_name}-{source_hash(folder, dtype=dtype)[:12]}"
@@ -84,13 +93,24 @@ def _converted(folder: Path, name: str, dtype: str | None, announce: Callable[[s
         if is_checkpoint(out):  # without the lock: a cache that cannot be written serves what it has
             return out
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{out}.lock"):
+        lock = FileLock(f"{out}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            announce(f"another process is converting {folder}; waiting for it")
+            lock.acquire()
+        try:
             if not is_checkpoint(out):
+                remove_stale(out.parent)
+                shutil.rmtree(out, ignore_errors=True)  # a copy whose config.json is damaged
                 announce(f"converting {folder} once, into {out} (later runs use that copy)")
                 convert(folder, out, dtype=dtype, progress=progress, announce=announce)
-    except OSError as error:
+        finally:
+            lock.release()
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot write the cache {out.parent} ({error.strerror or error}); write a copy elsewhere: "
+            f"cannot write the cache {out.parent} ({reason}); write a copy elsewhere: "
             f"mlx_flash convert --hf-path {folder} --flash-path OUT"
         ) from error
     return out

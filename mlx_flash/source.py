@@ -65,9 +65,14 @@ def find_folder(path: str | Path, *, revision: str | None = None, weights: bool 
     """The folder of a local checkpoint or of a Hub repository, downloaded into Hugging Face's cache if it is
     not there yet. `weights` = False asks for the tokenizer's files only. Raises UsageError."""
     folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists()
+    except (OSError, ValueError) as error:  # too long, a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{str(path)[:80]!r} cannot be a checkpoint: {reason}") from None
+    if exists:
         raise UsageError(f"{path} is a file; give the folder that holds config.json")
     if isinstance(path, Path) or not is_repo_id(path):
         raise UsageError(f"{path} does not exist, and is not a Hugging Face repository id (owner/name)")

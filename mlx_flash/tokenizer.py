@@ -150,6 +150,10 @@ def load_tokenizer(folder: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
     backend, special_tokens = load_backend(folder, settings)
     more = read_json(folder / "generation_config.json").get("eos_token_id")
     stops = [*eos_ids, *(more if isinstance(more, list) else [] if more is None else [more])]
+    if not all(type(i) is int for i in stops):
+        raise FormatError(
+            f"generation_config.json: 'eos_token_id' is {str(more)[:80]}; it must be an id or a list of ids"
+        )
     return Tokenizer(backend, special_tokens, _chat_templates(folder, settings), stops)
 
 

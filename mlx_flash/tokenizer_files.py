@@ -130,7 +130,7 @@ def _read_source(folder: Path, name: str, settings: Mapping[str, Any]) -> _Sourc
                 raise FormatError(f"cannot read {folder / file}: {error}") from error
     raise ConfigError(
         f"no tokenizer in {folder} (tokenizer.json, tokenizer.model or vocab.json with merges.txt); "
-        "pass --tokenizer FOLDER, for OpenELM a folder with the Llama 2 tokenizer"
+        "convert again with --tokenizer FOLDER, for OpenELM a folder with the Llama 2 tokenizer"
     )
 
 

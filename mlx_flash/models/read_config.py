@@ -88,7 +88,9 @@ def family_of(config: Mapping[str, Any]) -> str:
 def _activation(config: _Config, family: Family) -> str:
     name = config.need(family.activation_key, str)
     if name not in ACTIVATIONS:
-        raise ConfigError(f"unknown activation {_short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}")
+        raise ConfigError(
+            f"unknown activation {_short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}"
+        )
     activation = ACTIVATIONS[name]
     if not family.gated and activation != "relu":
         raise ConfigError(f"activation {name!r} is not known for a plain MLP; known: relu")
@@ -193,11 +195,15 @@ def _opt(config: _Config) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim), ("enable_bias", True)):
         if config.get(key, wanted) != wanted:
-            raise ConfigError(f"config.json: {key!r} is {_short(config.get(key))}; only {wanted!r} is known (not OPT-350m)")
+            raise ConfigError(
+                f"config.json: {key!r} is {_short(config.get(key))}; only {wanted!r} is known (not OPT-350m)"
+            )
+    if dim % heads:
+        raise ConfigError(f"config.json: {heads} heads cannot share a 'hidden_size' of {dim}")
     layer = LayerSpec(heads, heads, config.need("ffn_dim"))
     return {
         "dim": dim,
-        "head_dim": config.check("hidden_size / num_attention_heads", dim // heads),
+        "head_dim": dim // heads,
         "layers": (layer,) * config.layers("num_hidden_layers"),
         "eps": 1e-5,
         "tied": config.flag("tie_word_embeddings", True),

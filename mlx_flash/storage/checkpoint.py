@@ -109,6 +109,9 @@ class Checkpoint:
             size = _file_bytes(self.path, name)
             if size != record["bytes"]:
                 raise _bad(self.path / name, f"has {size} bytes, {record['bytes']} were written")
+        for entry in self.path.iterdir():
+            if entry.is_symlink():  # tokenizers are read by name, recorded or not
+                _real_path(self.path, entry.name)
         for file in self.layer_files:
             check_layer_file(file.path, file.layout)
         _ = self._resident
@@ -126,8 +129,9 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str, int], None] | 
     for name, record in files.items():
         try:
             size = _file_bytes(path, name)
-        except FormatError:
-            problems.append(f"{name} (missing)")
+        except FormatError as error:
+            there = os.path.lexists(path / name)
+            problems.append(f"{name} (not a file of this folder: {error})" if there else f"{name} (missing)")
             continue
         if size != record["bytes"]:
             problems.append(f"{name} ({size} bytes, {record['bytes']} were written)")
@@ -171,6 +175,7 @@ def _bad(path: Path, problem: str) -> FormatError:
 
 def _read_small(path: Path) -> bytes:
     try:
+        _file_bytes(path.parent, path.name)  # opening a pipe would wait for ever
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
@@ -219,20 +224,26 @@ def _files(path: Path, files: Any) -> dict[str, dict[str, Any]]:
 
 def _file_bytes(folder: Path, name: str) -> int:
     """Size of a regular file of the checkpoint; FormatError where it is missing or leads elsewhere."""
+    status = os.stat(_real_path(folder, name))
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad(folder / name, "is not a regular file")
+    return status.st_size
+
+
+def _real_path(folder: Path, name: str) -> Path:
+    """Where a name of the checkpoint leads; FormatError where that is nowhere or outside the folder."""
     path = folder / name
     try:
         real, root = path.resolve(), folder.resolve()
         allowed = [root]
         if root.parent.name == "snapshots":  # the Hugging Face cache: snapshots/REVISION links into blobs
             allowed.append(root.parent.parent / "blobs")
-        status = os.stat(real)
+        os.stat(real)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links
         raise _bad(path, "is missing") from None
     if not any(real.is_relative_to(place) for place in allowed):
         raise _bad(path, f"is a link that leaves the checkpoint, to {real}")
-    if not stat.S_ISREG(status.st_mode):
-        raise _bad(path, "is not a regular file")
-    return status.st_size
+    return real
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:

@@ -10,8 +10,10 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -223,11 +225,11 @@ class FolderWriter:
             raise UsageError(f"{self.final} exists; remove it or choose another name")
         try:
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
+            remove_stale(self.final.parent, self.final.name)
             if self.path.exists():
                 raise UsageError(f"{self.final} is being written already, in {self.path}")
             self.path.mkdir()
-            self._lock_fd = _lock_folder(self.path)
+            self._lock_fd = lock_folder(self.path)
         except OSError as error:
             raise UsageError(f"cannot make the folder {self.path}: {error.strerror or error}") from error
         self.hash_thread = ThreadPoolExecutor(1, "mlx_flash-hash")
@@ -312,15 +314,22 @@ class FolderWriter:
             f"{format_bytes(_free_bytes(path.parent))} are free; make room or choose another disk"
         )
 
-    def _remove_stale(self) -> None:
-        """A folder nobody holds the lock of was left by a process that died."""
-        prefix = f".{self.final.name}.partial-"
-        for path in self.final.parent.iterdir():
-            if path.name.startswith(prefix) and path.name[len(prefix) :].isdigit() and path.is_dir():
-                fd = _lock_folder(path)
-                if fd >= 0:
-                    shutil.rmtree(path, ignore_errors=True)
-                    os.close(fd)
+
+def remove_stale(parent: Path, name: str | None = None) -> None:
+    """Remove the unfinished folders of `name` in `parent` whose process has died: nobody holds their lock.
+
+    Without a name: of all names, if nothing was done there for a minute (a new folder is locked a moment after it
+    appears). Where there is no `parent` yet, nothing happens.
+    """
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.partial-\d+")
+    for path in list(parent.iterdir()) if parent.is_dir() else ():
+        if not wanted.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        if name is not None or time.time() - path.stat().st_mtime > 60:
+            fd = lock_folder(path)
+            if fd >= 0:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(fd)
 
 
 def is_safe_name(name: str) -> bool:
@@ -329,7 +338,7 @@ def is_safe_name(name: str) -> bool:
     return not any(part in ("", ".", "..") for part in parts) and not set(name) & set("\\:\0")
 
 
-def _lock_folder(path: Path) -> int:
+def lock_folder(path: Path) -> int:
     """A descriptor that holds the folder's lock, or -1 where another process does, or locks are unknown."""
     if sys.platform == "win32":
         return -1

@@ -89,6 +89,26 @@ def test_the_prompt_may_come_from_stdin(flash: Path) -> None:
     assert done.returncode == 0 and len(json.loads(done.stdout)["tokens"]) == 8
 
 
+def test_stdin_that_is_not_text_is_refused(flash: Path) -> None:
+    command = [sys.executable, "-m", "mlx_flash.cli", *map(str, generate(flash, "--json"))]
+    command[command.index("Once")] = "-"
+    done = subprocess.run(command, input=b"a\xff", capture_output=True)
+    assert done.returncode == 2 and "not UTF-8" in json.loads(done.stdout)["error"]["message"]
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_config_that_is_not_the_tensors_is_refused(
+    capsys: pytest.CaptureFixture[str], flash: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(flash, tmp_path / "copy")
+    text = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(text.replace('"vocab_size": 300', '"vocab_size": 1000000000'))
+    status, result = run_json(capsys, "inspect", "--model", copy)
+    assert status == 2 and "token_embeddings" in result["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "words"),
     [

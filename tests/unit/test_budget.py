@@ -81,7 +81,16 @@ def test_format_keeps_three_digits(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.006, abs=1)
 
 
-@pytest.mark.parametrize("fields", [{"select": "some"}, {"max_context": 0}, {"prefill_chunk": 0}])
+def test_sizes_beyond_any_machine_are_refused() -> None:
+    with pytest.raises(BudgetError, match="more than any machine"):
+        parse_bytes("9" * 400 + "GB")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"select": "some"}, {"max_context": 0}, {"prefill_chunk": 0}, {"max_context": "4"}, {"max_context": True}]
+    + [{"memory": None}, {"memory": 1.5}, {"memory": True}],
+)
 def test_config_is_validated(fields: dict) -> None:
     with pytest.raises(UsageError):
         FlashConfig(**fields)
