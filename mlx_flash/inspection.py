@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,18 @@ import psutil
 
 from .config import FlashConfig, format_bytes
 from .errors import BudgetError
-from .load import EXACT, plan_run, run_costs
+from .load import EXACT, decide
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
     """The plan of a run as plain values, bytes throughout. A budget that is too small is reported, not raised."""
-    problem = None
+    plan, problem, memory = decide(model, config), None, None
     try:
-        plan = plan_run(model, config)
+        memory = plan.memory
     except BudgetError as error:
         problem = str(error)
-        plan = plan_run(model, replace(config, memory=1 << 62))
-    checkpoint, memory = plan.checkpoint, plan.memory
-    costs = run_costs(checkpoint, plan.spec, plan.backend, plan.selector, plan.context, config.prefill_chunk)
+    checkpoint, costs = plan.checkpoint, plan.costs
     counts = [layout.count for layout in checkpoint.layouts]
-    capacities = list(memory.capacities) if problem is None else [0] * len(counts)
     return {
         "path": str(checkpoint.path),
         "family": plan.spec.family,
@@ -36,15 +32,15 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "max_context": plan.context,
         "fits": problem is None,
         "problem": problem,
-        "budget_bytes": memory.budget_bytes if problem is None else int(config.memory),
+        "budget_bytes": plan.budget_bytes,
         "smallest_budget_bytes": costs.smallest,
         "everything_resident_bytes": costs.largest,
-        "parts": memory.parts if problem is None else costs.fixed | {"staging": costs.staging_block},
+        "parts": memory.parts if memory else costs.fixed | {"staging": costs.staging_block},
         "bundle_bytes": checkpoint.layouts[0].stride,
         "ffn_bytes": sum(layout.count * layout.stride for layout in checkpoint.layouts),
         "bundles": counts,
-        "capacities": capacities,
-        "worst_bytes_per_token": plan.worst_bytes_per_token if problem is None else None,
+        "capacities": list(memory.capacities) if memory else [0] * len(counts),
+        "worst_bytes_per_token": plan.worst_bytes_per_token if memory else None,
         "available_memory_bytes": psutil.virtual_memory().available,
     }
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .backends import choose
 from .backends.base import BLOCK, Backend, FFNSpec, Widths
-from .config import FlashConfig, format_bytes
+from .config import FlashConfig
 from .errors import FormatError, UsageError
 from .models.families import ModelSpec
 from .models.read_config import read_spec
@@ -43,16 +44,29 @@ class RunPlan:
     backend: Backend
     models: Any
     selector: str
-    memory: MemoryPlan
+    costs: Costs
+    budget_bytes: int
     context: int
     dtype: str
 
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """How the budget is split; raises BudgetError when it is too small."""
+        return split_budget(self.costs, self.budget_bytes)
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether nothing is ever read once everything has been."""
+        return self.memory.capacities == self.costs.counts
+
     @property
     def worst_bytes_per_token(self) -> int:
-        """Bytes one token reads when nothing that it needs beyond the fixed slots is resident."""
+        """Most bytes that one token reads. `gate`: whole layers, as reads of near neighbours are merged."""
         layouts = self.checkpoint.layouts
-        skipped = layouts[0].parts[0].nbytes if self.selector == "gate" else 0
-        per_bundle = layouts[0].stride - skipped
+        per_bundle = layouts[0].stride
+        if self.selector == "gate":
+            pairs = zip(layouts, self.memory.capacities, strict=True)
+            return sum(layout.count * per_bundle for layout, capacity in pairs if capacity < layout.count)
         return sum(b.count - c for b, c in zip(layouts, self.memory.capacities, strict=True)) * per_bundle
 
 
@@ -104,6 +118,7 @@ def run_costs(
     if selector == "gate":
         fixed[f"{names[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
     slot = backend.slab_bytes(layouts[0], 8 * BLOCK, slot_parts) // (8 * BLOCK)
+    fixed["page rounding"] = len(layouts) * (backend.slab_bytes(layouts[0], 1, slot_parts) - slot)
     return Costs(
         checkpoint.path.name,
         fixed,
@@ -120,6 +135,7 @@ def spec_widths(spec: ModelSpec) -> Widths:
         max(layer.intermediate for layer in spec.layers),
         max((layer.heads + 2 * layer.kv_heads) * spec.head_dim for layer in spec.layers),
         spec.head_dim,
+        max(layer.heads for layer in spec.layers),
     )
 
 
@@ -131,8 +147,11 @@ def choose_selector(config: FlashConfig, spec: ModelSpec, costs: dict[str, Costs
         return config.select
     if spec.activation != "relu":
         return "all"
-    fits = config.memory == "auto" or int(config.memory) >= costs["gate"].smallest
-    return "gate" if fits else "all"
+    return "gate" if budget_for(config, costs["gate"]) >= costs["gate"].smallest else "all"
+
+
+def budget_for(config: FlashConfig, costs: Costs) -> int:
+    return auto_budget(costs) if config.memory == "auto" else int(config.memory)
 
 
 def announce(message: str) -> None:
@@ -140,13 +159,8 @@ def announce(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
-    """Decide how a flash checkpoint would run. Opens and checks its files' headers, loads nothing.
-
-    Raises FormatError, ConfigError, BudgetError, BackendError, UsageError.
-    """
-    checkpoint = Checkpoint.open(resolve_model(None if model is None else str(model), announce=announce))
-    spec = read_spec(checkpoint.config, checkpoint.resident_tensors())
+def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raise FormatError unless config.json describes the bundles and the resident tensors that are there."""
     flash = checkpoint.config["flash"]
     layouts = [spec.layout(i, flash["dtype"]) for i in range(len(spec.layers))]
     if layouts != checkpoint.layouts or flash["activation"] != spec.activation:
@@ -162,6 +176,14 @@ def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
             f"{checkpoint.path}: config.json and the resident tensors disagree on {len(wrong)}, such as {wrong[0]!r}: "
             f"{found.get(wrong[0])} on disk, {wanted.get(wrong[0])} by the config; convert the model again"
         )
+
+
+def decide(model: str | Path | None, config: FlashConfig) -> RunPlan:
+    """How a flash checkpoint would run; whether the budget is enough is only seen at `.memory`. Opens and checks the
+    files' headers, loads nothing. Raises FormatError, ConfigError, BackendError, UsageError."""
+    checkpoint = Checkpoint.open(resolve_model(None if model is None else str(model), announce=announce))
+    spec = read_spec(checkpoint.config, checkpoint.resident_tensors())
+    check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
@@ -169,12 +191,26 @@ def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
     backend = entry.make()
     costs = {s: run_costs(checkpoint, spec, backend, s, context, config.prefill_chunk) for s in ("all", "gate")}
     selector = choose_selector(config, spec, costs)
-    budget = auto_budget(costs[selector]) if config.memory == "auto" else int(config.memory)
-    memory = split_budget(costs[selector], budget)
     return RunPlan(
-        checkpoint, spec, config, backend_name, backend, import_module(entry.models), selector, memory, context,
-        flash["dtype"],
-    )  # fmt: skip
+        checkpoint,
+        spec,
+        config,
+        backend_name,
+        backend,
+        import_module(entry.models),
+        selector,
+        costs[selector],
+        budget_for(config, costs[selector]),
+        context,
+        checkpoint.config["flash"]["dtype"],
+    )
+
+
+def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
+    """`decide`, and raise BudgetError when the budget is too small."""
+    plan = decide(model, config)
+    _ = plan.memory
+    return plan
 
 
 def load(path: str | Path | None = None, config: FlashConfig | None = None, **fields: Any) -> tuple[Any, Any]:
@@ -183,7 +219,8 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
     path: flash checkpoint, Hugging Face folder or repo id (converted once into the user's cache); None: the default
     model. fields: those of FlashConfig, over `config`. On the mlx backend `model` is an mlx-lm model, which
     `mlx_lm.generate` takes unchanged; on numpy it is a `Decoder`. `model.flash` has the plan and the counters.
-    Raises the errors of `plan_run`, and ReadError.
+    The budget holds for `generate` and `stream_generate` of this package; mlx-lm's own functions pass prompts in
+    chunks of 2048 tokens and let the KV cache grow beyond `max_context`. Raises the errors of `plan_run`, ReadError.
     """
     plan = plan_run(path, replace(config or FlashConfig(), **fields))
     run = Run(plan)
@@ -195,15 +232,3 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
         raise
     model.flash = run
     return model, tokenizer
-
-
-def describe(plan: RunPlan) -> str:
-    """One line: model, selector, backend, budget."""
-    memory = plan.memory
-    return (
-        f"{plan.checkpoint.path.name}: {plan.selector} on {plan.backend_name}, "
-        f"{format_bytes(memory.total_bytes)} of {format_bytes(memory.budget_bytes)} planned"
-    )
-
-
-__all__ = ["RunPlan", "Run", "describe", "load", "plan_run"]

@@ -37,6 +37,7 @@ class Widths:
     intermediate: int
     qkv_rows: int
     head_dim: int
+    heads: int
 
 
 class Slab(Protocol):

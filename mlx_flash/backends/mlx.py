@@ -355,7 +355,8 @@ class MlxBackend:
         block = _block_bytes(dim, 4, chunk)
         ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + block)
         fused = available() and widths.head_dim in FUSED_HEAD_DIMS
-        scores = 0 if fused else 2 * 4 * (widths.qkv_rows // widths.head_dim) * chunk * context
+        item = layout.parts[0].nbytes // layout.parts[0].length
+        scores = 0 if fused else 2 * item * widths.heads * chunk * context
         activations = 4 * chunk * (5 * dim + 5 * widths.qkv_rows)
         copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts[-2:])
         return max(max(ffn, scores) + activations, copies) + cache_limit_bytes(dim)

@@ -210,4 +210,5 @@ class NumpyBackend:
         ffn = 4 * tokens * (widths.intermediate + 4 * BLOCK + 2 * dim)
         attention = 4 * tokens * (context + 3 * widths.head_dim) + 2 * tokens * tokens
         activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows)
-        return weights + ffn + attention + activations + (1 << 20)
+        rotations = 8 * context * widths.head_dim
+        return weights + ffn + attention + activations + rotations + (1 << 20)

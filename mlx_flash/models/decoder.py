@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 
+from ..errors import UsageError
 from ..sampling import Sampling, make_sampler
 from ..storage.checkpoint import Checkpoint
 from ..storage.pinned import load_tensors
@@ -39,7 +41,8 @@ class Layer:
     """Attention, norms and FFN of one layer."""
 
     def __init__(self, decoder: Decoder, index: int, ffn: FFN):
-        self.decoder, self.backend, self.ffn = decoder, decoder.backend, ffn
+        # A proxy: a cycle would keep the weights in memory after the model is dropped.
+        self.decoder, self.backend, self.ffn = proxy(decoder), decoder.backend, ffn
         self.shape = decoder.spec.layers[index]
         self.index = index
         roles = ["attn_norm", "ffn_norm", "o"] + (["qkv"] if "qkv" in decoder.spec.table.names else ["q", "k", "v"])
@@ -75,13 +78,11 @@ class Layer:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, `context` tokens at most, in the checkpoint's dtype."""
+    """Keys and values of the tokens seen so far, `context` tokens at most, in the checkpoint's dtype: per layer a
+    pair of (K, context, D)."""
 
-    def __init__(self, decoder: Decoder):
-        spec, new = decoder.spec, decoder.backend.new_cache
-        shapes = [(layer.kv_heads, decoder.context, spec.head_dim, decoder.dtype) for layer in spec.layers]
-        self.layers = [(new(*shape), new(*shape)) for shape in shapes]
-        self.length = 0
+    def __init__(self, layers: list[tuple[Any, Any]]):
+        self.layers, self.length = layers, 0
 
 
 class Decoder:
@@ -97,8 +98,11 @@ class Decoder:
         self.dtype, self.context = dtype, context
         self.rotations = None  # (2, context, D/2): cosines and sines
         if spec.rope is not None:
-            angle = np.arange(context)[:, None] * inverse_frequencies(spec.rope, spec.head_dim)
-            self.rotations = np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+            inverse = inverse_frequencies(spec.rope, spec.head_dim)
+            self.rotations = np.empty((2, context, len(inverse)), np.float32)
+            for begin in range(0, context, 4096):  # in pieces: angles are fp64
+                angle = np.arange(begin, min(begin + 4096, context))[:, None] * inverse
+                self.rotations[:, begin : begin + 4096] = np.cos(angle), np.sin(angle)
         self.embed = self.weight("embed")[0]
         self.head = self.embed if spec.tied else self.weight("head")[0]
         self.positions = self.weight("positions")[0] if "positions" in spec.table.names else None
@@ -117,14 +121,21 @@ class Decoder:
         return self.backend.rms_norm(x, weight, self.spec.eps)
 
     def make_cache(self) -> Cache:
-        """An empty cache. The memory is one per model: the budget holds one."""
+        """An empty cache, in the one piece of memory that the budget holds: those given out before are void."""
         if self._cache is None:
-            self._cache = Cache(self)
-        self._cache.length = 0
+            new, size = self.backend.new_cache, self.spec.head_dim
+            shapes = [(layer.kv_heads, self.context, size, self.dtype) for layer in self.spec.layers]
+            self._cache = Cache([(new(*shape), new(*shape)) for shape in shapes])
+        self._cache = Cache(self._cache.layers)
         return self._cache
 
     def __call__(self, ids: Sequence[int], cache: Cache) -> np.ndarray:
-        """Run T new tokens; returns the logits (vocab,) fp32 after the last one."""
+        """Run T new tokens; returns the logits (vocab,) fp32 after the last one.
+
+        Raises UsageError when another reply has begun since: this model's memory holds one at a time.
+        """
+        if cache is not self._cache:
+            raise UsageError("another reply began on this model since; finish one before the next, or load it twice")
         start, tokens = cache.length, np.asarray(ids, np.int64)
         x = self.backend.embed(self.embed, tokens)
         if self.positions is not None:

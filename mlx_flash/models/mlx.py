@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
@@ -76,7 +77,7 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     if (program := json.loads((path / "config.json").read_text()).get("model_file")) is not None:
         raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
-    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    def classes(config: dict[str, Any]) -> Any:
         return _model_class(spec.family, ffns)
 
     try:
@@ -90,19 +91,19 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     return model
 
 
-def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[type[nn.Module], type]:
-    """mlx-lm's class for `family`, whose instances have the FFN modules replaced from the start: strict loading then
-    asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
+def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
+    """What mlx-lm calls to make a model of `family`: its own class, with the FFN modules replaced from the start.
+    Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
     module, attribute = MODULES[family]
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
-    class FlashModel(architecture.Model):  # type: ignore[name-defined]
-        def __init__(self, args: Any):
-            super().__init__(args)
-            for layer, ffn in zip(self.layers, ffns, strict=True):
-                setattr(layer, attribute, FlashFFNModule(ffn))
+    def make(args: Any) -> nn.Module:
+        model = architecture.Model(args)
+        for layer, ffn in zip(model.layers, ffns, strict=True):
+            setattr(layer, attribute, FlashFFNModule(ffn))
+        return model
 
-    return FlashModel, architecture.ModelArgs
+    return make, architecture.ModelArgs
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
@@ -143,21 +144,48 @@ def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
 def steps(
     model: nn.Module, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
 ) -> Iterator[int]:
-    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens.
-
-    mlx-lm computes one token ahead, also past the last one: its KV cache then holds prompt + max_tokens tokens.
-    """
-    if max_tokens < 1:  # mlx-lm would compute a step, and take -1 for no limit
+    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens."""
+    if max_tokens < 1:
         return
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
     prompt = mx.array(list(prompt_ids), mx.int32)
     with _wired(model):
-        for token, _ in generate_step(
-            prompt, model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_chunk
-        ):
-            yield int(token)
+        if model.flash.plan.all_resident:
+            # mlx-lm's loop is one step ahead of the token it gives: the GPU never waits for Python.
+            ahead = generate_step(
+                prompt, model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_chunk
+            )
+            yield from (int(token) for token, _ in ahead)
+        else:
+            yield from _steps_in_turn(model, prompt, max_tokens, sampler, prefill_chunk)
+
+
+def _steps_in_turn(
+    model: nn.Module, prompt: mx.array, max_tokens: int, sampler: Callable[[mx.array], mx.array], chunk: int
+) -> Iterator[int]:
+    """One step after the other: where steps read, a step ahead would delay each token by the next one's reads."""
+    cache = make_prompt_cache(model)
+
+    def logits_after(ids: mx.array) -> mx.array:  # (T,) -> (1, vocab)
+        with mx.stream(generation_stream):
+            return model(ids[None], cache=cache)[:, -1, :]
+
+    while prompt.size > 1:
+        count = min(chunk, prompt.size - 1)
+        logits_after(prompt[:count])
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        prompt = prompt[count:]
+    logits = logits_after(prompt)
+    for made in range(1, max_tokens + 1):
+        with mx.stream(generation_stream):
+            token = sampler(logits - mx.logsumexp(logits, keepdims=True)).item()
+        assert isinstance(token, int)
+        yield token
+        if made < max_tokens:
+            logits = logits_after(mx.array([token], mx.int32))
 
 
 @contextmanager

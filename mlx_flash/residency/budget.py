@@ -96,25 +96,28 @@ def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     return MemoryPlan(budget_bytes, parts, capacities, staging)
 
 
-def cgroup_limit() -> int | None:
-    """The memory limit of this process's control group (Linux, v1 or v2) in bytes, or None."""
+def cgroup_limit(root: Path = Path("/")) -> int | None:
+    """The memory limit of this process's control group (Linux, v1 or v2) in bytes, or None. Limits of the groups
+    above count too, and in a container the group's own path need not exist below the mount."""
     limits = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
         number, controllers, group = line.split(":", 2)
         if number == "0" and not controllers:
-            file = Path("/sys/fs/cgroup") / group.lstrip("/") / "memory.max"
+            base, name = root / "sys/fs/cgroup", "memory.max"
         elif "memory" in controllers.split(","):
-            file = Path("/sys/fs/cgroup/memory") / group.lstrip("/") / "memory.limit_in_bytes"
+            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        try:
-            limits.append(int(file.read_text()))
-        except (OSError, ValueError):  # not mounted, or "max"
-            continue
+        folder = base / group.lstrip("/")
+        for above in [folder, *folder.parents][: len(folder.parts) - len(base.parts) + 1]:
+            try:
+                limits.append(int((above / name).read_text()))
+            except (OSError, ValueError):  # not there, or "max"
+                continue
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 

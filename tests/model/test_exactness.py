@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 import mlx_flash
 from mlx_flash.inspection import inspect_model
+from mlx_flash.residency.budget import MemoryPlan
+from mlx_flash.sampling import Sampling
 from tests.tiny import CONFIGS, make_tiny
 
 PROMPTS = (1, 17, 300)
@@ -56,6 +59,55 @@ def test_logits_are_bit_identical_at_every_budget(relu_model: Path, select: str)
     assert np.isfinite(wanted).all() and wanted.std() > 0
     for memory in budgets[:-1]:
         assert (all_logits(relu_model, memory, select) == wanted).all(), f"{select} differs at {memory} bytes"
+
+
+@pytest.mark.parametrize("staging", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("select", "capacities"),
+    [
+        ("all", (0, 256, 256)),
+        ("all", (64, 0, 512)),
+        ("gate", (20, 100, 200)),
+        ("gate", (0, 288, 3)),
+        ("gate", (1, 1, 1)),
+    ],
+)
+def test_uneven_slots_and_read_ahead_change_nothing(
+    relu_model: Path, select: str, capacities: tuple[int, ...], staging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Capacities are chosen here, not by a budget: partly resident layers, and streams of several slabs."""
+    high = some_budgets(relu_model, select)[-1]
+    wanted = all_logits(relu_model, high, select, tokens=6)
+    module = sys.modules["mlx_flash.load"]  # `mlx_flash.load` is the function
+    monkeypatch.setattr(module, "split_budget", lambda costs, size: MemoryPlan(size, {}, capacities, staging))
+    assert (all_logits(relu_model, high, select, tokens=6) == wanted).all()
+
+
+def test_a_second_reply_voids_the_first(relu_model: Path) -> None:
+    """One KV cache is budgeted: a suspended reply must not go on from the other's keys."""
+    model, _ = mlx_flash.load(relu_model, backend="numpy")
+    first = model.flash.steps(model, [1, 2, 3], 5, Sampling())
+    next(first)
+    wanted = list(model.flash.steps(model, [1, 2, 3], 5, Sampling()))
+    with pytest.raises(mlx_flash.UsageError, match="another reply"):
+        list(first)
+    assert list(model.flash.steps(model, [1, 2, 3], 5, Sampling())) == wanted
+    model.flash.close()
+
+
+def test_a_dropped_model_is_gone_at_once(relu_model: Path) -> None:
+    import gc
+    import weakref
+
+    gc.disable()  # no cycle may keep gigabytes until the collector comes by
+    try:
+        model, _ = mlx_flash.load(relu_model, backend="numpy")
+        model.flash.close()
+        alive = weakref.ref(model.layers[0])
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_silu_too(silu_model: Path) -> None:

@@ -57,9 +57,25 @@ def test_auto_is_the_least_of_its_three(monkeypatch: pytest.MonkeyPatch) -> None
     assert auto_budget(costs) == 1500
 
 
-def test_a_cgroup_limit_is_read(tmp_path: Path) -> None:
-    limit = budget.cgroup_limit()
-    assert limit is None or limit > 1 << 20
+@pytest.mark.parametrize(
+    ("line", "files", "limit"),
+    [
+        ("0::/", {"memory.max": "max"}, None),
+        ("0::/a/b", {"a/memory.max": "500", "a/b/memory.max": "max"}, 500),
+        ("0::/a/b", {"a/memory.max": "500", "a/b/memory.max": "400"}, 400),
+        ("5:memory:/docker/abc", {"memory/memory.limit_in_bytes": "700"}, 700),
+        ("5:cpu,memory:/x", {"memory/x/memory.limit_in_bytes": str(1 << 62)}, None),
+        ("5:cpu:/x", {"memory/x/memory.limit_in_bytes": "1"}, None),
+    ],
+)
+def test_cgroup_limits_are_read(tmp_path: Path, line: str, files: dict[str, str], limit: int | None) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
+    for name, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert budget.cgroup_limit(tmp_path) == limit
 
 
 @pytest.mark.parametrize(
