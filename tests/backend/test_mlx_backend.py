@@ -317,7 +317,7 @@ def test_prefill_waits_before_its_temporaries_pile_up() -> None:
     slab = BACKEND.slab(layout, count, ["gate", "up", "down"])
     x = mx.ones((1, tokens, DIM))
     mx.eval(x)
-    stated = BACKEND.prefill_scratch_bytes(layout, Widths(DIM, count, 3 * DIM, DIM), tokens, tokens)
+    stated = BACKEND.prefill_scratch_bytes(layout, Widths(DIM, count, 3 * DIM, DIM, 1), tokens, tokens)
     mx.reset_peak_memory()
     before, settled = mx.get_active_memory(), []
     work = BACKEND.ffn(FFNSpec(layout, "silu", True), x)

@@ -325,10 +325,10 @@ def prefill(backend: NumpyBackend, widths: Widths, tokens: int, context: int, dt
 @pytest.mark.parametrize(
     ("widths", "tokens", "context"),
     [
-        (Widths(512, 600, 1536, 64), 200, 200),
-        (Widths(128, 2000, 384, 32), 100, 1500),
-        (Widths(64, 64, 192, 32), 16, 8000),
-        (Widths(64, 9000, 192, 32), 100, 100),
+        (Widths(512, 600, 1536, 64, 8), 200, 200),
+        (Widths(128, 2000, 384, 32, 4), 100, 1500),
+        (Widths(64, 64, 192, 32, 2), 16, 8000),
+        (Widths(64, 9000, 192, 32, 2), 100, 100),
     ],
 )
 def test_prefill_stays_within_the_scratch_that_the_budget_was_told(
