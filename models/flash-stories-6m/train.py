@@ -2,6 +2,8 @@
 
     python train.py --stories DIR --out DIR [--steps N]      DIR holds train/*.txt and held/*.txt, a paragraph a line
 
+    python train.py --out DIR --record FILE.npz               logits of the finished model, for the runtime's tests
+
 Resumable: run the same command again. The rate is constant until the last `--decay` of the steps, so `--steps` may be
 changed while training. Needs torch, tokenizers, safetensors, numpy; runs on a CPU or a CUDA GPU.
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
@@ -261,6 +263,30 @@ def save_folder(model, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
+@torch.no_grad()
+def record(folder: Path, file: Path, lengths: tuple[int, ...] = (1, 17, 300), new_tokens: int = 100) -> None:
+    """Write prompts (a text the model samples, cut at `lengths`), the fp32 logits after each, and its greedy reply."""
+    model = OpenELM(json.loads((folder / "config.json").read_text())).eval()
+    model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    generator, ids = torch.Generator().manual_seed(1), [0]
+    while len(ids) < max(lengths):
+        weights = torch.softmax(model(torch.tensor([ids]))[0, -1] / 0.8, 0)
+        ids.append(int(torch.multinomial(weights, 1, generator=generator)))
+    arrays = {}
+    for length in lengths:
+        reply = list(ids[:length])
+        logits = [model(torch.tensor([reply]))[0, -1]]
+        for _ in range(new_tokens):
+            reply.append(int(logits[-1].argmax()))
+            logits.append(model(torch.tensor([reply]))[0, -1])
+        arrays[f"prompt_{length}"] = np.array(ids[:length], np.int32)
+        arrays[f"reply_{length}"] = np.array(reply[length:], np.int32)
+        arrays[f"logits_{length}"] = logits[0].numpy()
+        best = torch.stack(logits[:-1]).topk(2).values
+        arrays[f"margins_{length}"] = (best[:, 0] - best[:, 1]).numpy()
+    np.savez_compressed(file, **arrays)
+
+
 class Log:
     def __init__(self, path: Path):
         self.path = path
@@ -290,7 +316,7 @@ def train_step(model, forward, optimizers, batch, device, l1_weight: float):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path, required=True)
+    parser.add_argument("--stories", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=8)
@@ -300,7 +326,12 @@ def main() -> None:
     parser.add_argument("--zeros", type=float, default=0.91, help="fraction of exact zeros to reach; 0 turns L1 off")
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the finished model's logits and stop")
     args = parser.parse_args()
+    if args.record:
+        return record(args.out, args.record)
+    if args.stories is None:
+        parser.error("--stories is needed for training")
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
