@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,12 +31,14 @@ def available_cores() -> int:
 
 
 class Workers:
-    """`count` threads, the calling one among them. Helpers are started when they are first needed."""
+    """`count` threads, the calling one among them. Helpers are started when they are first needed; they never end, so
+    all Workers of a process share them."""
+
+    _wake: ClassVar[list[threading.Lock]] = []  # one per helper; held while it sleeps
+    _job: ClassVar[Job | None] = None
 
     def __init__(self) -> None:
         self._count = min(available_cores(), DEFAULT_THREADS)
-        self._wake: list[threading.Lock] = []  # one per helper; held while it sleeps
-        self._job: Job | None = None
 
     @property
     def count(self) -> int:
@@ -62,11 +64,19 @@ class Workers:
         """
         state = np.zeros(2, np.int64)
         job: Job = (kernel, (state, tasks, *arguments))
-        if tasks > 1 and not alone and self._count > 1:
-            self._job = job
-            for helper in range(min(self._count, tasks) - 1):
-                self._rouse(helper)
-        while kernel(*job[1]) < tasks:
+        try:
+            if tasks > 1 and not alone and self._count > 1:
+                Workers._job = job
+                for helper in range(min(self._count, tasks) - 1):
+                    self._rouse(helper)
+            self._finish(job, tasks)
+        except BaseException:
+            self._finish(job, tasks)  # on Ctrl-C too: helpers would go on with arrays that the caller uses again
+            raise
+
+    @staticmethod
+    def _finish(job: Job, tasks: int) -> None:
+        while job[0](*job[1]) < tasks:
             time.sleep(0)
 
     def _rouse(self, helper: int) -> None:
@@ -78,9 +88,10 @@ class Workers:
             with suppress(RuntimeError):  # another thread's call has just done so
                 self._wake[helper].release()
 
-    def _help(self, wake: threading.Lock) -> None:
+    @staticmethod
+    def _help(wake: threading.Lock) -> None:
         while True:
             wake.acquire()
-            job = self._job  # the newest: one that is over has no task left
+            job = Workers._job  # the newest: one that is over has no task left
             if job is not None:
                 job[0](*job[1])

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..storage.reader import ReadReport, Target
-
-
-class Done:
-    """A read that needed no disk."""
-
-    def wait(self) -> ReadReport:
-        return ReadReport(0, 0)
+from ..storage.reader import Target
 
 
 def copy_rows(

@@ -32,7 +32,11 @@ Fetch = Callable[[Request, Any], Pending]
 
 
 class BlockStream:
-    """Keeps every staging slab but the one in use filling. `take` and `release` alternate."""
+    """Keeps every staging slab but the one in use filling. `take` and `release` alternate.
+
+    An exception other than ReadError (Ctrl-C) leaves reads under way, also some that are not in the ring: drain the
+    reader, then `stop`.
+    """
 
     def __init__(self, slabs: list[Any]):
         self.slabs = slabs
@@ -51,9 +55,9 @@ class BlockStream:
     def stop(self) -> None:
         """Wait for what is in flight and drop it; all slabs are free afterwards."""
         while self._coming:
-            _, _, pending = self._coming.popleft()
             with suppress(ReadError):  # dropped: whoever asks for it again will see the error again
-                pending.wait()
+                self._coming[0][2].wait()
+            self._coming.popleft()  # not before the wait, which may be interrupted
         self._free = list(self.slabs)
         self._wanted = iter(())
 
@@ -62,13 +66,13 @@ class BlockStream:
 
     def take(self) -> tuple[Request, Any]:
         """The next block, once it is there. A ReadError stops the stream: `start` begins anew."""
-        request, slab, pending = self._coming.popleft()
+        request, slab, pending = self._coming[0]
         try:
             pending.wait()
-        except BaseException:
-            self._coming.appendleft((request, slab, pending))
+        except ReadError:
             self.stop()
             raise
+        self._coming.popleft()
         return request, slab
 
     def release(self, slab: Any) -> None:
@@ -83,8 +87,5 @@ class BlockStream:
                 return
             slab = self._free.pop()
             assert self._fetch is not None
-            try:
-                self._coming.append((request, slab, self._fetch(request, slab)))
-            except BaseException:
-                self.stop()
-                raise
+            # If this is interrupted the slab is in neither list: it may be half submitted, so nobody may have it.
+            self._coming.append((request, slab, self._fetch(request, slab)))

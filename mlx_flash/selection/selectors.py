@@ -15,10 +15,10 @@ import numpy as np
 
 from ..backends.base import BLOCK, Backend, FFNPass, FFNSpec, Slab
 from ..residency.residency import Plan, Residency
-from ..residency.rows import Done, clip_targets, copy_rows
+from ..residency.rows import clip_targets, copy_rows
 from ..residency.stream import BlockStream, Request
 from ..stats import Stats
-from ..storage.reader import Pending, Reader, ReadReport, Target
+from ..storage.reader import Done, Pending, Reader, ReadReport, Target
 
 
 @dataclass
@@ -29,6 +29,19 @@ class Shared:
     reader: Reader
     stream: BlockStream
     stats: Stats
+    unfinished: AllSelector | GateSelector | None = None  # whose call is under way, or was when it was interrupted
+
+    def begin(self, selector: AllSelector | GateSelector) -> None:
+        """Before a call: clean up after one that raised. Here, not in an `except`, which a second Ctrl-C would cut
+        short; the same interrupt can hit here, and the next call begins again."""
+        if self.unfinished is not None:
+            self.reader.drain()  # first: what is still being read must not land in memory that is given anew
+            self.stream.stop()
+            self.unfinished.forget()
+        self.unfinished = selector
+
+    def end(self) -> None:
+        self.unfinished = None
 
     def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
         if not len(ids):
@@ -83,6 +96,7 @@ class AllSelector:
         self.loaded = False
 
     def __call__(self, x: Any) -> Any:
+        self.shared.begin(self)
         streamed = self.capacity < self.count
         if streamed and not self.shared.stream.next_is(self.layer, self.capacity):
             self.shared.stream.start(self._circle(), self.shared.fetch)
@@ -98,7 +112,12 @@ class AllSelector:
         if is_decode(x):
             self.shared.stats.hits += self.capacity
             self.shared.stats.misses += self.count - self.capacity
-        return work.result()
+        result = work.result()
+        self.shared.end()
+        return result
+
+    def forget(self) -> None:
+        """A call was cut short: nothing to do, `loaded` becomes true after the read and the slab never changes."""
 
     def _load_resident(self) -> None:
         if self.capacity and not self.loaded:
@@ -132,24 +151,28 @@ class GateSelector:
         self.loaded = False
 
     def __call__(self, x: Any) -> Any:
+        self.shared.begin(self)
         if not self.loaded:
             ids = np.arange(self.count)
             self.shared.read(self.layer, ids, ids, self.gate_slab.targets).wait()
             self.loaded = True
-        if not is_decode(x):
-            return self._prefill(x)
+        result = self._decode(x) if is_decode(x) else self._prefill(x)
+        self.shared.end()
+        return result
+
+    def forget(self) -> None:
+        """A call was cut short, by a failed read or an interrupt: the slots hold unknown bytes."""
+        self.residency.reset()
+
+    def _decode(self, x: Any) -> Any:
         work = self.shared.backend.ffn(self.spec, x)
         plan = self.residency.plan(work.gate(self.gate_slab))
         self.shared.stats.hits += len(plan.hits)
         self.shared.stats.misses += len(plan.ids) - len(plan.hits)
-        try:
-            self._decode(work, plan)
-        except BaseException:
-            self.residency.reset()  # a failed read leaves unknown bytes in the slots
-            raise
+        self._add_fired(work, plan)
         return work.result()
 
-    def _decode(self, work: FFNPass, plan: Plan) -> None:
+    def _add_fired(self, work: FFNPass, plan: Plan) -> None:
         ids, slots = plan.ids, plan.slots
         self.residency.evict(plan)
         pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)

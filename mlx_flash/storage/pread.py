@@ -1,6 +1,9 @@
 """Reading bundles with scattering `preadv` calls from a few threads, around the page cache where possible.
 
 Knows files, rows and alignment; which bundles are wanted, and why, is the caller's business.
+
+The calling thread touches plain locks and a SimpleQueue only, which are written in C: Python's own Executor, Future
+and Condition stay locked for good where Ctrl-C interrupts them.
 """
 
 from __future__ import annotations
@@ -9,14 +12,16 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
 from types import TracebackType
 
 import numpy as np
 
-from ..errors import ReadError
+from ..errors import ReadError, UsageError
 from .layout import DATA_START
 from .pieces import PAGE, Pieces, check_request, pieces, segments
 from .protocol import LayerFile, Pending, ReadReport, Target
@@ -24,13 +29,15 @@ from .protocol import LayerFile, Pending, ReadReport, Target
 MERGE_GAP = 16384
 PIECE_BYTES = 1 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_FORKED = "cannot read: this process was forked from the one that loaded the model; load it in the child"
+_local = threading.local()  # each worker's staging memory
 
 
 class Done:
     """A request that has ended: with a report, or with the error that `wait` raises."""
 
-    def __init__(self, outcome: ReadReport | ReadError):
-        self.outcome = outcome
+    def __init__(self, outcome: ReadReport | ReadError | None = None):
+        self.outcome = outcome or ReadReport(0, 0)
 
     def wait(self) -> ReadReport:
         if isinstance(self.outcome, ReadError):
@@ -39,16 +46,17 @@ class Done:
 
 
 class _OpenFile:
-    """An open layer file. align: what direct reads must be multiples of; 1 where reads are buffered."""
+    """An open layer file, until nobody needs it. align: what direct reads must be multiples of; 1 where reads are
+    buffered."""
 
     def __init__(self, source: LayerFile, layer: int, direct: bool):
         self.source, self.layer = source, layer
+        self.fd = self.buffered_fd = -1
         self.fd, self.align = _open_direct(source.path) if direct else (-1, 1)
         if self.fd < 0:
             self.fd = os.open(source.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             if direct:
                 _bypass_cache(self.fd)
-        self.buffered_fd = -1
         self.lock = threading.Lock()
 
     def buffered(self) -> int:
@@ -63,6 +71,8 @@ class _OpenFile:
             if fd >= 0:
                 os.close(fd)
         self.fd = self.buffered_fd = -1
+
+    __del__ = close
 
     def fill(self, buffers: list[memoryview], at: int, end: int) -> None:
         """Read [at, end) into `buffers`, which may reach further; continues short and interrupted reads."""
@@ -134,40 +144,69 @@ def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
     return []
 
 
-class _Job:
-    """One request under way; every worker takes pieces until none is left or one has failed."""
+def _staging(count: int) -> memoryview:
+    """The calling thread's page-aligned scratch memory, at least `count` bytes, used again and again."""
+    found: memoryview | None = getattr(_local, "staging", None)
+    if found is None or len(found) < count:
+        found = _local.staging = memoryview(mmap.mmap(-1, max(count, PIECE_BYTES)))
+    return found
 
-    def __init__(self, reader: PreadReader, file: _OpenFile, plan: Pieces, targets: Sequence[Target]):
-        self.reader, self.file, self.plan = reader, file, plan
+
+class _Job:
+    """One request under way; every worker takes pieces until none is left. Has ended when every piece has been read,
+    or skipped because another failed. Only workers, which signals never reach, hold `lock` and count."""
+
+    def __init__(self, file: _OpenFile, plan: Pieces, targets: Sequence[Target], scrap: memoryview):
+        self.file, self.plan, self.scrap = file, plan, scrap
         self.targets = targets  # also keeps their memory alive
         self.memory = [target.flat for target in targets]
         self.queue = deque(range(len(plan.start)))
-        self.errors: dict[int, ReadError] = {}
-        self.workers: list[Future[int]] = []
+        self.errors: dict[int, Exception] = {}
+        self.pid = os.getpid()
+        self.lock, self.left, self.bytes = threading.Lock(), len(self.queue), 0
+        self.ended = self.cancelled = False
+        self.over = threading.Lock()  # held until the job has ended
+        self.over.acquire()
 
     def wait(self) -> ReadReport:
-        count = sum([worker.result() for worker in self.workers])
+        # `ended` is set before the release: a second wait, or one after an interrupted one, cannot block for ever.
+        if not self.ended:
+            if os.getpid() != self.pid:
+                raise ReadError(_FORKED)
+            self.over.acquire()
         if self.errors:
             raise self.errors[min(self.errors)]
-        return ReadReport(count, len(self.plan.start))
+        if self.cancelled:
+            raise read_error(self.file.source, self.file.layer, self.plan.start[0], "the read was given up")
+        return ReadReport(self.bytes, len(self.plan.start))
 
-    def work(self) -> int:
-        """Read pieces; returns the bytes asked for."""
-        plan, direct, count = self.plan, self.file.align > 1, 0
-        while not self.errors:
+    def work(self) -> None:
+        """Read pieces until none is left."""
+        while True:
             try:
                 k = self.queue.popleft()
             except IndexError:
-                break
+                return
+            count = 0
             try:
-                if direct and not plan.aligned[k]:
-                    count += self._staged(k)
-                else:
-                    self.file.fill(self._buffers(k), plan.start[k], plan.end[k])
-                    count += plan.end[k] - plan.start[k]
-            except ReadError as error:
+                if not (self.errors or self.cancelled):
+                    count = self._read(k)
+            except Exception as error:  # whatever it is: `wait` must end, and tell
                 self.errors[k] = error
-        return count
+            with self.lock:
+                self.left -= 1
+                self.bytes += count
+                if not self.left:
+                    self.ended = True
+                    self.over.release()
+
+    def _read(self, k: int) -> int:
+        """Read piece k; returns the bytes asked for."""
+        start, end = self.plan.start[k], self.plan.end[k]
+        if self.file.align > 1 and not self.plan.aligned[k]:
+            return self._staged(k)
+        self.file.fill(self._buffers(k), start, end)
+        return end - start
 
     def _buffers(self, k: int) -> list[memoryview]:
         """Where piece k goes: its segments' memory, and scrap for the gaps."""
@@ -178,7 +217,7 @@ class _Job:
         for i in range(first + 1, last):
             gap = offset[i] - offset[i - 1] - nbytes[i - 1]
             if gap:
-                buffers.append(self.reader.scrap[:gap])
+                buffers.append(self.scrap[:gap])
             at = memory[i]
             buffers.append(self.memory[target[i]][at : at + nbytes[i]])
         return buffers
@@ -189,12 +228,24 @@ class _Job:
         align = self.file.align
         start = self.plan.start[k] // align * align
         count = -(-(self.plan.end[k] - start) // align) * align
-        staging = self.reader.staging(count)
+        staging = _staging(count)
         self.file.fill([staging[:count]], start, self.plan.end[k])
         for i in range(self.plan.first[k], self.plan.first[k + 1]):
             at, skip, length = memory[i], offset[i] - start, nbytes[i]
             self.memory[target[i]][at : at + length] = staging[skip : skip + length]
         return count
+
+
+def _work(queue: SimpleQueue[_Job | None]) -> None:
+    """A worker's life."""
+    while (job := queue.get()) is not None:
+        job.work()
+        del job  # while it sleeps it must not keep a job's memory and file
+
+
+def _end_workers(queue: SimpleQueue[_Job | None], threads: int) -> None:
+    for _ in range(threads):
+        queue.put(None)
 
 
 class PreadReader:
@@ -222,15 +273,25 @@ class PreadReader:
         self.piece_bytes = -(-piece_bytes // PAGE) * PAGE
         self.scrap = memoryview(mmap.mmap(-1, max(PAGE, merge_gap)))
         self._open: dict[int, _OpenFile] = {}
-        self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
+        self._jobs: list[_Job] = []  # those that may not have ended
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pid = os.getpid()
+        # Workers know the queue, not the reader, and end with it whether or not `close` is called.
+        self._end_workers = weakref.finalize(self, _end_workers, self._queue, threads)
+        for i in range(threads):
+            name = f"mlx_flash-read-{i}"
+            threading.Thread(target=_work, args=(self._queue,), daemon=True, name=name).start()
 
     def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
         """See `Reader.submit`."""
+        if not self._end_workers.alive:
+            raise UsageError("the model is closed")
         layout = self.files[layer].layout
         ids, rows, wanted = check_request(layout, ids, rows, targets)
         if not len(ids) or not wanted:
-            return Done(ReadReport(0, 0))
+            return Done()
+        if os.getpid() != self._pid:  # a child has none of its parent's threads
+            return Done(ReadError(_FORKED))
         file = self._open.get(layer)
         if file is None:
             try:
@@ -239,24 +300,31 @@ class PreadReader:
                 at = DATA_START + int(ids.min()) * layout.stride
                 return Done(read_error(self.files[layer], layer, at, error.strerror or str(error)))
         found = segments(layout, ids, rows, wanted)
-        job = _Job(self, file, pieces(found, wanted, self.merge_gap, self.piece_bytes, file.align), wanted)
+        job = _Job(file, pieces(found, wanted, self.merge_gap, self.piece_bytes, file.align), wanted, self.scrap)
+        # Known to `drain` before it is known to a worker: an interrupt may come in between.
+        self._jobs = [each for each in self._jobs if not each.ended] + [job]
         for _ in range(min(self.threads, len(job.plan.start))):
-            job.workers.append(self._pool.submit(job.work))
+            self._queue.put(job)
         return job
 
-    def staging(self, count: int) -> memoryview:
-        """The calling thread's page-aligned scratch memory, at least `count` bytes, used again and again."""
-        found: memoryview | None = getattr(self._local, "staging", None)
-        if found is None or len(found) < count:
-            found = self._local.staging = memoryview(mmap.mmap(-1, max(count, self.piece_bytes)))
-        return found
+    def drain(self) -> None:
+        """See `Reader.drain`."""
+        under_way = [job for job in self._jobs if not job.ended]
+        for job in under_way:
+            job.cancelled = True
+            self._queue.put(job)  # which an interrupted `submit` may not have done; a worker skips what is left
+        for job in under_way:
+            with suppress(Exception):
+                job.wait()
 
     def close(self) -> None:
         """See `Reader.close`."""
-        self._pool.shutdown()
+        self.drain()
+        self._end_workers()
         for file in self._open.values():
             file.close()
         self._open.clear()
+        self._jobs.clear()
 
     def __enter__(self) -> PreadReader:
         return self

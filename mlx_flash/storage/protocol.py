@@ -85,11 +85,16 @@ class Reader(Protocol):
 
         ids, rows (n,) integers, in any order; rows are distinct; targets overlap neither in the bundle nor in
         memory. The rows belong to the reader until `wait` of the returned object has ended. What the disk
-        does wrong is raised there; ids, rows or targets out of range raise ValueError here.
+        does wrong is raised there; ids, rows or targets out of range raise ValueError here, a closed reader
+        UsageError.
         """
 
+    def drain(self) -> None:
+        """Give up what is under way, also what an interrupted `submit` began: afterwards nothing writes to any row.
+        What has not ended by then fails."""
+
     def close(self) -> None:
-        """Wait for what is under way and close the files."""
+        """Drain, and close the files; a second call does nothing."""
 
     def __enter__(self) -> Reader: ...
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ReadError
+from ..errors import ReadError, UsageError
 from .layout import Layout
 from .pieces import check_request, segments
-from .pread import Done, ended, read_error
+from .pread import Done as Done
 from .pread import PreadReader as PreadReader
+from .pread import ended, read_error
 from .protocol import LayerFile as LayerFile
 from .protocol import Pending as Pending
 from .protocol import Reader as Reader
@@ -31,7 +32,10 @@ def open_reader(files: Sequence[LayerFile], **options: Any) -> Reader:
 
 
 class _Closing:
-    """`with` for readers."""
+    """`with` for readers whose reads have ended when `submit` returns."""
+
+    def drain(self) -> None:
+        """See `Reader.drain`."""
 
     def close(self) -> None:
         """See `Reader.close`."""
@@ -48,16 +52,19 @@ class PlainReader(_Closing):
     def __init__(self, files: Sequence[LayerFile]):
         self.files = tuple(files)
         self._open: dict[int, FileIO] = {}
+        self._closed = False
 
     def __enter__(self) -> PlainReader:
         return self
 
     def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
         """See `Reader.submit`; all is read when it returns."""
+        if self._closed:
+            raise UsageError("the model is closed")
         source = self.files[layer]
         ids, rows, wanted = check_request(source.layout, ids, rows, targets)
         if not len(ids) or not wanted:
-            return Done(ReadReport(0, 0))
+            return Done()
         found = segments(source.layout, ids, rows, wanted)
         memory = [target.flat for target in wanted]
         columns = [c.tolist() for c in (found.offset, found.target, found.memory, found.nbytes)]
@@ -80,6 +87,7 @@ class PlainReader(_Closing):
 
     def close(self) -> None:
         """See `Reader.close`."""
+        self._closed = True
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -121,6 +129,10 @@ class FaultyReader(_Closing):
         self.inner.submit(layer, ids[:half], rows[:half], targets).wait()
         bundle = int(ids[half]) if len(ids) else -1
         return Done(ReadError(f"cannot read layer {layer}, bundle {bundle}: request {self.fail_at} is made to fail"))
+
+    def drain(self) -> None:
+        """See `Reader.drain`."""
+        self.inner.drain()
 
     def close(self) -> None:
         """See `Reader.close`."""

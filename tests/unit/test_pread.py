@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
-from mlx_flash.errors import ReadError
+from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.storage import pread
 from mlx_flash.storage.layout import DATA_START, Layout, Part
 from mlx_flash.storage.pieces import pieces, segments
@@ -237,8 +243,131 @@ def test_files_are_opened_once(tmp_path, monkeypatch):
         check(reader, 0, bundles, [2], [0], [(0, 2048, 2048, 0)], 1)
         assert not opened
     reader.close()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match="closed"):
         reader.submit(0, np.array([0]), np.array([0]), [Target(0, page_aligned(1, 2048))])
+
+
+def test_drain_ends_what_an_interrupted_submit_began(tmp_path, monkeypatch):
+    """Afterwards nothing is written to the rows, and the reader reads on."""
+    slow = threading.Event()
+
+    def delay(calls, number, fd, buffers, offset):
+        time.sleep(0.02)
+        return calls.real(fd, buffers, offset)
+
+    class Interrupted(SimpleQueue):
+        def put(self, job):
+            if not slow.is_set():
+                slow.set()
+                raise KeyboardInterrupt
+            super().put(job)
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    calls = Calls(monkeypatch, delay)
+    monkeypatch.setattr(pread, "SimpleQueue", Interrupted)
+    with PreadReader([file], threads=2, merge_gap=0) as reader:
+        slab, request = page_aligned(20, 2048), (0, np.arange(0, 60, 3), np.arange(20))
+        with pytest.raises(KeyboardInterrupt):
+            reader.submit(*request, [Target(0, slab)])
+        pending = reader.submit(*request, [Target(0, slab)])
+        while len(calls.calls) < 2:
+            time.sleep(0.001)
+        reader.drain()
+        after, made = slab.copy(), len(calls.calls)
+        time.sleep(0.1)
+        np.testing.assert_array_equal(slab, after)
+        assert len(calls.calls) == made < 20
+        with pytest.raises(ReadError, match="given up"):
+            pending.wait()
+        check(reader, 0, bundles, range(3), range(3), [(0, 2048, 2048, 0)], 3)
+
+
+def test_a_wait_that_was_interrupted_may_be_repeated(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def delay(calls, number, fd, buffers, offset):
+        time.sleep(0.2)
+        return calls.real(fd, buffers, offset)
+
+    file, bundles = make_file(tmp_path, ALIGNED)
+    Calls(monkeypatch, delay)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with PreadReader([file]) as reader:
+            slab = page_aligned(1, 2048)
+            pending = reader.submit(0, np.array([4]), np.array([0]), [Target(0, slab)])
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                pending.wait()
+            for _ in range(2):
+                assert pending.wait() == ReadReport(2048, 1)
+            np.testing.assert_array_equal(slab[0], bundles[4])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_is_told(tmp_path):
+    """Its parent's threads are not there: a read would never end. The child reports by its exit status."""
+    file, _ = make_file(tmp_path, ALIGNED)
+    code = f"""
+import os, sys, threading
+import numpy as np
+from pathlib import Path
+from mlx_flash.errors import ReadError
+from mlx_flash.storage.reader import LayerFile, PreadReader, Target
+from tests.unit.test_reader import ALIGNED
+real = os.preadv
+reader = PreadReader([LayerFile(Path({str(file.path)!r}), ALIGNED)])
+request = (0, np.array([2]), np.array([0]), [Target(0, np.empty((1, 2048), np.uint8))])
+reader.submit(*request).wait()
+held = threading.Event()
+os.preadv = lambda *rest: held.wait() and real(*rest)
+under_way = reader.submit(*request)
+child = os.fork()
+if not child:
+    told = 0
+    for pending in (under_way, reader.submit(*request)):
+        try:
+            pending.wait()
+        except ReadError as error:
+            told += "forked" in str(error)
+    reader.close()
+    os._exit(told)
+held.set()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), under_way.wait().reads)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["2", "1"], done.stderr
+
+
+def test_a_reader_that_is_forgotten_gives_its_files_and_threads_back(tmp_path):
+    file, bundles = make_file(tmp_path, ALIGNED)
+
+    def held():
+        named = [thread for thread in threading.enumerate() if thread.name.startswith("mlx_flash-read")]
+        return sum(not dead(fd) for fd in range(256)), len(named)
+
+    def dead(fd):
+        try:
+            os.fstat(fd)
+        except OSError:
+            return True
+        return False
+
+    gc.collect()
+    before = held()
+    reader = PreadReader([file])
+    check(reader, 0, bundles, [2], [0], [(0, 2048, 2048, 0)], 1)
+    assert held() > before
+    del reader
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while held() != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert held() == before
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"merge_gap": -1}, {"piece_bytes": 0}])
