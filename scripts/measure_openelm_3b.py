@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 BUDGET = "2.6GB"
 CAP_CONVERT_MIB, CAP_DECODE_MIB = 1536, 3072
@@ -66,6 +67,12 @@ def capped(tools: Path, limit: int, *command: str | Path) -> tuple[str, float, f
     return output, time.perf_counter() - begin, int(peak[1]) * 2**20 if peak else float("nan")
 
 
+def read_reply(output: str) -> dict[str, Any]:
+    """The JSON object among the lines of a run; its tokens as a tuple."""
+    reply = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    return reply | {"tokens": tuple(reply["tokens"])}
+
+
 def drop_cache() -> None:
     subprocess.run(["sync"], check=True)
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
@@ -91,16 +98,18 @@ def measure_convert(args: argparse.Namespace, table: Table, source: Path, flash:
 def measure_decode(args: argparse.Namespace, table: Table, flash: Path, gguf: Path) -> None:
     generate = [sys.executable, "-m", "mlx_flash.cli", "generate", "--model", flash, "--prompt", PROMPT, "--memory"]
     generate += [BUDGET, "--select", "all", "--backend", "numpy", "--max-tokens", str(args.tokens), "--json"]
-    generate += ["--max-context", "512"]
-    plan = json.loads(run(sys.executable, "-m", "mlx_flash.cli", "inspect", *generate[4:6], *generate[8:14],
-                          "--max-context", "512", "--json"))  # fmt: skip
+    inspect = [sys.executable, "-m", "mlx_flash.cli", "inspect", "--model", flash, "--memory", BUDGET]
+    plan = json.loads(run(*inspect, "--select", "all", "--backend", "numpy", "--json"))
     resident = sum(plan["capacities"]) * plan["bundle_bytes"]
     allowed = plan["ffn_bytes"] - resident
     spare = plan["budget_bytes"] - sum(plan["parts"].values())
     used = resident / (resident + spare)
+    everything = [str(plan["everything_resident_bytes"]) if a == BUDGET else a for a in generate]
+    tokens = {read_reply(run(*command))["tokens"] for command in (generate, everything)}
+    print(f"tokens at the budget and with everything resident: {'equal' if len(tokens) == 1 else 'DIFFERENT'}")
     for number in range(args.rounds):
         output, _, peak = capped(args.tools, CAP_DECODE_MIB, *generate)
-        reply = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        reply = read_reply(output)
         table.add("mlx_flash", number, s_per_token=1 / reply["decode_tokens_per_s"],
                   bytes_read_per_token=reply["bytes_read_per_token"], anonymous_peak_bytes=peak)  # fmt: skip
         decode = [sys.executable, args.tools / "decode_llama_cpp.py", gguf, str(args.tokens)]
