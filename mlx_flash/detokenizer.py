@@ -17,7 +17,9 @@ import tokenizers
 REPLACEMENT = "\ufffd"
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-HELD_TOKENS = 8  # no character is longer than 4 bytes, so more held tokens than this are not a character
+# Most tokens held back while the text ends in U+FFFD, which may be an unfinished character or one meant so. A cut
+# within a character of a long run of those would show wrong text.
+HELD_TOKENS = 64
 
 
 class _Stream(Protocol):

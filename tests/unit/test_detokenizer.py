@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -68,6 +68,7 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
+@example(text="\ufffd\ufffd\u0e01\u0e33")  # characters that look unfinished, then one that is
 def test_segments_joined_are_the_decoded_text(name: str, text: str) -> None:
     tokenizer = tokenizer_with(name)
     ids = tokenizer.encode(text)
