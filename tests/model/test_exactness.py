@@ -61,6 +61,7 @@ def test_logits_are_bit_identical_at_every_budget(relu_model: Path, select: str)
         assert (all_logits(relu_model, memory, select) == wanted).all(), f"{select} differs at {memory} bytes"
 
 
+@pytest.mark.parametrize("relu_model", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("staging", [1, 2, 6])
 @pytest.mark.parametrize(
     ("select", "capacities"),
