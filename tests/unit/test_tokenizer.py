@@ -156,7 +156,7 @@ def test_add_eos_token_of_a_sentencepiece_folder(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_pieces_and_leading_space(tmp_path: Path) -> None:
-    import sentencepiece
+    sentencepiece = pytest.importorskip("sentencepiece")
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path))
