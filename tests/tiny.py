@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlx_flash.config import FlashConfig
+from mlx_flash.inspection import inspect_model
 from mlx_flash.random_model import make_random
 
 _LLAMA = {
@@ -90,3 +92,19 @@ def make_tiny(name: str, folder: Path) -> Path:
     scaled = {k: w * np.float32(100 * w.shape[-1] ** -0.5 if w.ndim == 2 else 1) for k, w in tensors.items()}
     save_file(scaled, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def three_budgets(path: Path, backend: str, select: str) -> list[int]:
+    """The smallest legal budget, one at which some bundles have slots and others do not, everything resident.
+
+    The middle of the two ends would not do: in a tiny model staging outweighs the slots.
+    """
+
+    def inspect(memory: int | str) -> dict:
+        return inspect_model(path, FlashConfig(backend=backend, select=select, memory=memory))
+
+    report = inspect("auto")
+    low, high = report["smallest_budget_bytes"], report["everything_resident_bytes"]
+    partly = low + int(0.35 * sum(report["bundles"]) * report["bundle_bytes"])
+    assert 0 < sum(inspect(partly)["capacities"]) < sum(report["bundles"])
+    return [low, partly, high]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.inspection import inspect_model
 from mlx_flash.resolve import DEFAULT_MODEL, models_folder
 from mlx_flash.sampling import Sampling
 from tests.conftest import shared_path
 from tests.model.test_golden_tokens import assert_equal_tokens, reference, relu_in_mlx_lm  # noqa: F401
+from tests.tiny import three_budgets
 
 SOURCE = models_folder() / DEFAULT_MODEL
 GOLDEN = np.load(Path(__file__).parent / "default_model_golden.npz")
@@ -30,14 +30,8 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlx_flash.convert(SOURCE, tmp_path_factory.mktemp("default") / "flash")
 
 
-def budgets(path: Path, backend: str, select: str) -> list[int]:
-    report = inspect_model(path, mlx_flash.FlashConfig(backend=backend, select=select))
-    low, high = report["smallest_budget_bytes"], report["everything_resident_bytes"]
-    return [low, (2 * low + high) // 3, high]
-
-
 def check_against_trainer(path: Path, backend: str, select: str) -> None:
-    for memory in budgets(path, backend, select):
+    for memory in three_budgets(path, backend, select):
         model, _ = mlx_flash.load(path, backend=backend, select=select, memory=memory)
         for length in LENGTHS:
             prompt, reply = GOLDEN[f"prompt_{length}"].tolist(), GOLDEN[f"reply_{length}"].tolist()
@@ -86,7 +80,7 @@ def test_the_trainers_tokens_are_mlx_lms(tmp_path: Path, relu_in_mlx_lm: None) -
 def test_bf16_gives_one_reply_at_every_budget(bf16: Path) -> None:
     replies = set()
     for select in ("all", "gate"):
-        for memory in budgets(bf16, "numpy", select):
+        for memory in three_budgets(bf16, "numpy", select):
             model, _ = mlx_flash.load(bf16, backend="numpy", select=select, memory=memory)
             replies.add(tuple(model.flash.steps(model, GOLDEN["prompt_17"].tolist(), 60, Sampling())))
             model.flash.close()

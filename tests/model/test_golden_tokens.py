@@ -14,7 +14,7 @@ import pytest
 
 import mlx_flash
 from tests.conftest import shared_path
-from tests.tiny import CONFIGS, make_tiny
+from tests.tiny import CONFIGS, make_tiny, three_budgets
 
 mlx_lm = pytest.importorskip("mlx_lm", reason="golden tokens come from mlx-lm")
 mx = pytest.importorskip("mlx.core")
@@ -65,21 +65,12 @@ def greedy(folder: Path, prompt: list[int], backend: str, memory: int | str, sel
         model.flash.close()
 
 
-def budgets(folder: Path, backend: str, select: str) -> list[int]:
-    """The smallest legal budget, one in between at which slots and streaming mix, everything resident."""
-    from mlx_flash.inspection import inspect_model
-
-    report = inspect_model(folder, mlx_flash.FlashConfig(backend=backend, select=select))
-    low, high = report["smallest_budget_bytes"], report["everything_resident_bytes"]
-    return [low, (low + high) // 2, high]
-
-
 def check(source: Path, prompt: list[int], backend: str, tmp_path: Path) -> None:
     flash = mlx_flash.convert(source, tmp_path / "flash") if not (tmp_path / "flash").exists() else tmp_path / "flash"
     wanted = list(reference(source, prompt))
     relu = "relu" in (source / "config.json").read_text()
     for select in ("all", "gate") if relu else ("all",):
-        for memory in budgets(flash, backend, select):
+        for memory in three_budgets(flash, backend, select):
             got = greedy(flash, prompt, backend, memory, select)
             assert_equal_tokens(got, wanted, f"{source.name} {backend} {select} {memory} prompt {len(prompt)}")
 

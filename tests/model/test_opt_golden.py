@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.inspection import inspect_model
 from mlx_flash.sampling import Sampling
-from tests.tiny import make_tiny
+from tests.tiny import make_tiny, three_budgets
 
 GOLDEN = {int(k): v for k, v in json.loads((Path(__file__).parent / "opt_golden.json").read_text()).items()}
 
@@ -23,9 +22,7 @@ GOLDEN = {int(k): v for k, v in json.loads((Path(__file__).parent / "opt_golden.
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_greedy_tokens_equal_transformers(select: str, tmp_path: Path) -> None:
     path = mlx_flash.convert(make_tiny("opt", tmp_path), tmp_path / "flash")
-    report = inspect_model(path, mlx_flash.FlashConfig(backend="numpy", select=select))
-    low, high = report["smallest_budget_bytes"], report["everything_resident_bytes"]
-    for memory in (low, (low + high) // 2, high):
+    for memory in three_budgets(path, "numpy", select):
         model, _ = mlx_flash.load(path, backend="numpy", select=select, memory=memory)
         rng = np.random.default_rng(3)
         for length, wanted in GOLDEN.items():
