@@ -65,6 +65,14 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     return _parse(path, text, 8 + header_bytes, file_bytes)
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The free text of a file whose header `read_header` accepts."""
+    with open(path, "rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    metadata = load_json_object(Path(path), text).get("__metadata__", {})
+    return dict(metadata)
+
+
 def load_json_object(path: Path, text: bytes, strict: bool = False) -> dict[str, Any]:
     """A JSON object from UTF-8 bytes; FormatError for anything else. `strict` refuses duplicate keys."""
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,22 @@ from .protocol import Target
 PAGE = 4096
 # A read may name at most IOV_MAX = 1024 buffers, and each segment may need one more for the gap before it.
 MAX_SEGMENTS = 512
+SCAN_BUNDLES = 32
+
+
+@dataclass(frozen=True)
+class Merging:
+    """When neighbours become one read.
+
+    gap: at most so many bytes apart; reading more takes longer than a read of its own
+    share: all gaps together are at most this share of what is asked for. Not where a request names every bundle from
+        its first to its last, as when one part of a whole layer is read.
+    piece_bytes: about the longest read; a multiple of PAGE
+    """
+
+    gap: int = 8192
+    share: float = 0.1
+    piece_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,10 +54,31 @@ class Segments:
 class Pieces:
     """Piece k reads [start[k], end[k]) of the file into segments first[k] .. first[k + 1].
 
-    Plain lists, because workers take them one by one. aligned[k]: all its places and lengths are.
+    address (n,): where in memory each segment goes. aligned[k]: all its places and lengths are.
     """
 
-    segments: tuple[list[int], list[int], list[int], list[int]]  # offset, target, memory, nbytes
+    segments: Segments
+    address: np.ndarray
+    first: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    aligned: np.ndarray
+
+    @cached_property
+    def lists(self) -> Lists:
+        """The same in plain lists, for threads that take pieces one by one."""
+        found = self.segments
+        columns = (found.offset, found.target, found.memory, found.nbytes)
+        return Lists(*(c.tolist() for c in (*columns, self.first, self.start, self.end, self.aligned)))
+
+
+class Lists(NamedTuple):
+    """The columns of Segments, then those of Pieces."""
+
+    offset: list[int]
+    target: list[int]
+    memory: list[int]
+    nbytes: list[int]
     first: list[int]
     start: list[int]
     end: list[int]
@@ -71,48 +110,63 @@ def check_request(
     return ids.astype(np.int64, copy=False), rows.astype(np.int64, copy=False), chosen
 
 
+def is_scan(ids: np.ndarray) -> bool:
+    """Whether these bundles (n,) are many and all from the first to the last, so that one long read fetches them."""
+    return len(ids) >= SCAN_BUNDLES and int(ids.max()) - int(ids.min()) + 1 == len(ids)
+
+
 def segments(layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Segments:
     """The segments of a checked request; neighbours that are contiguous in file and memory are one."""
-    order = np.argsort(ids, kind="stable")
-    ids, rows = ids[order], rows[order]
+    if (ids[1:] < ids[:-1]).any():
+        order = np.argsort(ids, kind="stable")
+        ids, rows = ids[order], rows[order]
     starts = np.array([target.offset for target in targets], np.int64)
     widths = np.array([target.nbytes for target in targets], np.int64)
     pitches = np.array([target.rows.strides[0] for target in targets], np.int64)
-    offset = np.add.outer(DATA_START + ids * layout.stride, starts).ravel()
-    memory = np.multiply.outer(rows, pitches).ravel()
-    target = np.tile(np.arange(len(targets)), len(ids))
-    nbytes = np.tile(widths, len(ids))
+    offset = (ids[:, None] * layout.stride + (DATA_START + starts)).ravel()
+    memory = (rows[:, None] * pitches).ravel()
+    target, nbytes = np.empty(len(offset), np.int64), np.empty(len(offset), np.int64)
+    target.reshape(len(ids), -1)[:], nbytes.reshape(len(ids), -1)[:] = np.arange(len(targets)), widths
     joined = (offset[1:] == offset[:-1] + nbytes[:-1]) & (memory[1:] == memory[:-1] + nbytes[:-1])
     if len(targets) > 1:
         joined &= target[1:] == target[:-1]
+    if not joined.any():
+        return Segments(offset, target, memory, nbytes)
     first, last = _groups(~joined)
     return Segments(offset[first], target[first], memory[first], offset[last] + nbytes[last] - offset[first])
 
 
-def pieces(found: Segments, targets: Sequence[Target], merge_gap: int, piece_bytes: int, align: int) -> Pieces:
-    """Group segments into reads of about `piece_bytes` (a multiple of PAGE), over gaps up to `merge_gap`."""
+def pieces(found: Segments, targets: Sequence[Target], merging: Merging, align: int, scan: bool = False) -> Pieces:
+    """Group segments into reads; scan: the request names every bundle from its first to its last."""
+    piece_bytes = merging.piece_bytes
     if found.nbytes.max() > piece_bytes:
         found = _cut(found, piece_bytes)
     end = found.offset + found.nbytes
-    gap = found.offset[1:] - end[:-1]
-    breaks = (gap < 0) | (gap > merge_gap)  # < 0: the same bundle twice
+    breaks = _breaks(found.offset[1:] - end[:-1], 1e9 if scan else merging.share * int(found.nbytes.sum()), merging.gap)
+    address = np.array([target.address for target in targets], np.int64)[found.target] + found.memory
+    aligned = ((found.offset | address | found.nbytes) & (align - 1)) == 0
+    if breaks.all():  # every segment is a read of its own
+        return Pieces(found, address, np.arange(len(end) + 1), found.offset, end, aligned)
     run_first, _ = _groups(breaks)
-    if len(run_first) < len(end):  # else every segment is a read of its own
-        run = np.zeros(len(end), np.int64)
-        np.cumsum(breaks, out=run[1:])
-        bucket = (found.offset - found.offset[run_first][run]) // piece_bytes
-        block = (np.arange(len(end)) - run_first[run]) // MAX_SEGMENTS
-        breaks |= (bucket[1:] != bucket[:-1]) | (block[1:] != block[:-1])
+    run = np.zeros(len(end), np.int64)
+    np.cumsum(breaks, out=run[1:])
+    bucket = (found.offset - found.offset[run_first][run]) // piece_bytes
+    block = (np.arange(len(end)) - run_first[run]) // MAX_SEGMENTS
+    breaks |= (bucket[1:] != bucket[:-1]) | (block[1:] != block[:-1])
     first, last = _groups(breaks)
-    addresses = np.array([target.address for target in targets], np.int64)[found.target] + found.memory
-    odd = ((found.offset | addresses | found.nbytes) & (align - 1)) != 0
-    return Pieces(
-        (found.offset.tolist(), found.target.tolist(), found.memory.tolist(), found.nbytes.tolist()),
-        [*first.tolist(), len(end)],
-        found.offset[first].tolist(),
-        end[last].tolist(),
-        (~np.logical_or.reduceat(odd, first)).tolist(),
-    )
+    aligned = np.logical_and.reduceat(aligned, first)
+    return Pieces(found, address, np.append(first, len(end)), found.offset[first], end[last], aligned)
+
+
+def _breaks(gap: np.ndarray, spare: float, merge_gap: int) -> np.ndarray:
+    """Between which neighbours, `gap` bytes apart, a read ends: smaller gaps are read over first, `spare` bytes of
+    them at most."""
+    breaks = (gap < 0) | (gap > merge_gap)  # < 0: the same bundle twice
+    over = np.flatnonzero(~breaks & (gap > 0))
+    if len(over):
+        over = over[np.argsort(gap[over], kind="stable")]
+        breaks[over[np.cumsum(gap[over]) > spare]] = True
+    return breaks
 
 
 def _groups(breaks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,29 +23,15 @@ import numpy as np
 
 from ..errors import ReadError, UsageError
 from .layout import DATA_START
-from .pieces import PAGE, Pieces, check_request, pieces, segments
-from .protocol import LayerFile, Pending, ReadReport, Target
+from .pieces import PAGE, Merging, Pieces, check_request, is_scan, pieces, segments
+from .protocol import Done, LayerFile, Pending, ReadReport, Target
 
-MERGE_GAP = 16384
-PIECE_BYTES = 1 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_FORKED = "cannot read: this process was forked from the one that loaded the model; load it in the child"
+FORKED = "cannot read: this process was forked from the one that loaded the model; load it in the child"
 _local = threading.local()  # each worker's staging memory
 
 
-class Done:
-    """A request that has ended: with a report, or with the error that `wait` raises."""
-
-    def __init__(self, outcome: ReadReport | ReadError | None = None):
-        self.outcome = outcome or ReadReport(0, 0)
-
-    def wait(self) -> ReadReport:
-        if isinstance(self.outcome, ReadError):
-            raise self.outcome
-        return self.outcome
-
-
-class _OpenFile:
+class OpenFile:
     """An open layer file, until nobody needs it. align: what direct reads must be multiples of; 1 where reads are
     buffered."""
 
@@ -100,6 +86,11 @@ def read_error(source: LayerFile, layer: int, at: int, problem: str) -> ReadErro
     return ReadError(f"cannot read {source.path}, layer {layer}, bundle {bundle}: {problem}")
 
 
+def given_up(file: OpenFile, at: int) -> ReadError:
+    """The error for a request that `give_up` or `drain` ended."""
+    return read_error(file.source, file.layer, at, "the read was given up")
+
+
 def ended(at: int) -> str:
     """What is wrong when a read at byte `at` returns nothing."""
     return f"the file ends at byte {at}, too short for its layout; download or convert it again"
@@ -148,37 +139,60 @@ def _staging(count: int) -> memoryview:
     """The calling thread's page-aligned scratch memory, at least `count` bytes, used again and again."""
     found: memoryview | None = getattr(_local, "staging", None)
     if found is None or len(found) < count:
-        found = _local.staging = memoryview(mmap.mmap(-1, max(count, PIECE_BYTES)))
+        found = _local.staging = memoryview(mmap.mmap(-1, max(count, 1 << 20)))
     return found
 
 
-class _Job:
-    """One request under way; every worker takes pieces until none is left. Has ended when every piece has been read,
-    or skipped because another failed. Only workers, which signals never reach, hold `lock` and count."""
+class Job:
+    """Pieces that threads read; every thread takes one after the other until none is left. Has ended when every piece
+    has been read, or skipped because one before it failed. Only threads, which signals never reach, hold `lock` and
+    count.
 
-    def __init__(self, file: _OpenFile, plan: Pieces, targets: Sequence[Target], scrap: memoryview):
-        self.file, self.plan, self.scrap = file, plan, scrap
+    which: the pieces; None: all of them
+    """
+
+    def __init__(
+        self,
+        file: OpenFile,
+        plan: Pieces,
+        targets: Sequence[Target],
+        scrap: memoryview,
+        which: Sequence[int] | None = None,
+    ):
+        self.file, self.plan, self.scrap = file, plan.lists, scrap
         self.targets = targets  # also keeps their memory alive
         self.memory = [target.flat for target in targets]
-        self.queue = deque(range(len(plan.start)))
+        self.queue = deque(range(len(plan.start)) if which is None else which)
         self.errors: dict[int, Exception] = {}
+        self.first_error = len(plan.start)
         self.pid = os.getpid()
-        self.lock, self.left, self.bytes = threading.Lock(), len(self.queue), 0
-        self.ended = self.cancelled = False
-        self.over = threading.Lock()  # held until the job has ended
-        self.over.acquire()
+        self.lock, self.left, self.count = threading.Lock(), len(self.queue), len(self.queue)
+        self.bytes = self.skipped = 0
+        self.over = self.cancelled = False
+        self._until_over = threading.Lock()  # held until the job is over
+        self._until_over.acquire()
 
     def wait(self) -> ReadReport:
-        # `ended` is set before the release: a second wait, or one after an interrupted one, cannot block for ever.
-        if not self.ended:
-            if os.getpid() != self.pid:
-                raise ReadError(_FORKED)
-            self.over.acquire()
+        self.join()
         if self.errors:
             raise self.errors[min(self.errors)]
-        if self.cancelled:
-            raise read_error(self.file.source, self.file.layer, self.plan.start[0], "the read was given up")
-        return ReadReport(self.bytes, len(self.plan.start))
+        if self.skipped:
+            raise given_up(self.file, self.plan.start[0])
+        return ReadReport(self.bytes, self.count)
+
+    def join(self) -> None:
+        """Return when the job is over, however it went."""
+        # `over` is set before the release: a second wait, or one after an interrupted one, cannot block for ever.
+        if not self.over:
+            if os.getpid() != self.pid:
+                raise ReadError(FORKED)
+            self._until_over.acquire()
+
+    def ended(self) -> bool:
+        return self.over or os.getpid() != self.pid
+
+    def give_up(self) -> None:
+        self.cancelled = True
 
     def work(self) -> None:
         """Read pieces until none is left."""
@@ -187,18 +201,21 @@ class _Job:
                 k = self.queue.popleft()
             except IndexError:
                 return
-            count = 0
+            count, skipped = 0, self.cancelled or k > self.first_error
             try:
-                if not (self.errors or self.cancelled):
+                if not skipped:
                     count = self._read(k)
             except Exception as error:  # whatever it is: `wait` must end, and tell
                 self.errors[k] = error
             with self.lock:
+                if k in self.errors:
+                    self.first_error = min(k, self.first_error)
                 self.left -= 1
                 self.bytes += count
+                self.skipped += skipped
                 if not self.left:
-                    self.ended = True
-                    self.over.release()
+                    self.over = True
+                    self._until_over.release()
 
     def _read(self, k: int) -> int:
         """Read piece k; returns the bytes asked for."""
@@ -210,7 +227,7 @@ class _Job:
 
     def _buffers(self, k: int) -> list[memoryview]:
         """Where piece k goes: its segments' memory, and scrap for the gaps."""
-        offset, target, memory, nbytes = self.plan.segments
+        offset, target, memory, nbytes = self.plan[:4]
         first, last = self.plan.first[k], self.plan.first[k + 1]
         at = memory[first]
         buffers = [self.memory[target[first]][at : at + nbytes[first]]]
@@ -224,7 +241,7 @@ class _Job:
 
     def _staged(self, k: int) -> int:
         """Read the aligned range around piece k, then copy: direct reads cannot begin or end elsewhere."""
-        offset, target, memory, nbytes = self.plan.segments
+        offset, target, memory, nbytes = self.plan[:4]
         align = self.file.align
         start = self.plan.start[k] // align * align
         count = -(-(self.plan.end[k] - start) // align) * align
@@ -236,16 +253,52 @@ class _Job:
         return count
 
 
-def _work(queue: SimpleQueue[_Job | None]) -> None:
-    """A worker's life."""
+def _work(queue: SimpleQueue[Job | None]) -> None:
+    """A thread's life."""
     while (job := queue.get()) is not None:
         job.work()
         del job  # while it sleeps it must not keep a job's memory and file
 
 
-def _end_workers(queue: SimpleQueue[_Job | None], threads: int) -> None:
+def _end_threads(queue: SimpleQueue[Job | None], threads: int) -> None:
     for _ in range(threads):
         queue.put(None)
+
+
+class Crew:
+    """Threads that read, and the jobs that may not have ended."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._jobs: list[Job] = []
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        # Threads know the queue, not the crew, and end with it whether or not `close` is called.
+        self._end = weakref.finalize(self, _end_threads, self._queue, threads)
+        for i in range(threads):
+            name = f"mlx_flash-read-{i}"
+            threading.Thread(target=_work, args=(self._queue,), daemon=True, name=name).start()
+
+    def start(self, job: Job) -> None:
+        # Known to `drain` before it is known to a thread: an interrupt may come in between.
+        self._jobs = [each for each in self._jobs if not each.over] + [job]
+        for _ in range(min(self.threads, job.count)):
+            self._queue.put(job)
+
+    def drain(self) -> None:
+        """See `Reader.drain`."""
+        under_way = [job for job in self._jobs if not job.over]
+        for job in under_way:
+            job.give_up()
+            self._queue.put(job)  # which an interrupted `start` may not have done; a thread skips what is left
+        for job in under_way:
+            with suppress(ReadError):
+                job.join()
+
+    def close(self) -> None:
+        """Drain, and end the threads; a second call does nothing."""
+        self.drain()
+        self._end()
+        self._jobs.clear()
 
 
 class PreadReader:
@@ -254,77 +307,60 @@ class PreadReader:
     files: one per layer, opened when first used, then kept open
     threads: reads in flight
     direct: go around the page cache where the file system can
-    merge_gap: bundles at most this many bytes apart are one read
-    piece_bytes: about the longest read
+    merging: when neighbours become one read
     """
 
     def __init__(
-        self,
-        files: Sequence[LayerFile],
-        threads: int = 8,
-        direct: bool = True,
-        merge_gap: int = MERGE_GAP,
-        piece_bytes: int = PIECE_BYTES,
+        self, files: Sequence[LayerFile], threads: int = 8, direct: bool = True, merging: Merging | None = None
     ):
-        if threads < 1 or merge_gap < 0 or piece_bytes < 1:
-            raise ValueError(f"{threads} threads, merge_gap {merge_gap}, piece_bytes {piece_bytes}: out of range")
+        self.merging = merging or Merging()
+        gap, share, piece_bytes = self.merging.gap, self.merging.share, self.merging.piece_bytes
+        if threads < 1 or gap < 0 or share < 0 or piece_bytes < 1 or piece_bytes % PAGE:
+            raise ValueError(f"{threads} threads, {self.merging}: out of range")
         self.files, self.threads, self.direct = tuple(files), threads, direct
-        self.merge_gap = merge_gap
-        self.piece_bytes = -(-piece_bytes // PAGE) * PAGE
-        self.scrap = memoryview(mmap.mmap(-1, max(PAGE, merge_gap)))
-        self._open: dict[int, _OpenFile] = {}
-        self._jobs: list[_Job] = []  # those that may not have ended
-        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
-        self._pid = os.getpid()
-        # Workers know the queue, not the reader, and end with it whether or not `close` is called.
-        self._end_workers = weakref.finalize(self, _end_workers, self._queue, threads)
-        for i in range(threads):
-            name = f"mlx_flash-read-{i}"
-            threading.Thread(target=_work, args=(self._queue,), daemon=True, name=name).start()
+        self.scrap = memoryview(mmap.mmap(-1, max(PAGE, gap)))
+        self._open: dict[int, OpenFile] = {}
+        self._closed, self._pid = False, os.getpid()
+        self._crew = Crew(threads)
 
     def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
         """See `Reader.submit`."""
-        if not self._end_workers.alive:
+        if self._closed:
             raise UsageError("the model is closed")
         layout = self.files[layer].layout
         ids, rows, wanted = check_request(layout, ids, rows, targets)
         if not len(ids) or not wanted:
             return Done()
         if os.getpid() != self._pid:  # a child has none of its parent's threads
-            return Done(ReadError(_FORKED))
+            return Done(ReadError(FORKED))
         file = self._open.get(layer)
         if file is None:
             try:
-                file = self._open[layer] = _OpenFile(self.files[layer], layer, self.direct)
+                file = self._open[layer] = OpenFile(self.files[layer], layer, self.direct)
             except OSError as error:
                 at = DATA_START + int(ids.min()) * layout.stride
                 return Done(read_error(self.files[layer], layer, at, error.strerror or str(error)))
         found = segments(layout, ids, rows, wanted)
-        job = _Job(file, pieces(found, wanted, self.merge_gap, self.piece_bytes, file.align), wanted, self.scrap)
-        # Known to `drain` before it is known to a worker: an interrupt may come in between.
-        self._jobs = [each for each in self._jobs if not each.ended] + [job]
-        for _ in range(min(self.threads, len(job.plan.start))):
-            self._queue.put(job)
+        return self._begin(file, pieces(found, wanted, self.merging, file.align, is_scan(ids)), wanted)
+
+    def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:
+        """Start to read."""
+        job = Job(file, plan, targets, self.scrap)
+        self._crew.start(job)
         return job
 
     def drain(self) -> None:
         """See `Reader.drain`."""
-        under_way = [job for job in self._jobs if not job.ended]
-        for job in under_way:
-            job.cancelled = True
-            self._queue.put(job)  # which an interrupted `submit` may not have done; a worker skips what is left
-        for job in under_way:
-            with suppress(Exception):
-                job.wait()
+        self._crew.drain()
 
     def close(self) -> None:
         """See `Reader.close`."""
         self.drain()
-        self._end_workers()
+        self._closed = True
+        self._crew.close()
         for file in self._open.values():
             file.close()
         self._open.clear()
-        self._jobs.clear()
 
     def __enter__(self) -> PreadReader:
         return self

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..errors import ReadError
 from .layout import Layout
 
 
@@ -76,6 +77,31 @@ class Pending(Protocol):
         """Return when all reads have ended. Raises ReadError, also only then: the rows may be reused
         afterwards, though after an error their bytes are undefined. A second call has the same outcome."""
 
+    def ended(self) -> bool:
+        """Whether `wait` would return or raise at once. Does not wait for the disk."""
+
+    def give_up(self) -> None:
+        """Start no further read of this request; returns at once. What is under way still writes to the rows: `wait`
+        must be called as ever, and raises ReadError unless everything had been read or was under way."""
+
+
+class Done:
+    """A request that has ended: with a report, or with the error that `wait` raises."""
+
+    def __init__(self, outcome: ReadReport | ReadError | None = None):
+        self.outcome = outcome or ReadReport(0, 0)
+
+    def wait(self) -> ReadReport:
+        if isinstance(self.outcome, ReadError):
+            raise self.outcome
+        return self.outcome
+
+    def ended(self) -> bool:
+        return True
+
+    def give_up(self) -> None:
+        """Nothing is left to be read."""
+
 
 class Reader(Protocol):
     """Reads bundles of layers into rows of memory. Used by one thread."""
@@ -91,7 +117,7 @@ class Reader(Protocol):
 
     def drain(self) -> None:
         """Give up what is under way, also what an interrupted `submit` began: afterwards nothing writes to any row.
-        What has not ended by then fails."""
+        What has not been read by then fails."""
 
     def close(self) -> None:
         """Drain, and close the files; a second call does nothing."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from io import FileIO
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import ReadError, UsageError
+from .aio import AioReader as AioReader
 from .layout import Layout
+from .pieces import Merging as Merging
 from .pieces import check_request, segments
-from .pread import Done as Done
 from .pread import PreadReader as PreadReader
 from .pread import ended, read_error
+from .protocol import Done as Done
 from .protocol import LayerFile as LayerFile
 from .protocol import Pending as Pending
 from .protocol import Reader as Reader
@@ -28,7 +31,11 @@ from .protocol import Target as Target
 
 def open_reader(files: Sequence[LayerFile], **options: Any) -> Reader:
     """The best reader this system can run; `options` are those of PreadReader, the plain one has none."""
-    return PreadReader(files, **options) if hasattr(os, "preadv") else PlainReader(files)
+    if not hasattr(os, "preadv"):
+        return PlainReader(files)
+    with suppress(OSError):
+        return AioReader(files, **options)
+    return PreadReader(files, **options)
 
 
 class _Closing:

@@ -60,7 +60,7 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A renamed or new file survives a power cut only when its folder is on disk too."""
     if sys.platform == "win32":
         return
@@ -292,11 +292,11 @@ class FolderWriter:
                 file.flush()
                 os.fsync(file.fileno())
             for folder in {path.parent for path in map(self.path.joinpath, [*self.files, CONFIG])}:
-                _sync_folder(folder)
+                sync_folder(folder)
             if os.path.lexists(self.final):
                 raise UsageError(f"{self.final} has appeared meanwhile; remove it or choose another name")
             os.rename(self.path, self.final)
-            _sync_folder(self.final.parent)
+            sync_folder(self.final.parent)
         except OSError as error:
             raise self.explain(error, self.path) from error
 

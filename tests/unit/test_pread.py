@@ -15,14 +15,16 @@ from queue import SimpleQueue
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.storage import pread
 from mlx_flash.storage.layout import DATA_START, Layout, Part
-from mlx_flash.storage.pieces import pieces, segments
-from mlx_flash.storage.reader import PreadReader, ReadReport, Target
+from mlx_flash.storage.pieces import is_scan, pieces, segments
+from mlx_flash.storage.reader import Merging, PreadReader, ReadReport, Target
 
-from .test_reader import ALIGNED, READERS, check, make_file, page_aligned
+from .test_reader import ALIGNED, NOTHING, READERS, check, make_file, page_aligned
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
 
@@ -62,7 +64,7 @@ def test_which_pieces_are_aligned(skew, offset, nbytes, aligned):
     memory = page_aligned(1, 4 * 4096)[0][skew : skew + 3 * 4096].reshape(3, 4096)[:, :nbytes]
     targets = [Target(offset, memory)]
     found = segments(ALIGNED, np.array([7]), np.array([2]), targets)
-    assert pieces(found, targets, 0, 4096, 512).aligned == [aligned]
+    assert pieces(found, targets, NOTHING, 512).aligned.tolist() == [aligned]
 
 
 def direct_alignment(path):
@@ -88,7 +90,7 @@ def test_near_neighbours_are_one_read(tmp_path, monkeypatch):
     file, bundles = make_file(tmp_path, ALIGNED)
     calls = Calls(monkeypatch)
     spans = spans_of(ALIGNED, "up", "down")
-    with PreadReader([file], merge_gap=512) as reader:
+    with PreadReader([file], merging=Merging(512, 1.0)) as reader:
         report = check(reader, 0, bundles, [12, 10, 11, 14], [5, 0, 2, 1], spans, 6)
     assert report.reads == 2 and report.bytes == (3 * 2048 - 512) + 1536
     assert sorted(calls.calls) == [
@@ -96,15 +98,64 @@ def test_near_neighbours_are_one_read(tmp_path, monkeypatch):
         (DATA_START + 14 * 2048 + 512, [1024, 512]),
     ]
     calls.calls.clear()
-    with PreadReader([file], merge_gap=511) as reader:
+    with PreadReader([file], merging=Merging(511, 1.0)) as reader:
         assert check(reader, 0, bundles, [12, 10, 11, 14], [5, 0, 2, 1], spans, 6).reads == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    part=st.sampled_from([512, 2048, 6144]),
+    density=st.floats(0.001, 0.999),
+    names=st.sampled_from([["up", "down"], ["gate"], ["gate", "down"], ["gate", "up", "down"]]),
+    seed=st.integers(0, 99),
+)
+def test_no_request_reads_much_more_than_it_asks_for(part, density, names, seed):
+    """Bundles here and there: gaps are at most a tenth, however they lie; and every segment is read once."""
+    layout = Layout(tuple(Part(name, "uint8", part) for name in ("gate", "up", "down")), 900)
+    ids = np.flatnonzero(np.random.default_rng(seed).random(900) < density)
+    if not len(ids) or is_scan(ids):
+        return
+    targets = [Target(layout.offset(name), page_aligned(len(ids), part)) for name in names]
+    found = segments(layout, ids, np.arange(len(ids)), targets)
+    plan = pieces(found, targets, Merging(), 512)
+    asked = len(ids) * len(names) * part
+    assert asked <= (plan.end - plan.start).sum() <= 1.1 * asked
+    assert (plan.start[1:] >= plan.end[:-1]).all() and plan.first[-1] == len(found.offset)
+    read_in = np.searchsorted(plan.start, found.offset, side="right") - 1
+    np.testing.assert_array_equal(read_in, np.repeat(np.arange(len(plan.start)), np.diff(plan.first)))
+    assert (found.offset + found.nbytes <= plan.end[read_in]).all()
+
+
+def test_small_gaps_are_read_over_before_large_ones():
+    layout = Layout((Part("all", "uint8", 512),), 4000)
+    ids = np.sort([0, 3, *range(100, 1000, 50), 1005, 1007, 1009])  # gaps of 2, 96, 49, 54 and 1 bundles
+    targets = [Target(0, page_aligned(len(ids), 512))]
+    found = segments(layout, ids, np.arange(len(ids)), targets)
+
+    def merged(share):
+        plan = pieces(found, targets, Merging(8192, share), 512)
+        starts = set(((plan.start - DATA_START) // 512).tolist())
+        return sorted(set(ids.tolist()) - starts)
+
+    assert merged(0) == merged(0.99 / len(ids)) == []
+    assert merged(1 / len(ids)) == [1007] and merged(3.9 / len(ids)) == [1007, 1009]
+    assert merged(4 / len(ids)) == [3, 1007, 1009] and merged(9) == [3, 1007, 1009]
+
+
+def test_one_part_of_a_whole_layer_is_a_few_long_reads(tmp_path):
+    file, bundles = make_file(tmp_path, ALIGNED)
+    with PreadReader([file]) as reader:
+        report = check(reader, 0, bundles, range(300), range(300), spans_of(ALIGNED, "gate"), 300)
+        assert report == ReadReport(300 * 2048 - 1536, 1)
+        report = check(reader, 0, bundles, [0, 1, 2, 3, 9], range(5), spans_of(ALIGNED, "gate"), 5)
+        assert report == ReadReport(5 * 512, 5)
 
 
 def test_more_buffers_than_one_read_may_name(tmp_path, monkeypatch):
     layout = Layout((Part("a", "uint8", 1), Part("b", "uint8", 2), Part("c", "uint8", 3)), 3000)
     file, bundles = make_file(tmp_path, layout)
     calls = Calls(monkeypatch)
-    with PreadReader([file], piece_bytes=1 << 30, direct=False) as reader:
+    with PreadReader([file], merging=Merging(piece_bytes=1 << 30), direct=False) as reader:
         check(reader, 0, bundles, range(3000), range(2999, -1, -1), spans_of(layout, "a", "c"), 3000)
     assert len(calls.calls) < 20 and max(len(buffers) for _, buffers in calls.calls) <= 1024
 
@@ -114,7 +165,7 @@ def test_unaligned_extents_are_read_aligned(tmp_path, monkeypatch):
     file, bundles = make_file(tmp_path, layout)
     align = direct_alignment(file.path)
     calls = Calls(monkeypatch)
-    with PreadReader([file], merge_gap=0) as reader:
+    with PreadReader([file], merging=NOTHING) as reader:
         report = check(reader, 0, bundles, [20, 9], [0, 1], spans_of(layout, "b"), 2)
     assert len(calls.calls) == 2
     if align > 1:
@@ -202,7 +253,7 @@ def test_an_error_ends_after_every_read_has(tmp_path, monkeypatch, fail_at):
 
     file, bundles = make_file(tmp_path, ALIGNED)
     calls = Calls(monkeypatch, fail)
-    with PreadReader([file], threads=4, merge_gap=0) as reader:
+    with PreadReader([file], threads=4, merging=NOTHING) as reader:
         ids = np.arange(0, 60, 3)
         pending = reader.submit(0, ids, np.arange(20), [Target(0, page_aligned(20, 2048))])
         with pytest.raises(ReadError, match=rf"{file.path}, layer 0, bundle \d+: Input/output error") as caught:
@@ -226,11 +277,28 @@ def test_of_several_errors_the_first_in_the_file_is_told(tmp_path, monkeypatch):
 
     file, _ = make_file(tmp_path, ALIGNED)
     Calls(monkeypatch, fail)
-    with PreadReader([file], threads=2, merge_gap=0) as reader:
+    with PreadReader([file], threads=2, merging=NOTHING) as reader:
         ids = np.array([90, 30])
         pending = reader.submit(0, ids, np.arange(2), [Target(0, page_aligned(2, 2048))])
         with pytest.raises(ReadError, match="bundle 30:"):
             pending.wait()
+
+
+def test_an_error_skips_only_what_comes_after_it_in_the_file(tmp_path, monkeypatch):
+    """However the threads take turns, the first error is told."""
+
+    def fail(calls, number, fd, buffers, offset):
+        raise OSError(errno.EIO, "Input/output error")
+
+    file, _ = make_file(tmp_path, ALIGNED)
+    calls = Calls(monkeypatch, fail)
+    targets = [Target(0, page_aligned(3, 2048))]
+    plan = pieces(segments(ALIGNED, np.array([30, 60, 90]), np.arange(3), targets), targets, NOTHING, 512)
+    job = pread.Job(pread.OpenFile(file, 0, True), plan, targets, memoryview(b""), [1, 2, 0])
+    job.work()
+    with pytest.raises(ReadError, match="bundle 30:"):
+        job.wait()
+    assert len(calls.calls) == 2
 
 
 def test_files_are_opened_once(tmp_path, monkeypatch):
@@ -265,7 +333,7 @@ def test_drain_ends_what_an_interrupted_submit_began(tmp_path, monkeypatch):
     file, bundles = make_file(tmp_path, ALIGNED)
     calls = Calls(monkeypatch, delay)
     monkeypatch.setattr(pread, "SimpleQueue", Interrupted)
-    with PreadReader([file], threads=2, merge_gap=0) as reader:
+    with PreadReader([file], threads=2, merging=NOTHING) as reader:
         slab, request = page_aligned(20, 2048), (0, np.arange(0, 60, 3), np.arange(20))
         with pytest.raises(KeyboardInterrupt):
             reader.submit(*request, [Target(0, slab)])
@@ -370,7 +438,9 @@ def test_a_reader_that_is_forgotten_gives_its_files_and_threads_back(tmp_path):
     assert held() == before
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"merge_gap": -1}, {"piece_bytes": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"threads": 0}, *({"merging": Merging(*each)} for each in ((-1,), (0, -0.1), (0, 0, 0), (0, 0, 4097)))]
+)
 def test_pread_reader_refuses_wrong_options(wrong):
     with pytest.raises(ValueError):
         PreadReader([], **wrong)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import time
 
 import numpy as np
 import pytest
@@ -11,11 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.errors import ReadError
+from mlx_flash.storage import reader as reader_module
 from mlx_flash.storage.layout import DATA_START, Layout, Part, layer_header
 from mlx_flash.storage.reader import (
+    AioReader,
+    Done,
     FaultyReader,
     LayerFile,
     MemoryReader,
+    Merging,
     PlainReader,
     PreadReader,
     ReadReport,
@@ -25,15 +31,36 @@ from mlx_flash.storage.reader import (
 
 ALIGNED = Layout((Part("gate", "uint8", 512), Part("up", "uint8", 1024), Part("down", "uint8", 512)), 300)
 
+EVERYTHING = Merging(1 << 20, 1e9, 8192)  # merged over any gap
+NOTHING = Merging(0, 0, 4096)
+
+
+def has_aio() -> bool:
+    try:
+        AioReader([]).close()
+    except OSError:
+        return False
+    return True
+
+
+HAS_AIO = has_aio()
 READERS = {
     "memory": lambda files, layers: MemoryReader(layers),
     "faulty": lambda files, layers: FaultyReader(MemoryReader(layers), 10**9),
     "plain": lambda files, layers: PlainReader(files),
     "direct": lambda files, layers: PreadReader(files),
-    "direct-unmerged": lambda files, layers: PreadReader(files, threads=2, merge_gap=0, piece_bytes=4096),
-    "direct-merged": lambda files, layers: PreadReader(files, threads=1, merge_gap=1 << 20, piece_bytes=8192),
-    "buffered": lambda files, layers: PreadReader(files, direct=False, piece_bytes=4096),
+    "direct-unmerged": lambda files, layers: PreadReader(files, threads=2, merging=NOTHING),
+    "direct-merged": lambda files, layers: PreadReader(files, threads=1, merging=EVERYTHING),
+    "buffered": lambda files, layers: PreadReader(files, direct=False, merging=Merging(piece_bytes=4096)),
 }
+if HAS_AIO:
+    READERS |= {
+        "aio": lambda files, layers: AioReader(files),
+        "aio-shallow": lambda files, layers: AioReader(files, depth=3, merging=NOTHING),
+        "aio-merged": lambda files, layers: AioReader(files, depth=2, merging=EVERYTHING),
+        "aio-buffered": lambda files, layers: AioReader(files, direct=False),
+    }
+ON_DISK = [name for name in READERS if name not in ("memory", "faulty")]
 
 
 def make_bundles(layout, seed=0):
@@ -91,7 +118,9 @@ def check(reader, layer, bundles, ids, rows, spans, capacity):
         memories.append(memory)
         expected.append(wanted)
         targets.append(Target(at, view))
-    report = reader.submit(layer, np.array(ids, np.int32), np.array(rows, np.int64), targets).wait()
+    pending = reader.submit(layer, np.array(ids, np.int32), np.array(rows, np.int64), targets)
+    report = pending.wait()
+    assert pending.ended()
     for memory, wanted in zip(memories, expected, strict=True):
         np.testing.assert_array_equal(memory, wanted)
     return report
@@ -123,6 +152,52 @@ def test_several_requests_may_be_under_way(tmp_path, name):
         assert pending[0].wait() == reports[-1]
         for slab in slabs:
             np.testing.assert_array_equal(slab, bundles[order])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_request_ends_though_nobody_waits(tmp_path, name):
+    """All of it, also what did not fit among the reads in flight."""
+    file, bundles = make_file(tmp_path, ALIGNED)
+    with READERS[name]([file], [(ALIGNED, bundles)]) as reader:
+        slab, order = page_aligned(300, ALIGNED.stride), np.random.default_rng(1).permutation(300)
+        pending = reader.submit(0, order, np.arange(300), [Target(0, slab)])
+        deadline = time.monotonic() + 20
+        while not pending.ended():
+            assert time.monotonic() < deadline
+        np.testing.assert_array_equal(slab, bundles[order])
+        pending.give_up()  # which changes nothing any more
+        assert pending.wait().bytes == slab.nbytes and pending.ended()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_request_that_is_given_up(tmp_path, name):
+    """Ends, whole or in an error, and then writes no more; others are not given up with it."""
+    file, bundles = make_file(tmp_path, ALIGNED)
+    with READERS[name]([file], [(ALIGNED, bundles)]) as reader:
+        slabs = [page_aligned(300, ALIGNED.stride) for _ in range(3)]
+        order = np.random.default_rng(1).permutation(300)
+        pending = [reader.submit(0, order, np.arange(300), [Target(0, slab)]) for slab in slabs]
+        pending[1].give_up()
+        for k, each in enumerate(pending):
+            try:
+                assert each.wait().bytes == slabs[k].nbytes
+            except ReadError as error:
+                assert k == 1 and "given up" in str(error)
+                with pytest.raises(ReadError, match="given up"):
+                    each.wait()
+            else:
+                np.testing.assert_array_equal(slabs[k], bundles[order])
+            assert each.ended()
+        after = slabs[1].copy()
+        check(reader, 0, bundles, range(300), range(300), [(0, 2048, 2048, 0)], 300)
+        np.testing.assert_array_equal(slabs[1], after)
+
+
+def test_what_has_ended_may_be_given_up():
+    for outcome in (ReadReport(5, 1), None):
+        done = Done(outcome)
+        done.give_up()
+        assert done.ended() and done.wait() == (outcome or ReadReport(0, 0))
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -167,7 +242,7 @@ def test_a_target_needs_writable_rows_of_bytes():
     assert len(Target(0, good[:0]).flat) == 0
 
 
-@pytest.mark.parametrize("name", ["plain", "direct", "buffered"])
+@pytest.mark.parametrize("name", ON_DISK)
 def test_a_file_that_shrank(tmp_path, name):
     file, bundles = make_file(tmp_path, ALIGNED)
     with READERS[name]([file], []) as reader:
@@ -180,7 +255,7 @@ def test_a_file_that_shrank(tmp_path, name):
                 pending.wait()
 
 
-@pytest.mark.parametrize("name", ["plain", "direct", "buffered"])
+@pytest.mark.parametrize("name", ON_DISK)
 def test_a_missing_file(tmp_path, name):
     with READERS[name]([LayerFile(tmp_path / "none", ALIGNED)], []) as reader:
         pending = reader.submit(0, np.array([9, 7]), np.array([0, 1]), [Target(0, page_aligned(2, 2048))])
@@ -205,10 +280,17 @@ def test_faulty_reader_fails_once(tmp_path):
 
 
 def test_open_reader_takes_what_the_system_has(tmp_path, monkeypatch):
+    def no_context(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
     file, bundles = make_file(tmp_path, ALIGNED)
     if hasattr(os, "preadv"):
+        best = AioReader if HAS_AIO else PreadReader
         with open_reader([file], threads=2) as reader:
-            assert isinstance(reader, PreadReader) and reader.threads == 2
+            assert type(reader) is best and reader.threads == 2
+        monkeypatch.setattr(reader_module, "AioReader", no_context)
+        with open_reader([file], threads=2) as reader:
+            assert type(reader) is PreadReader and reader.threads == 2
         monkeypatch.delattr(os, "preadv")
     with open_reader([file], threads=2) as reader:
         assert isinstance(reader, PlainReader)
