@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from ..config import format_bytes
 from ..errors import BudgetError
+from .curves import split_by_gain
 
+FLOOR = 1.5  # slots of a layer over the bundles that a token asks of it, where that can be
 STAGING_BLOCKS = 6  # blocks in flight or being computed: enough to keep a disk busy, little memory
 
 
@@ -23,6 +26,7 @@ class Costs:
     """What a model needs, in bytes. `fixed` parts by name; a slot of layer l holds one of `counts[l]` bundles.
 
     unit: slots come in multiples of it (a layer's last unit may be shorter).
+    curves: calibrated misses over slots, one per layer; without, every layer gets slots in proportion to its size.
     """
 
     model: str
@@ -31,6 +35,7 @@ class Costs:
     slot: int
     counts: tuple[int, ...]
     unit: int = 1
+    curves: tuple[Any, ...] = ()
 
     @property
     def smallest(self) -> int:
@@ -91,9 +96,20 @@ def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     if budget_bytes >= costs.largest:
         staging = STAGING_BLOCKS
     total = (left - staging * costs.staging_block) // costs.slot
-    capacities = split_slots(total, costs.counts, costs.unit)
+    if costs.curves:
+        capacities = split_by_gain(total, costs.counts, costs.unit, costs.curves, _floors(costs.curves, total))
+    else:
+        capacities = split_slots(total, costs.counts, costs.unit)
     parts = dict(costs.fixed) | {"staging": staging * costs.staging_block, "slots": sum(capacities) * costs.slot}
     return MemoryPlan(budget_bytes, parts, capacities, staging)
+
+
+def _floors(curves: Sequence[Any], total: int) -> list[int]:
+    """Slots that every layer gets first: half as many again as a token asks for, or a layer's overflow streams through
+    staging and its reads overlap nothing. Scaled down where they would take more than half of all slots."""
+    floors = [FLOOR * float(curve[1, 0]) for curve in curves]
+    scale = min(1.0, total / 2 / max(sum(floors), 1.0))
+    return [int(scale * floor) for floor in floors]
 
 
 def cgroup_limit(root: Path = Path("/")) -> int | None:

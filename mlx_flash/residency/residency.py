@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .policy import least_recently_used
+from .policy import DEFAULT, History, Policy
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,22 @@ class Plan:
 
 
 class Residency:
-    """The slots of one layer: `capacity` of them for `count` ids, least recently used first to go."""
+    """The slots of one layer: `capacity` of them for `count` ids; `policy` says which give way.
 
-    def __init__(self, count: int, capacity: int):
+    rates (count,): calibrated shares of tokens that use an id, for the policy's prior and pins.
+    """
+
+    def __init__(self, count: int, capacity: int, policy: Policy = DEFAULT, rates: np.ndarray | None = None):
         self.count, self.capacity = count, min(capacity, count)
+        self.policy, self.rates = policy, rates
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: after a failed read no slot can be trusted."""
         self.slot_of = np.full(self.count, -1, np.int32)
         self.id_of = np.full(self.capacity, -1, np.int32)
-        self.last_used = np.zeros(self.capacity, np.int64)
         self.num_used = 0
-        self.clock = 0
+        self.history = History(self.policy, self.count, int(self.policy.pinned * self.capacity), self.rates)
 
     @property
     def free(self) -> int:
@@ -51,12 +54,12 @@ class Residency:
         slots = self.slot_of[ids]
         hits, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         fresh = np.arange(self.num_used, min(self.capacity, self.num_used + len(missing)))
-        # Protect the hits before choosing victims: a call must not evict its own ids.
-        protected = np.zeros(self.num_used, bool)
-        protected[slots[hits]] = True
-        victims = least_recently_used(self.last_used[: self.num_used], protected, len(missing) - len(fresh))
+        # The hits are protected: a call must not evict its own ids.
+        held, count = self.id_of[: self.num_used], len(missing) - len(fresh)
+        victims = self.history.first_to_go(held, count, protected=slots[hits])
         room = np.concatenate([victims, fresh]).astype(np.int32)
-        loads, overflow = missing[: len(room)], missing[len(room) :]
+        over = self.history.first_to_go(ids[missing], len(missing) - len(room))
+        loads, overflow = np.delete(missing, over), missing[over]
         slots[loads] = room
         return Plan(ids, slots, hits, loads, overflow)
 
@@ -67,10 +70,29 @@ class Residency:
         self.slot_of[old[old >= 0]] = -1
         self.id_of[slots] = -1
 
-    def commit(self, plan: Plan) -> None:
-        """After the reads: the loaded ids are resident, and all that have a slot were used now."""
-        self.clock += 1
+    def commit(self, plan: Plan, used: np.ndarray | None = None) -> None:
+        """After the reads of one token: what was loaded is resident, and the ids at `used` were used (positions in
+        plan.ids or a mask of them; None: all). One that was asked for and did not fire is worth no more than before."""
+        self.place(plan)
+        self.history.use(plan.ids if used is None else plan.ids[used])
+
+    def place(self, plan: Plan) -> None:
+        """After the reads: what was loaded is resident; nothing is said of its use."""
         ids, slots = plan.ids[plan.loads], plan.slots[plan.loads]
         self.slot_of[ids], self.id_of[slots] = slots, ids
-        self.last_used[plan.slots[plan.slots >= 0]] = self.clock
         self.num_used = max(self.num_used, int(slots.max(initial=-1)) + 1)
+
+    def begin_prompt(self, tokens: int) -> None:
+        """A prompt's chunk of `tokens` tokens is next: `warm` is then called for each of its ids, once."""
+        self.history.pass_tokens(tokens)
+
+    def warm(self, ids: np.ndarray, used: np.ndarray) -> Plan:
+        """Which of `ids` (ascending, distinct) are worth a slot after a prompt's chunk of T tokens that used them so:
+        used (T, n) bool. All of them pass by, none must be kept. Follow with `evict`, copies and `place`."""
+        self.history.use_many(ids, used)
+        history, missing, resident = self.history, ids[self.slot_of[ids] < 0], self.id_of[: self.num_used]
+        # What is left of the best missing ones after the free slots, against the resident ones that are worth least.
+        best, worst = missing[history.order(missing)[::-1]], resident[history.order(resident)]
+        challengers = best[self.free : self.capacity]
+        better = int(history.beats(challengers, worst[: len(challengers)]).sum())
+        return self.plan(np.sort(best[: self.free + better]))
