@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from .errors import BudgetError, UsageError
 
-SELECTORS = ("auto", "all", "gate")
+SELECTORS = ("auto", "all", "gate", "predictor", "prompt", "threshold", "static")
+WITH_FRACTION = {"prompt": "kept", "threshold": "dropped", "static": "kept"}
+LOOK_AHEAD = ("auto", "on", "off")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,13 +38,53 @@ def format_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """A selector by name, with its share of the neurons: kept (`prompt`, `static`) or dropped (`threshold`); None for
+    `prompt:auto` and for selectors without one."""
+
+    name: str
+    fraction: float | None = None
+
+    def __str__(self) -> str:
+        if self.name not in WITH_FRACTION:
+            return self.name
+        return f"{self.name}:{'auto' if self.fraction is None else format(self.fraction, 'g')}"
+
+
+def parse_selection(text: str) -> Selection:
+    """`all`, `gate`, `predictor`, `prompt:0.5`, `prompt:auto`, `threshold:0.5`, ... Raises UsageError."""
+    name, colon, value = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if name not in SELECTORS:
+        raise UsageError(f"unknown selector {text!r}; known: {', '.join(SELECTORS)}")
+    if name not in WITH_FRACTION:
+        if colon:
+            raise UsageError(f"selector {name} takes no fraction, {text!r} gives one")
+        return Selection(name)
+    if name == "prompt" and value == "auto":
+        return Selection(name)
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = 0.0
+    highest = "below 1" if name == "threshold" else "at most 1"
+    if not 0 < fraction <= 1 or (name == "threshold" and fraction == 1):
+        raise UsageError(
+            f"{text!r}: give the share of neurons {WITH_FRACTION[name]}, above 0 and {highest}, such as {name}:0.5"
+        )
+    return Selection(name, fraction)
+
+
+@dataclass(frozen=True)
 class FlashConfig:
     """How a model is loaded and run.
 
     memory: budget in bytes, a size such as "2GB", or "auto"
     max_context: tokens the KV cache holds; None = the smaller of 2048 and the model's
     backend: "auto" (mlx where MLX has a GPU, else numpy), "mlx" or "numpy"
-    select: "auto" (exact: gate if it fits, else all), "all" or "gate"
+    select: "auto" (exact: gate if it fits, else all), "all", "gate", or one that loses quality: "predictor",
+        "prompt:F" and "static:F" (share of neurons kept), "prompt:auto" (as many as fit), "threshold:S" (dropped)
+    reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
+    look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors
     prefill_chunk: prompt tokens per pass over the layers
     """
 
@@ -50,16 +92,21 @@ class FlashConfig:
     max_context: int | None = None
     backend: str = "auto"
     select: str = "auto"
+    reselect: int | None = None
+    look_ahead: str = "auto"
     prefill_chunk: int = 256
 
     def __post_init__(self) -> None:
         if self.memory != "auto":
             object.__setattr__(self, "memory", parse_bytes(self.memory))
-        if self.select not in SELECTORS:
-            raise UsageError(f"unknown selector {self.select!r}; known: {', '.join(SELECTORS)}")
-        for name in ("max_context", "prefill_chunk"):
+        name = parse_selection(self.select).name
+        if self.reselect is not None and name != "prompt":
+            raise UsageError(f"reselect goes with --select prompt:F, not with {self.select}")
+        if self.look_ahead not in LOOK_AHEAD:
+            raise UsageError(f"look_ahead is {self.look_ahead!r}; known: {', '.join(LOOK_AHEAD)}")
+        for name in ("max_context", "prefill_chunk", "reselect"):
             value = getattr(self, name)
-            if value is None and name == "max_context":
+            if value is None and name != "prefill_chunk":
                 continue
             if type(value) is not int or value < 1:  # `type`, because True is an int too
                 raise UsageError(f"{name} is {value!r}; it must be at least 1")

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .casting import RAW, cast, check_dtype
-from .errors import ConfigError, UsageError
+from .errors import ConfigError, FormatError, UsageError
 from .models.families import ModelSpec, TensorRef
 from .models.read_config import read_spec
 from .source import (
@@ -33,6 +33,7 @@ from .source import (
     source_hash,
     tokenizer_files,
 )
+from .storage.calibration import SHIPPED, file_name, model_identity, read_calibration
 from .storage.layout import FORMAT_VERSION, ITEM_BYTES, Layout, layer_file, layer_header
 from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 
@@ -80,7 +81,7 @@ def convert(
             )
         remove_stale(out.absolute().parent, out.name)  # what a killed conversion left takes room
         check_free_space(out.absolute().parent, plan.nbytes)
-        _write(source, plan, out, progress)
+        _write(source, plan, out, progress, announce or _to_stderr)
     return out
 
 
@@ -130,7 +131,7 @@ def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
     read_spec(source.config)  # an unknown family is named before its files are looked for
     source.open_tensors()
     spec = read_spec(source.config, source.tensors)
-    _check_tensors(source, spec)
+    check_tensors(source, spec)
     kind = dtype or _ffn_dtype(source, spec)
     order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
     layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
@@ -158,7 +159,8 @@ def _place(source: Source, name: str) -> tuple[str, int]:
     return tensor.path.name, tensor.info.offset
 
 
-def _check_tensors(source: Source, spec: ModelSpec) -> None:
+def check_tensors(source: Source, spec: ModelSpec) -> None:
+    """Raise ConfigError unless the checkpoint has exactly the tensors that its config describes."""
     wanted = spec.resident_shapes() | spec.ffn_shapes()
     missing = [name for name in wanted if name not in source.tensors]
     if missing:
@@ -221,7 +223,7 @@ def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) ->
     return result
 
 
-def _write(source: Source, plan: _Plan, out: Path, progress: bool) -> None:
+def _write(source: Source, plan: _Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
     with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
         pipeline = _Pipeline(source, plan.dtype, worker, plan.layouts)
         bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
@@ -234,7 +236,25 @@ def _write(source: Source, plan: _Plan, out: Path, progress: bool) -> None:
             bar.update()
         for path in plan.tokenizer + plan.copies:
             writer.copy_file(path, path.name)
-        writer.commit(plan.config)
+        writer.commit(_with_calibration(source, plan, writer, announce))
+
+
+def _with_calibration(
+    source: Source, plan: _Plan, writer: FolderWriter, announce: Callable[[str], None]
+) -> dict[str, Any]:
+    """The config; a calibration that lies beside the model goes along if it is of these very weights."""
+    if not (source.folder / SHIPPED).exists():
+        return plan.config
+    path = safe_file(source.folder, SHIPPED)
+    try:
+        counts = tuple(layout.count for layout in plan.layouts)
+        read_calibration(path, plan.spec.dim, counts, model_identity(writer.files))
+    except FormatError as error:
+        announce(f"left out: {error}")
+        return plan.config
+    data = path.read_bytes()
+    writer.write_bytes(file_name(data), data)
+    return {**plan.config, "flash": {**plan.config["flash"], "calibration": file_name(data)}}
 
 
 class _Pipeline:

@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 
 from .errors import UsageError
-from .load import EXACT
 from .sampling import Sampling
 
 
@@ -161,5 +160,5 @@ def make_reply(model: Any, tokenizer: Any, responses: Sequence[GenerationRespons
         resident_bytes=plan.memory.total_bytes,
         peak_bytes=peak_bytes(),
         selector=plan.selector,
-        exact=EXACT[plan.selector],
+        exact=plan.exact,
     )

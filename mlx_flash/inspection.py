@@ -9,7 +9,7 @@ import psutil
 
 from .config import FlashConfig, format_bytes
 from .errors import BudgetError
-from .load import EXACT, decide
+from .load import decide
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "dtype": plan.dtype,
         "backend": plan.backend_name,
         "selector": plan.selector,
-        "exact": EXACT[plan.selector],
+        "exact": plan.exact,
         "max_context": plan.context,
         "fits": problem is None,
         "problem": problem,

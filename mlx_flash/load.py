@@ -6,31 +6,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .backends import choose
 from .backends.base import BLOCK, Backend, FFNSpec, Widths
-from .config import FlashConfig
-from .errors import FormatError, UsageError
+from .config import FlashConfig, Selection, parse_selection
+from .errors import BudgetError, FormatError, UsageError
 from .models.families import ModelSpec
 from .models.read_config import read_spec
 from .residency.budget import Costs, MemoryPlan, auto_budget, split_budget
 from .residency.stream import BlockStream
 from .resolve import resolve_model
 from .sampling import Sampling
-from .selection.selectors import AllSelector, GateSelector, Shared
+from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
+from .selection.shared import Selector, Shared
 from .stats import Stats
+from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
 from .storage.layout import ITEM_BYTES
 from .storage.reader import open_reader
 
 DEFAULT_CONTEXT = 2048
-EXACT = {"all": True, "gate": True}
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,38 @@ class RunPlan:
     backend_name: str
     backend: Backend
     models: Any
-    selector: str
+    selection: Selection
+    calibration: Calibration | None
     costs: Costs
     budget_bytes: int
     context: int
     dtype: str
+
+    @property
+    def selector(self) -> str:
+        """The selector as the user would write it."""
+        return str(self.selection)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the output is that of the whole model."""
+        return self.selection.name in EXACT
+
+    @property
+    def measured_loss(self) -> dict[str, Any] | None:
+        """What `calibrate` measured this selector to lose: nats per token of it and of `all`, tokens scored."""
+        losses = self.calibration.summary.get("losses", {}) if self.calibration else {}
+        found: dict[str, Any] | None = losses.get(self.selector)
+        return found
+
+    @property
+    def look_ahead(self) -> str:
+        """Whether the next layer's reads begin early. "auto" does it with `predictor`, whose predictors are in memory
+        anyway; "on" with `gate` too."""
+        mode, name = self.config.look_ahead, self.selection.name
+        wanted = name == "predictor" or (name == "gate" and mode == "on")
+        known = self.calibration is not None and self.calibration.has_predictors
+        return mode if wanted and known and not self.all_resident else "off"
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -60,11 +91,16 @@ class RunPlan:
         return self.memory.capacities == self.costs.counts
 
     @property
+    def ffn_resident_bytes(self) -> int:
+        """Memory that FFN weights may take: slots, and the rows that are resident for all bundles."""
+        return sum(size for name, size in self.memory.parts.items() if name == "slots" or name.endswith(" rows"))
+
+    @property
     def worst_bytes_per_token(self) -> int:
-        """Most bytes that one token reads. `gate`: whole layers, as reads of near neighbours are merged."""
+        """Most bytes that one token reads. What is selected can be anything: whole layers, but for `all`."""
         layouts = self.checkpoint.layouts
         per_bundle = layouts[0].stride
-        if self.selector == "gate":
+        if self.selection.name != "all":
             pairs = zip(layouts, self.memory.capacities, strict=True)
             return sum(layout.count * per_bundle for layout, capacity in pairs if capacity < layout.count)
         return sum(b.count - c for b, c in zip(layouts, self.memory.capacities, strict=True)) * per_bundle
@@ -80,16 +116,40 @@ class Run:
         staging = [plan.backend.slab(layout, BLOCK, names) for _ in range(plan.memory.staging_blocks)]
         reader = open_reader(plan.checkpoint.layer_files)
         self.shared = Shared(plan.backend, reader, BlockStream(staging), self.stats)
+        self.factory = SelectorFactory(
+            plan.selection,
+            self.shared,
+            plan.checkpoint.layouts,
+            plan.memory.capacities,
+            plan.calibration,
+            plan.config.reselect,
+            plan.look_ahead,
+        )
 
-    def make_ffn(self, layer: int, up_bias: Any = None, down_bias: Any = None) -> AllSelector | GateSelector:
+    def make_ffn(self, layer: int, up_bias: Any = None, down_bias: Any = None) -> Selector:
         """The FFN of one layer: a callable from the normed hidden state to the FFN's output."""
-        plan = self.plan
-        layout, capacities = plan.checkpoint.layouts[layer], plan.memory.capacities
-        spec = FFNSpec(layout, plan.spec.activation, plan.spec.gated, up_bias, down_bias)
-        if plan.selector == "gate":
-            return GateSelector(layer, spec, self.shared, capacities[layer])
-        counts = [layout.count for layout in plan.checkpoint.layouts]
-        return AllSelector(layer, spec, self.shared, capacities, counts)
+        spec, layout = self.plan.spec, self.plan.checkpoint.layouts[layer]
+        cutoff = spec.layers[layer].cutoff
+        ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff)
+        return self.factory.make(layer, ffn)
+
+    @contextmanager
+    def phase(self, decoding: bool) -> Iterator[None]:
+        """What runs within is a prompt's tokens (exact with every selector) or decoded ones."""
+        self.shared.decoding = decoding
+        try:
+            yield
+        finally:
+            self.shared.decoding = None
+
+    def begin_reply(self) -> None:
+        """What comes is another prompt: what was selected for the last one is void."""
+        self.shared.reply += 1
+
+    def forced(self, model: Any, prompt_ids: Sequence[int], next_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits (vocab,) fp32 after the prompt, then after each of `next_ids`, which pass one by one as if they had
+        been sampled."""
+        yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
 
     def steps(self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
         """Yield sampled ids after the prompt, `max_tokens` at most."""
@@ -101,32 +161,46 @@ class Run:
 
 
 def run_costs(
-    checkpoint: Checkpoint, spec: ModelSpec, backend: Backend, selector: str, context: int, chunk: int
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    backend: Backend,
+    selection: Selection,
+    calibration: Calibration | None,
+    config: FlashConfig,
+    context: int,
 ) -> Costs:
     """What this model needs with this selector, part by part, in bytes."""
-    layouts = checkpoint.layouts
+    layouts, chunk = checkpoint.layouts, config.prefill_chunk
     largest = max(layouts, key=lambda layout: layout.count)
     names = [part.name for part in largest.parts]
-    resident = names[:1] if selector == "gate" else []
-    slot_parts = names[len(resident) :]
+    resident = resident_parts(selection, largest, calibration)
+    slot_parts = parts_in_slots(selection, largest, calibration)
     item = ITEM_BYTES[layouts[0].parts[0].dtype]
+    block = backend.slab_bytes(layouts[0], BLOCK, names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
         "KV cache": spec.kv_items_per_token * item * context,
         "prefill scratch": backend.prefill_scratch_bytes(largest, spec_widths(spec), chunk, context),
     }
-    if selector == "gate":
-        fixed[f"{names[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
+    if resident:
+        fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
+    if selection.name != "all":
+        fixed["prefill scratch"] += 4 * min(chunk, context) * min(BLOCK, largest.count)  # scalars of a block
+    guesses = config.look_ahead == "on" or (config.look_ahead == "auto" and selection.name == "predictor")
+    if selection.name in ("gate", "predictor") and calibration is not None and calibration.has_predictors:
+        if selection.name == "predictor" or guesses:
+            fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
+        if guesses:
+            fixed["look-ahead"] = block
     slot = backend.slab_bytes(layouts[0], 8 * BLOCK, slot_parts) // (8 * BLOCK)
     fixed["page rounding"] = len(layouts) * (backend.slab_bytes(layouts[0], 1, slot_parts) - slot)
-    return Costs(
-        checkpoint.path.name,
-        fixed,
-        backend.slab_bytes(layouts[0], BLOCK, names),
-        slot,
-        tuple(layout.count for layout in layouts),
-        unit=1 if selector == "gate" else BLOCK,
-    )
+    counts = tuple(layout.count for layout in layouts)
+    curves: tuple[np.ndarray, ...] = ()
+    if calibration is not None and spec.has_zeros and selection.name in ("gate", "predictor"):
+        predicted = selection.name == "predictor"
+        curves = tuple(layer.predicted_curve if predicted else layer.curve for layer in calibration.layers)
+    unit = BLOCK if selection.name == "all" else 1
+    return Costs(checkpoint.path.name, fixed, block, slot, counts, unit, curves)
 
 
 def spec_widths(spec: ModelSpec) -> Widths:
@@ -139,15 +213,29 @@ def spec_widths(spec: ModelSpec) -> Widths:
     )
 
 
-def choose_selector(config: FlashConfig, spec: ModelSpec, costs: dict[str, Costs]) -> str:
-    """`auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`."""
-    if config.select == "gate" and spec.activation != "relu":
-        raise UsageError(f"--select gate needs a ReLU model; this one has {spec.activation!r}: use all")
-    if config.select != "auto":
-        return config.select
-    if spec.activation != "relu":
-        return "all"
-    return "gate" if budget_for(config, costs["gate"]) >= costs["gate"].smallest else "all"
+def choose_selection(
+    config: FlashConfig, spec: ModelSpec, calibration: Calibration | None, costs: Callable[[Selection], Costs]
+) -> Selection:
+    """The selector that runs. `auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`;
+    `prompt:auto` keeps the share of neurons that fits."""
+    selection = parse_selection(config.select)
+    if selection.name == "auto":
+        gate = Selection("gate")
+        fits = spec.has_zeros and budget_for(config, costs(gate)) >= costs(gate).smallest
+        return gate if fits else Selection("all")
+    check_selection(selection, spec.activation, spec.gated, calibration)
+    if selection != Selection("prompt"):
+        return selection
+    found = costs(selection)
+    budget = budget_for(config, found)
+    capacities = split_budget(found, budget).capacities
+    fraction = int(100 * min(c / n for c, n in zip(capacities, found.counts, strict=True))) / 100
+    if not fraction:
+        raise BudgetError(
+            f"--select prompt:auto: a budget of {budget} bytes has slots for less than 1 % of the neurons; "
+            "raise --memory, or give a fraction (what has no slot is read for every token)"
+        )
+    return Selection("prompt", fraction)
 
 
 def budget_for(config: FlashConfig, costs: Costs) -> int:
@@ -189,8 +277,12 @@ def decide(model: str | Path | None, config: FlashConfig) -> RunPlan:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
     backend_name, entry = choose(config.backend, spec.table.backends)
     backend = entry.make()
-    costs = {s: run_costs(checkpoint, spec, backend, s, context, config.prefill_chunk) for s in ("all", "gate")}
-    selector = choose_selector(config, spec, costs)
+    calibration = load_calibration(checkpoint)
+
+    def costs(selection: Selection) -> Costs:
+        return run_costs(checkpoint, spec, backend, selection, calibration, config, context)
+
+    selection = choose_selection(config, spec, calibration, costs)
     return RunPlan(
         checkpoint,
         spec,
@@ -198,9 +290,10 @@ def decide(model: str | Path | None, config: FlashConfig) -> RunPlan:
         backend_name,
         backend,
         import_module(entry.models),
-        selector,
-        costs[selector],
-        budget_for(config, costs[selector]),
+        selection,
+        calibration,
+        costs(selection),
+        budget_for(config, costs(selection)),
         context,
         checkpoint.config["flash"]["dtype"],
     )

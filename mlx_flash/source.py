@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, FormatError, ReadError, UsageError
+from .storage.calibration import SHIPPED
 from .storage.header import TensorInfo, load_json_object, read_header
 from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
 from .storage.writer import is_safe_name
@@ -298,7 +299,8 @@ def source_hash(folder: Path, *, dtype: str | None = None, tokenizer: Path | Non
     full = sum(path.stat().st_size for path in files.values()) <= FULL_HASH_BYTES
     for name, path in files.items():
         _add(total, name, _hash_file(path) if full else _hash_samples(path))
-    others = [safe_file(folder, n) for n in ("config.json", "generation_config.json") if (folder / n).exists()]
+    small = ("config.json", "generation_config.json", SHIPPED)
+    others = [safe_file(folder, n) for n in small if (folder / n).exists()]
     for path in others + tokenizer_files(tokenizer or folder):
         _add(total, path.name, _hash_file(path))
     return total.hexdigest()

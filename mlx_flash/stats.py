@@ -11,13 +11,16 @@ from dataclasses import dataclass, fields
 @dataclass
 class Stats:
     """Since `reset`: bytes and reads asked of the disk, seconds waited for them, and how many of the bundles that
-    decoding steps asked for were resident (hits) or had to be read (misses)."""
+    decoding steps asked for were resident (hits) or had to be read (misses); bundles read ahead (guessed), and those of
+    them that were asked for then (guessed_right)."""
 
     bytes_read: int = 0
     reads: int = 0
     wait_s: float = 0.0
     hits: int = 0
     misses: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -28,6 +31,11 @@ class Stats:
     def reset(self) -> None:
         for field in fields(self):
             setattr(self, field.name, field.default)
+
+    def add(self, other: Stats) -> None:
+        """Count what another one counted, too."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ A third backend is one more file with these two classes; nothing outside `backen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,13 +20,30 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """What one FFN computes: `act(gate.x) * (up.x)` or, not gated, `act(up.x + up_bias)`, times `down`."""
+    """What one FFN computes: `act(gate.x) * (up.x)` or, not gated, `act(up.x + up_bias)`, times `down`.
+
+    lead: the part that `FFNPass.gate` computes and cuts, "gate" (with the activation) or "up" (without it in a gated
+    FFN; "" is the one that the activation is applied to). cutoff: what the lead gives counts as zero up to this
+    magnitude (FATReLU, CATS).
+    """
 
     layout: Layout
     activation: str
     gated: bool
     up_bias: Any = None  # (count,) backend array, or None
     down_bias: Any = None  # (d,) backend array, or None
+    cutoff: float = 0.0
+    lead: str = ""
+
+    @property
+    def first(self) -> str:
+        """The part that leads."""
+        return self.lead or ("gate" if self.gated else "up")
+
+    @property
+    def second(self) -> str | None:
+        """The part that is multiplied with it."""
+        return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
 
 
 @dataclass(frozen=True)
@@ -52,18 +69,20 @@ class FFNPass(Protocol):
     """One layer's FFN on one input. Terms are added in ascending id order; the order they became resident is free."""
 
     def gate(self, slab: Slab) -> np.ndarray:
-        """Compute the activation of all `count` rows of `slab` (the gate part; up if not gated), keep it, and
-        return the ids whose activation is not zero for any token, ascending, int32."""
+        """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not
+        zero for any token, ascending, int32."""
 
-    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> None:
-        """Compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Needs `gate` first."""
+    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> np.ndarray | None:
+        """Compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before it
+        `slab` holds the leading part too. Returns which of them fired, (n,) bool, where that costs nothing."""
 
     def down(self) -> None:
         """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may
         be overwritten after `settle`, or once the layer's next `gate` has returned."""
 
-    def dense(self, slab: Slab, first_row: int, first_id: int, count: int) -> None:
-        """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there."""
+    def dense(self, slab: Slab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
+        """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there.
+        h (T, count) fp32, if given, receives their scalars."""
 
     def settle(self) -> None:
         """When it returns, nothing pending reads any slab: rows may be overwritten."""
@@ -85,6 +104,13 @@ class Backend(Protocol):
 
     def ffn(self, spec: FFNSpec, x: Any) -> FFNPass:
         """Begin one FFN on `x`, whose last axis is d."""
+
+    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Callable[[Any], np.ndarray]:
+        """A low-rank predictor: x (..., d) -> (count,) fp32, the largest `step * (b @ (a @ x)) + bias` over the
+        tokens. a (r, d), b (count, r) int8, bias (count,) fp32."""
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Activations of a backend's model as fp32 in host memory, same shape."""
 
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache. `layout` is that of

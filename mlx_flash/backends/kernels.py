@@ -16,7 +16,8 @@ import numpy as np
 class Kernels(Protocol):
     """One set of kernels; results are bit-identical within a set, for Numba also at every number of threads.
 
-    A weight array is (count, n) float32, float16 or uint16 (bfloat16) whose rows are contiguous, any distance apart.
+    A weight array is (count, n) float32, float16, uint16 (bfloat16) or int8 whose rows are contiguous, any distance
+    apart.
     """
 
     name: str

@@ -18,11 +18,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how weights are stored
+FLOAT32, BFLOAT16, FLOAT16, INT8 = 0, 1, 2, 3  # how weights are stored
+ITEM_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, INT8: 1}
 AHEAD_BYTES = 3072  # how long before use an item is fetched: the processor's own prefetch stops at page ends
 LINE_BYTES = 64
 
-_INT, _I16, _I32, _FLOAT = ir.IntType(64), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_INT, _I8, _I16, _I32, _FLOAT = (*(ir.IntType(bits) for bits in (64, 8, 16, 32)), ir.FloatType())
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
 
@@ -60,12 +61,14 @@ def _load(builder: Any, address: Any, index: Any, kind: int, lanes: int) -> Any:
     def shaped(item: Any) -> Any:
         return ir.VectorType(item, lanes) if lanes > 1 else item
 
-    size = 4 if kind == FLOAT32 else 2
-    stored = shaped(_FLOAT if kind == FLOAT32 else _I16)
+    size = ITEM_BYTES[kind]
+    stored = shaped({FLOAT32: _FLOAT, INT8: _I8}.get(kind, _I16))
     at = builder.add(address, builder.mul(index, _INT(size)))
     value = builder.load(builder.inttoptr(at, stored.as_pointer()), align=size)
     if kind == FLOAT32:
         return value
+    if kind == INT8:
+        return builder.sitofp(value, shaped(_FLOAT))
 
     def constant(number: float, item: Any = _I32) -> Any:
         return ir.Constant(shaped(item), [number] * lanes if lanes > 1 else number)
@@ -126,8 +129,8 @@ def _loop(builder: Any, start: Any, stop: Any, step: int, carried: list[Any], bo
 
 def _prefetch(builder: Any, kind: int, w: Any, following: Any, i: Any, n: Any, items: int) -> None:
     """Fetch the `items` that lie AHEAD_BYTES (at most a row) after item i; past the row's end, the following row's."""
-    size = 4 if kind == FLOAT32 else 2
-    pointer = ir.IntType(8).as_pointer()
+    size = ITEM_BYTES[kind]
+    pointer = _I8.as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
     lead = _INT(AHEAD_BYTES // size)
@@ -189,7 +192,7 @@ def _by_kind(builder: Any, kind: Any, emit: Callable[[int], Any]) -> Any:
     """Emit for every storage dtype and branch on `kind` while running: one compilation for all of them."""
     end = builder.append_basic_block("end")
     results = []
-    for known in (FLOAT32, BFLOAT16, FLOAT16):
+    for known in ITEM_BYTES:
         mine, other = builder.append_basic_block("kind"), builder.append_basic_block("other")
         builder.cbranch(builder.icmp_signed("==", kind, _INT(known)), mine, other)
         builder.position_at_end(mine)

@@ -18,6 +18,7 @@ KINDS = {
     np.dtype(np.float32): compiled.FLOAT32,
     np.dtype(np.uint16): compiled.BFLOAT16,
     np.dtype(np.float16): compiled.FLOAT16,
+    np.dtype(np.int8): compiled.INT8,
 }
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 

@@ -154,11 +154,9 @@ class MlxPass:
     def gate(self, slab: MlxSlab) -> np.ndarray:
         """Ids (n,) int32, ascending, that fire for any token; `slab` holds the first part of all `count` bundles."""
         spec = self._spec
-        name, count = spec.layout.parts[0].name, spec.layout.count
+        name, count = spec.first, spec.layout.count
         product = self._x @ slab.parts[name][:count].T
-        if spec.up_bias is not None:
-            product = product + spec.up_bias
-        self._gates = self._activation.alone(product)
+        self._gates = self._lead(product, spec.up_bias)
         fires = mx.any(self._gates != 0, axis=0)
         # After this the caller overwrites slots, so nothing may still read them. When mlx-lm generates, x comes from
         # a token that was sampled from the last pass's output, which is therefore done although mlx-lm runs one step
@@ -171,23 +169,43 @@ class MlxPass:
 
     def scalars(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray) -> None:
         """Start computing h of `ids` (n,), which lie in `rows` (n,) of `slab`."""
-        if self._gates is None:
-            raise ValueError("scalars needs gate first")
         if not len(ids):
             return
         pieces = []
         for begin, end in _pieces(len(ids), PIECE if self._one_token else SCALAR_ROWS):
-            scalars = mx.take(self._gates, _padded(ids[begin:end]), axis=1)
-            if self._spec.gated:
-                up = mx.take(slab.parts["up"], _padded(rows[begin:end]), axis=0)
-                groups = up.reshape(-1, SCALAR_ROWS, up.shape[-1])
-                scalars = scalars * self._products(groups).swapaxes(0, 1).reshape(len(self._x), -1)
+            index = _padded(rows[begin:end])
+            if self._gates is not None:
+                scalars = mx.take(self._gates, _padded(ids[begin:end]), axis=1)
+            else:
+                bias = self._spec.up_bias
+                bias = None if bias is None else mx.take(bias, _padded(ids[begin:end]))
+                scalars = self._lead(self._selected(slab, self._spec.first, index), bias)
+            if self._spec.second is not None:
+                scalars = scalars * self._follows(self._selected(slab, self._spec.second, index))
             pieces.append(scalars)
             if end < len(ids) and self._one_token:
                 mx.eval(scalars)  # so many rows are copied piece by piece, not all at once
         found = Found(ids, slab, rows, pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1))
         mx.async_eval(found.scalars)  # runs while the caller waits for a read
         self._found.append(found)
+
+    def _selected(self, slab: MlxSlab, part: str, index: mx.array) -> mx.array:
+        """x times the rows `index` (n,) of a part, (T, n), in groups of one shape."""
+        taken = mx.take(slab.parts[part], index, axis=0)
+        groups = taken.reshape(-1, SCALAR_ROWS, taken.shape[-1])
+        return self._products(groups).swapaxes(0, 1).reshape(len(self._x), -1)
+
+    def _lead(self, product: mx.array, bias: mx.array | None) -> mx.array:
+        """What the leading part's products become: activation, unless it is the second part's, and cut."""
+        if bias is not None:
+            product = product + bias
+        if not (self._spec.gated and self._spec.first == "up"):
+            product = self._activation.alone(product)
+        return mx.where(mx.abs(product) > self._spec.cutoff, product, 0) if self._spec.cutoff else product
+
+    def _follows(self, product: mx.array) -> mx.array:
+        """What the second part's products become."""
+        return self._activation.alone(product) if self._spec.second == "gate" else product
 
     def down(self) -> None:
         """Add the terms of the ids given to `scalars` since the last `down`; they follow all earlier ones."""
@@ -206,15 +224,18 @@ class MlxPass:
             if end < len(ids) and self._one_token:
                 self.settle()
 
-    def dense(self, slab: MlxSlab, first_row: int, first_id: int, count: int) -> None:
+    def dense(self, slab: MlxSlab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         """Add ids `first_id..first_id+count` from consecutive rows, one product per BLOCK ids (one token: batched)."""
         self._follow(first_id, first_id + count)
         whole = count // BLOCK
         step = max(whole, 1) if self._one_token else 1
+        found = []
         for block in range(0, whole, step):
-            self._add_blocks(slab, first_row + block * BLOCK, first_id + block * BLOCK, step, BLOCK)
+            found.append(self._add_blocks(slab, first_row + block * BLOCK, first_id + block * BLOCK, step, BLOCK))
         if count % BLOCK:
-            self._add_blocks(slab, first_row + whole * BLOCK, first_id + whole * BLOCK, 1, count % BLOCK)
+            found.append(self._add_blocks(slab, first_row + whole * BLOCK, first_id + whole * BLOCK, 1, count % BLOCK))
+        if h is not None:
+            h[...] = np.array(mx.concatenate(found, axis=1).astype(mx.float32))
 
     def settle(self) -> None:
         """When it returns, nothing pending reads any slab."""
@@ -251,24 +272,26 @@ class MlxPass:
         """
         return self._x[None] @ blocks.swapaxes(1, 2)
 
-    def _add_blocks(self, slab: MlxSlab, row: int, first_id: int, blocks: int, length: int) -> None:
-        """Add `blocks` times `length` ids that begin at `row`."""
+    def _add_blocks(self, slab: MlxSlab, row: int, first_id: int, blocks: int, length: int) -> mx.array:
+        """Add `blocks` times `length` ids that begin at `row`; returns their scalars (T, blocks * length)."""
         rows = blocks * length
 
         def part(name: str) -> mx.array:
             return slab.parts[name][row : row + rows].reshape(blocks, length, -1)
 
-        if self._spec.gated:
+        if self._spec.gated and not self._spec.cutoff:
             scalars = self._activation.times(self._products(part("gate")), self._products(part("up")))
         else:
-            scalars = self._products(part("up"))
-            if self._spec.up_bias is not None:
-                scalars = scalars + self._spec.up_bias[first_id : first_id + rows].reshape(blocks, 1, length)
-            scalars = self._activation.alone(scalars)
+            bias = self._spec.up_bias
+            bias = None if bias is None else bias[first_id : first_id + rows].reshape(blocks, 1, length)
+            scalars = self._lead(self._products(part(self._spec.first)), bias)
+            if self._spec.second is not None:
+                scalars = scalars * self._follows(self._products(part(self._spec.second)))
         self._sum.add(scalars @ part("down"))
         self._lazy_bytes += _block_bytes(self._x.shape[1], self._x.dtype.size, len(self._x))
         if not self._one_token and self._lazy_bytes > LAZY_BYTES:
             self.settle()
+        return scalars.swapaxes(0, 1).reshape(len(self._x), rows)
 
     def _add_selected(self, scalars: mx.array, down: mx.array) -> None:
         """h (T, n) times rows (n, d), by groups of BLOCK consecutive selected ids; keeps what fills no group.
@@ -347,6 +370,24 @@ class MlxBackend:
     def ffn(self, spec: FFNSpec, x: mx.array) -> MlxPass:
         """Begin one FFN on x (..., d). Raises ConfigError for an activation that is not known."""
         return MlxPass(spec, x)
+
+    def predictor(
+        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
+    ) -> Callable[[mx.array], np.ndarray]:
+        """See `base.Backend.predictor`; int8 until it is used, products in fp32."""
+        inner, outer, offset = mx.array(a), mx.array(b), mx.array(bias)
+        mx.eval(inner, outer, offset)
+
+        def logits(x: mx.array) -> np.ndarray:
+            rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+            found = (rows @ inner.astype(mx.float32).T) @ outer.astype(mx.float32).T
+            return np.array(mx.max(found, axis=0) * step + offset)
+
+        return logits
+
+    def to_numpy(self, x: mx.array) -> np.ndarray:
+        """x as fp32 in host memory."""
+        return np.array(x.astype(mx.float32))
 
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """An upper bound of what a prefill of `chunk` tokens takes beyond weights, slabs and KV cache: temporaries

@@ -8,7 +8,7 @@ Used by one thread at a time; one FFN pass is finished before the next one begin
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -111,6 +111,22 @@ class NumpyBackend:
         if len(x) == 1:
             return DecodePass(self.kernels, spec, x)
         return PrefillPass(self._scratch, spec, x)
+
+    def predictor(
+        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """See `base.Backend.predictor`."""
+
+        def logits(x: np.ndarray) -> np.ndarray:
+            tokens = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
+            found = [self.kernels.dots(b, None, self.kernels.dots(a, None, token)) for token in tokens]
+            return np.max(found, axis=0) * np.float32(step) + bias
+
+        return logits
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        """x itself: activations are fp32 here."""
+        return x
 
     def from_bytes(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """The weights in these bytes, a view. raw (nbytes,) uint8; dtype "float32", "float16" or "bfloat16"."""

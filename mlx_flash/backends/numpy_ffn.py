@@ -59,10 +59,25 @@ class _Pass:
 
     def __init__(self, spec: FFNSpec, x: np.ndarray):
         self.spec = spec
-        self.first = "gate" if spec.gated else "up"  # the part that the activation is computed from
+        self.first, self.second = spec.first, spec.second
         self.bias = None if spec.gated or spec.up_bias is None else _wide(spec.up_bias)
         self.x = np.ascontiguousarray(x, np.float32)
         self.y = np.zeros(x.shape, np.float32)
+
+    def _lead(self, values: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        """What the leading part's products (..., n) become, in place: activation, unless it is applied to the second
+        part, and cut."""
+        if bias is not None:
+            values += bias
+        if not (self.spec.gated and self.first == "up"):
+            activate(self.spec.activation, values)
+        if self.spec.cutoff:
+            values[np.abs(values) <= np.float32(self.spec.cutoff)] = 0
+        return values
+
+    def _follow(self, values: np.ndarray) -> np.ndarray:
+        """What the second part's products become, in place."""
+        return activate(self.spec.activation, values) if self.second == "gate" else values
 
     def settle(self) -> None:
         """Nothing is ever pending on a slab except what was given to `scalars` without `down`."""
@@ -81,26 +96,30 @@ class DecodePass(_Pass):
     def __init__(self, kernels: Kernels, spec: FFNSpec, x: np.ndarray):
         super().__init__(spec, x)
         self.kernels, self.x, self.out = kernels, self.x[0], self.y[0]
-        self.active = np.empty(0, np.float32)
+        self.active: np.ndarray | None = None
         self.terms: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []  # ids, down rows, rows, h
 
-    def _activation(self, w: np.ndarray, first_id: int) -> np.ndarray:
-        values = self.kernels.dots(w, None, self.x)
-        if self.bias is not None:
-            values += self.bias[first_id : first_id + len(values)]
-        return activate(self.spec.activation, values)
-
     def _scale(self, active: np.ndarray, slab: Rows, rows: np.ndarray) -> np.ndarray:
-        """h of the neurons in these rows, given their activation."""
-        return active * self.kernels.dots(slab.part("up"), rows, self.x) if self.spec.gated else active
+        """h of the neurons in these rows, given what the leading part made."""
+        if self.second is None:
+            return active
+        return active * self._follow(self.kernels.dots(slab.part(self.second), rows, self.x))
 
     def gate(self, slab: Rows) -> np.ndarray:
-        self.active = self._activation(slab.part(self.first), 0)
+        self.active = self._lead(self.kernels.dots(slab.part(self.first), None, self.x), self.bias)
         return np.flatnonzero(self.active).astype(np.int32)
 
-    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> None:
-        h = self._scale(self.active[ids], slab, rows)
-        self.terms.append((ids, slab.part("down"), rows, h))
+    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> np.ndarray:
+        if self.active is not None:
+            active = self.active[ids]
+        else:
+            bias = None if self.bias is None else self.bias[ids]
+            active = self._lead(self.kernels.dots(slab.part(self.first), rows, self.x), bias)
+        fired = active != 0
+        kept = np.flatnonzero(fired)
+        h = self._scale(active[kept], slab, rows[kept])
+        self.terms.append((ids[kept], slab.part("down"), rows[kept], h))
+        return fired
 
     def down(self) -> None:
         terms, self.terms = self.terms, []
@@ -111,9 +130,7 @@ class DecodePass(_Pass):
         rows = np.concatenate([term[2] for term in terms])
         h = np.concatenate([term[3] for term in terms])
         order = np.argsort(ids, kind="stable")
-        order = order[self.active[ids[order]] != 0]
-        ids = ids[order]
-        self._add([term[1] for term in terms], source[order], rows[order], h[order], ids)
+        self._add([term[1] for term in terms], source[order], rows[order], h[order], ids[order])
 
     def _add(
         self, sources: list[np.ndarray], source: np.ndarray, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
@@ -124,13 +141,18 @@ class DecodePass(_Pass):
             starts = np.concatenate([[0], np.searchsorted(ids, edges), [len(ids)]])
             self.kernels.add_blocks(sources, source, rows, h, starts, self.out)
 
-    def dense(self, slab: Rows, first_row: int, first_id: int, count: int) -> None:
+    def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         _check_whole_blocks(first_id, count, self.spec.layout.count)
-        active = self._activation(slab.part(self.first)[first_row : first_row + count], first_id)
+        bias = None if self.bias is None else self.bias[first_id : first_id + count]
+        leading = slab.part(self.first)[first_row : first_row + count]
+        active = self._lead(self.kernels.dots(leading, None, self.x), bias)
         kept = np.flatnonzero(active)
         rows = kept + first_row
-        h = self._scale(active[kept], slab, rows)
-        self._add([slab.part("down")], np.zeros(len(kept), np.int64), rows, h, kept + first_id)
+        scalars = self._scale(active[kept], slab, rows)
+        self._add([slab.part("down")], np.zeros(len(kept), np.int64), rows, scalars, kept + first_id)
+        if h is not None:
+            h[...] = 0
+            h[0, kept] = scalars
 
 
 class PrefillPass(_Pass):
@@ -140,17 +162,15 @@ class PrefillPass(_Pass):
     def __init__(self, scratch: Scratch, spec: FFNSpec, x: np.ndarray):
         super().__init__(spec, x)
         self.scratch = scratch
-        self.active = self.y
+        self.active: np.ndarray | None = None
         self.terms: list[tuple[np.ndarray, Rows, np.ndarray]] = []  # ids, slab, rows
 
     def _product(self, weights: np.ndarray, name: str) -> np.ndarray:  # (n, d) -> (T, n)
         return np.matmul(self.x, weights.T, out=self.scratch.get(name, (len(self.x), len(weights))))
 
-    def _activation(self, weights: np.ndarray, first_id: int) -> np.ndarray:
-        values = self._product(weights, "first")
-        if self.bias is not None:
-            values += self.bias[first_id : first_id + len(weights)]
-        return activate(self.spec.activation, values)
+    def _leading(self, weights: np.ndarray, first_id: int) -> np.ndarray:
+        bias = None if self.bias is None else self.bias[first_id : first_id + len(weights)]
+        return self._lead(self._product(weights, "first"), bias)
 
     def _block(self, count: int) -> np.ndarray:
         return self.scratch.get("weights", (count, self.x.shape[1]))
@@ -164,7 +184,7 @@ class PrefillPass(_Pass):
         for begin in range(0, count, BLOCK):
             weights = self._block(min(BLOCK, count - begin))
             widen(w[begin : begin + BLOCK], weights)
-            self.active[:, begin : begin + BLOCK] = self._activation(weights, begin)
+            self.active[:, begin : begin + BLOCK] = self._leading(weights, begin)
         return np.flatnonzero(self.active.any(axis=0)).astype(np.int32)
 
     def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> None:
@@ -177,9 +197,12 @@ class PrefillPass(_Pass):
             begin = int(block) * BLOCK
             count = min(BLOCK, self.spec.layout.count - begin)
             h = self.scratch.get("first", (len(self.x), count))
-            h[...] = self.active[:, begin : begin + count]
-            if self.spec.gated:
-                h *= self._product(self._gather(terms, "up", begin, count), "up")
+            if self.active is not None:
+                h[...] = self.active[:, begin : begin + count]
+            else:
+                self._leading(self._gather(terms, self.first, begin, count), begin)
+            if self.second is not None:
+                h *= self._follow(self._product(self._gather(terms, self.second, begin, count), "up"))
             self._add(h, self._gather(terms, "down", begin, count))
 
     def _gather(
@@ -192,18 +215,20 @@ class PrefillPass(_Pass):
             weights[ids[mine] - begin] = _wide(slab.part(part)[rows[mine]])
         return weights
 
-    def dense(self, slab: Rows, first_row: int, first_id: int, count: int) -> None:
+    def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         _check_whole_blocks(first_id, count, self.spec.layout.count)
         for begin in range(0, count, BLOCK):
             weights = self._block(min(BLOCK, count - begin))
             rows = slice(first_row + begin, first_row + begin + len(weights))
             widen(slab.part(self.first)[rows], weights)
-            h = self._activation(weights, first_id + begin)
-            if self.spec.gated:
-                widen(slab.part("up")[rows], weights)
-                h *= self._product(weights, "up")
+            scalars = self._leading(weights, first_id + begin)
+            if self.second is not None:
+                widen(slab.part(self.second)[rows], weights)
+                scalars *= self._follow(self._product(weights, "up"))
+            if h is not None:
+                h[:, begin : begin + BLOCK] = scalars
             widen(slab.part("down")[rows], weights)
-            self._add(h, weights)
+            self._add(scalars, weights)
 
 
 def _check_whole_blocks(first_id: int, count: int, total: int) -> None:

@@ -160,18 +160,42 @@ def build(
     return decoder
 
 
+def prefill(model: Decoder, prompt_ids: Sequence[int], cache: Cache, prefill_chunk: int) -> np.ndarray:
+    """Run a new prompt in chunks of `prefill_chunk`; returns the logits (vocab,) after it."""
+    model.flash.begin_reply()
+    for begin in range(0, len(prompt_ids), prefill_chunk):
+        with model.flash.phase(decoding=False):
+            logits = model(prompt_ids[begin : begin + prefill_chunk], cache)
+    return logits
+
+
+def decode(model: Decoder, token: int, cache: Cache) -> np.ndarray:
+    """Run one more token of a reply; returns the logits (vocab,) after it."""
+    with model.flash.phase(decoding=True):
+        return model([token], cache)
+
+
 def steps(
     model: Decoder, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
 ) -> Iterator[int]:
     """Yield up to `max_tokens` sampled ids after the prompt; the prompt runs in chunks of `prefill_chunk`."""
     sample, cache = make_sampler(sampling), model.make_cache()
-    for begin in range(0, len(prompt_ids), prefill_chunk):
-        logits = model(prompt_ids[begin : begin + prefill_chunk], cache)
+    logits = prefill(model, prompt_ids, cache, prefill_chunk)
     for made in range(max_tokens):
         token = sample(logits)
         yield token
         if made + 1 < max_tokens:
-            logits = model([token], cache)
+            logits = decode(model, token, cache)
+
+
+def forced(
+    model: Decoder, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
+) -> Iterator[np.ndarray]:
+    """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
+    cache = model.make_cache()
+    yield prefill(model, prompt_ids, cache, prefill_chunk)
+    for token in next_ids:
+        yield decode(model, token, cache)
 
 
 def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Tokenizer:

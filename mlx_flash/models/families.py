@@ -26,9 +26,12 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """cutoff: FATReLU's threshold; activations up to it are zero."""
+
     heads: int
     kv_heads: int
     intermediate: int
+    cutoff: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,16 @@ class ModelSpec:
     def kv_items_per_token(self) -> int:
         """Items that one token adds to the KV cache, all layers."""
         return sum(2 * layer.kv_heads * self.head_dim for layer in self.layers)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether neurons are exactly zero for most tokens."""
+        return self.activation in ("relu", "fatrelu")
+
+    @property
+    def kernel_activation(self) -> str:
+        """What backends compute: FATReLU is ReLU and a layer's cut-off."""
+        return "relu" if self.has_zeros else self.activation
 
     def name(self, role: str, layer: int = 0) -> str:
         """The module that plays `role`, without `.weight` or `.bias`."""

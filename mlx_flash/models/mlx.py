@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -152,7 +153,7 @@ def steps(
     sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
     prompt = mx.array(list(prompt_ids), mx.int32)
     with _wired(model):
-        if model.flash.plan.all_resident:
+        if model.flash.plan.all_resident and model.flash.plan.exact:
             # mlx-lm's loop is one step ahead of the token it gives: the GPU never waits for Python.
             ahead = generate_step(
                 prompt, model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_chunk
@@ -162,30 +163,58 @@ def steps(
             yield from _steps_in_turn(model, prompt, max_tokens, sampler, prefill_chunk)
 
 
+class _Reply:
+    """One reply's KV cache; one step after the other: where steps read, a step ahead would delay each token by the
+    next one's reads."""
+
+    def __init__(self, model: nn.Module, prefill_chunk: int):
+        self.model, self.chunk, self.cache = model, prefill_chunk, make_prompt_cache(model)
+
+    def prefill(self, prompt: mx.array) -> mx.array:  # (T,) -> (1, vocab)
+        """An exact selector takes the last token alone, as mlx-lm does, so that the head runs for one token only; a
+        lossy one selects for no token of the prompt."""
+        alone = 1 if self.model.flash.plan.exact else 0
+        self.model.flash.begin_reply()
+        while prompt.size > max(alone, 1):
+            count = min(self.chunk, prompt.size - alone)
+            logits = self._logits(prompt[:count], decoding=False)
+            prompt = prompt[count:]
+            if prompt.size:
+                mx.eval([layer.state for layer in self.cache])
+                mx.clear_cache()
+        return self._logits(prompt, decoding=False) if prompt.size else logits
+
+    def decode(self, token: int) -> mx.array:  # -> (1, vocab)
+        return self._logits(mx.array([token], mx.int32), decoding=True)
+
+    def _logits(self, ids: mx.array, decoding: bool) -> mx.array:
+        with mx.stream(generation_stream), self.model.flash.phase(decoding):
+            return self.model(ids[None], cache=self.cache)[:, -1, :]
+
+
 def _steps_in_turn(
     model: nn.Module, prompt: mx.array, max_tokens: int, sampler: Callable[[mx.array], mx.array], chunk: int
 ) -> Iterator[int]:
-    """One step after the other: where steps read, a step ahead would delay each token by the next one's reads."""
-    cache = make_prompt_cache(model)
-
-    def logits_after(ids: mx.array) -> mx.array:  # (T,) -> (1, vocab)
-        with mx.stream(generation_stream):
-            return model(ids[None], cache=cache)[:, -1, :]
-
-    while prompt.size > 1:
-        count = min(chunk, prompt.size - 1)
-        logits_after(prompt[:count])
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        prompt = prompt[count:]
-    logits = logits_after(prompt)
+    reply = _Reply(model, chunk)
+    logits = reply.prefill(prompt)
     for made in range(1, max_tokens + 1):
         with mx.stream(generation_stream):
             token = sampler(logits - mx.logsumexp(logits, keepdims=True)).item()
         assert isinstance(token, int)
         yield token
         if made < max_tokens:
-            logits = logits_after(mx.array([token], mx.int32))
+            logits = reply.decode(token)
+
+
+def forced(
+    model: nn.Module, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
+) -> Iterator[np.ndarray]:
+    """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
+    reply = _Reply(model, prefill_chunk)
+    logits = reply.prefill(mx.array(list(prompt_ids), mx.int32))
+    yield np.array(logits[0].astype(mx.float32))
+    for token in next_ids:
+        yield np.array(reply.decode(token)[0].astype(mx.float32))
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
 from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
 ROPE_TYPES = ("default", "linear", "llama3")
 NUMBER = (int, float)
 MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
@@ -95,6 +96,17 @@ def _activation(config: _Config, family: Family) -> str:
     if not family.gated and activation != "relu":
         raise ConfigError(f"activation {name!r} is not known for a plain MLP; known: relu")
     return activation
+
+
+def _cutoffs(config: _Config, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """The layers with FATReLU's thresholds, one per layer under "fatrelu_thresholds" (arXiv 2402.13516)."""
+    values = config.get("fatrelu_thresholds")
+    if not isinstance(values, list) or len(values) != len(layers):
+        raise ConfigError(f"config.json: 'fatrelu_thresholds' is {_short(values)}; it must list {len(layers)} numbers")
+    for value in values:
+        if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ConfigError(f"config.json: 'fatrelu_thresholds' has {_short(value)}; it must be 0 or more")
+    return tuple(replace(layer, cutoff=float(value)) for layer, value in zip(layers, values, strict=True))
 
 
 def _rope(config: _Config) -> Rope:
@@ -226,6 +238,8 @@ def read_spec(config: Mapping[str, Any], tensor_names: Collection[str] | None = 
     read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
     fields = read.get(family, lambda: _llama(values, family, has_head))()
     fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields
+    if activation == "fatrelu":
+        fields["layers"] = _cutoffs(values, fields["layers"])
     for layer in fields["layers"]:
         if layer.heads % layer.kv_heads:
             raise ConfigError(f"config.json: {layer.heads} heads cannot share {layer.kv_heads} key/value heads")

@@ -339,8 +339,6 @@ def test_misuse_is_refused() -> None:
     work.dense(slab, 0, BLOCK, BLOCK)
     with pytest.raises(ValueError, match="ascending"):
         work.dense(slab, 0, 0, BLOCK)
-    with pytest.raises(ValueError, match="gate first"):
-        work.scalars(np.arange(3), slab, np.arange(3))
 
 
 def test_available_says_whether_there_is_a_gpu() -> None:

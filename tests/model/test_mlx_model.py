@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,7 +92,8 @@ def mlx_lms_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
 def running(*arguments: Any) -> Any:
     """The model, as part of a run in which something is streamed."""
     model = build_model(*arguments)
-    model.flash = SimpleNamespace(plan=SimpleNamespace(all_resident=False))
+    plan = SimpleNamespace(all_resident=False, exact=True)
+    model.flash = SimpleNamespace(plan=plan, phase=lambda decoding: nullcontext(), begin_reply=lambda: None)
     return model
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlx_flash.backends.base import BLOCK
 from mlx_flash.residency.rows import clip_targets, copy_rows
-from mlx_flash.selection.selectors import blocks, overflow_spans
+from mlx_flash.selection.shared import blocks
+from mlx_flash.selection.spans import overflow_spans
 from mlx_flash.storage.reader import Target
 
 

@@ -1,0 +1,126 @@
+"""From a selector's name to the selectors of a model's layers: what each needs resident, and what it needs calibrated.
+
+Knows selections, layouts and calibrations; not budgets, files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import FFNSpec
+from ..config import Selection
+from ..errors import UsageError
+from ..residency.residency import Residency
+from ..storage.calibration import Calibration
+from ..storage.layout import Layout
+from .exact import AllSelector
+from .lookahead import LookAhead
+from .selectors import GateSelector, PredictorSelector, PromptSelector, StaticSelector, ThresholdSelector
+from .shared import Selector, Shared
+from .sparse import slot_parts, top
+
+EXACT = ("all", "gate")
+
+
+def check_selection(selection: Selection, activation: str, gated: bool, calibration: Calibration | None) -> None:
+    """Raise UsageError, saying what to do, for a selector that this model cannot run."""
+    name, sparse = selection.name, activation in ("relu", "fatrelu")
+    if name in ("gate", "predictor") and not sparse:
+        raise UsageError(
+            f"--select {name} needs a ReLU model; this one has {activation!r}: use all, prompt:F or threshold:S, or "
+            "make it sparse with `mlx_flash relufy`"
+        )
+    if name == "threshold" and not gated:
+        raise UsageError("--select threshold needs a gated FFN; this model has a plain one: use gate or prompt:F")
+    if name in ("predictor", "threshold", "static") and calibration is None:
+        raise UsageError(f"--select {name} needs a calibration; make one: mlx_flash calibrate --model M --data TEXT")
+    if calibration is None:
+        return
+    if name == "predictor" and not calibration.has_predictors:
+        raise UsageError("--select predictor: this calibration has none; make one: mlx_flash calibrate --model M ...")
+    if name == "threshold":
+        known = calibration.summary.get("sparsities")
+        if not known:
+            raise UsageError("--select threshold: this calibration has no cut-offs; run mlx_flash calibrate again")
+        if selection.fraction is not None and not known[0] <= selection.fraction <= known[-1]:
+            raise UsageError(f"--select {selection}: cut-offs are calibrated from {known[0]:g} to {known[-1]:g}")
+
+
+def lead_of(selection: Selection, layout: Layout, calibration: Calibration | None) -> str | None:
+    """The part that is resident for every bundle, or None."""
+    if selection.name == "gate":
+        return layout.parts[0].name
+    if selection.name == "threshold":
+        assert calibration is not None
+        return str(calibration.summary["lead"])
+    return None
+
+
+def resident_parts(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
+    lead = lead_of(selection, layout, calibration)
+    return [lead] if lead else []
+
+
+def parts_in_slots(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
+    """The parts of a bundle that its slot holds."""
+    return slot_parts([part.name for part in layout.parts], lead_of(selection, layout, calibration))
+
+
+@dataclass
+class SelectorFactory:
+    """Makes the selectors of one model, all on one `Shared`."""
+
+    selection: Selection
+    shared: Shared
+    layouts: Sequence[Layout]
+    capacities: Sequence[int]
+    calibration: Calibration | None
+    reselect: int | None = None
+    look_ahead: str = "off"
+
+    def __post_init__(self) -> None:
+        self._look_ahead: LookAhead | None = None
+        if self.look_ahead != "off":
+            assert self.calibration is not None
+            predictors = [self._predictor(layer) for layer in range(len(self.layouts))]
+            margins = [layer.figures["look_ahead"]["margin"] for layer in self.calibration.layers]
+            self._look_ahead = LookAhead(self.shared, self.layouts[0], predictors, margins, self.look_ahead)
+
+    def make(self, layer: int, spec: FFNSpec) -> Selector:
+        """The selector of one layer."""
+        name, fraction = self.selection.name, self.selection.fraction
+        if name == "all":
+            return AllSelector(layer, spec, self.shared, self.capacities, [layout.count for layout in self.layouts])
+        calibrated = self.calibration.layers[layer].rate if self.calibration and name in ("gate", "predictor") else None
+        residency = Residency(spec.layout.count, self.capacities[layer], rates=calibrated)
+        if name == "gate":
+            return GateSelector(layer, spec, self.shared, residency, self._look_ahead)
+        if name == "prompt":
+            assert fraction is not None
+            prior = self.calibration.layers[layer].energy if self.calibration else None
+            return PromptSelector(layer, spec, self.shared, residency, fraction, prior, self.reselect)
+        assert self.calibration is not None
+        if name == "predictor":
+            return PredictorSelector(layer, spec, self.shared, residency, self._predictor(layer), self._look_ahead)
+        assert fraction is not None
+        if name == "static":
+            ids = top(self.calibration.layers[layer].energy, fraction)
+            return StaticSelector(layer, spec, self.shared, residency, ids)
+        lead = str(self.calibration.summary["lead"])
+        return ThresholdSelector(layer, spec, self.shared, residency, lead, self._cutoff(layer, lead, fraction))
+
+    def _predictor(self, layer: int) -> Callable[[Any], np.ndarray]:
+        assert self.calibration is not None
+        found = self.calibration.layers[layer]
+        assert found.a is not None and found.b is not None and found.bias is not None and found.step is not None
+        return self.shared.backend.predictor(found.a, found.b, float(found.step[0]), found.bias)
+
+    def _cutoff(self, layer: int, lead: str, sparsity: float) -> float:
+        """Between the calibrated sparsities cut-offs are linear."""
+        assert self.calibration is not None
+        cutoffs = self.calibration.layers[layer].figures["cutoffs"][lead]
+        return float(np.interp(sparsity, self.calibration.summary["sparsities"], cutoffs))

@@ -1,0 +1,202 @@
+"""The step that all selectors share which name bundles token by token: find them in slots or read them, and sum.
+
+A token's output depends on the ids alone, never on what is resident (DESIGN 2). A prompt activates almost every
+neuron, so it streams whole blocks, exactly, and warms the slots on the way (DESIGN 9).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import BLOCK, FFNPass, FFNSpec, Slab
+from ..casting import RAW, to_float32
+from ..residency.residency import Plan, Residency
+from ..residency.rows import clip_targets, copy_rows
+from ..residency.stream import Request
+from ..storage.layout import Layout
+from ..storage.reader import Done, Pending, Target
+from .lookahead import LookAhead
+from .shared import Shared, blocks, is_decode
+from .spans import overflow_spans
+
+
+class SparseSelector(ABC):
+    """One layer: `slots` hold `parts` of `capacity` bundles; `fixed`, if any, holds the leading part of all of them.
+
+    decode_spec: what decoding computes, where that is not what the prompt computes.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        layer: int,
+        spec: FFNSpec,
+        shared: Shared,
+        residency: Residency,
+        look_ahead: LookAhead | None = None,
+        fixed: str | None = None,
+        decode_spec: FFNSpec | None = None,
+    ):
+        self.layer, self.spec, self.shared = layer, spec, shared
+        self.decode_spec = decode_spec or spec
+        self.residency, self.look_ahead = residency, look_ahead
+        self.count = spec.layout.count
+        names = [part.name for part in spec.layout.parts]
+        self.fixed = shared.backend.slab(spec.layout, self.count, [fixed]) if fixed else None
+        self.skipped_bytes = spec.layout.parts[0].nbytes if fixed == names[0] else 0
+        self.slab = shared.backend.slab(spec.layout, residency.capacity, slot_parts(names, fixed))
+        self.loaded = False
+        if look_ahead is not None:
+            look_ahead.add(self)
+
+    @abstractmethod
+    def choose(self, x: Any, work: FFNPass) -> np.ndarray:
+        """The ids that a decoding step computes, ascending (n,)."""
+
+    def uses(self, first: int, h: np.ndarray) -> np.ndarray:
+        """What a prompt's block tells of what decoding will use, (T, n) bool; h (T, n): the scalars of ids first.. ."""
+        return h != 0
+
+    def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:  # noqa: B027
+        """A block of a prompt's chunk: scalars (T, n) of ids first.. , which lie in rows 0.. of `staging`."""
+
+    def __call__(self, x: Any) -> Any:
+        self.shared.begin(self)
+        if self.fixed is not None and not self.loaded:
+            ids = np.arange(self.count)
+            self.shared.read(self.layer, ids, ids, self.fixed.targets).wait()
+            self.loaded = True
+        result = self._decode(x) if self.is_decode(x) else self._prefill(x)
+        self.shared.end()
+        return result
+
+    def is_decode(self, x: Any) -> bool:
+        return is_decode(x) if self.exact else self.shared.is_decode(x)
+
+    def forget(self) -> None:
+        """The slots hold unknown bytes."""
+        self.residency.reset()
+        if self.look_ahead is not None:
+            self.look_ahead.forget()
+
+    def _decode(self, x: Any) -> Any:
+        shared = self.shared
+        work = shared.backend.ffn(self.decode_spec, x)
+        plan = self.residency.plan(self.choose(x, work))
+        if shared.recorder is not None:
+            shared.recorder(self.layer, plan.ids)
+        shared.stats.hits += len(plan.hits)
+        shared.stats.misses += len(plan.ids) - len(plan.hits)
+        used = self._add(work, plan, x)
+        self.residency.commit(plan, used)
+        return work.result()
+
+    def _add(self, work: FFNPass, plan: Plan, x: Any) -> np.ndarray | None:
+        """Add the terms of the step's ids; returns which of them fired, where the backend knows."""
+        ids, slots = plan.ids, plan.slots
+        self.residency.evict(plan)
+        pending = self._read(plan)
+        spans = list(overflow_spans(ids, plan.overflow))
+        if spans:
+            self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
+        elif self.look_ahead is not None:
+            self.look_ahead.guess(self.layer + 1, x)
+        fired: np.ndarray | None = np.ones(len(ids), bool)
+        # Hits are computed while misses are read: h_i needs no other neuron.
+        if not spans:
+            fired = self._scalars(work, plan, plan.hits, fired)
+        pending.wait()
+        if not spans:
+            fired = self._scalars(work, plan, plan.loads, fired)
+            work.down()
+        for span in spans:
+            fired = self._scalars(work, plan, span.resident(slots), fired)
+            _, staging = self.shared.stream.take()
+            work.scalars(ids[span.overflow], staging, np.arange(len(span.overflow)))
+            work.down()
+            work.settle()
+            self.shared.stream.release(staging)
+        return fired
+
+    def _scalars(self, work: FFNPass, plan: Plan, positions: np.ndarray, fired: np.ndarray | None) -> np.ndarray | None:
+        if len(positions):
+            found = work.scalars(plan.ids[positions], self.slab, plan.slots[positions])
+            if found is None or fired is None:
+                return None
+            fired[positions] = found
+        return fired
+
+    def _read(self, plan: Plan) -> Pending:
+        """Begin to read what the plan loads; what was read ahead is copied."""
+        ids, slots = plan.ids[plan.loads], plan.slots[plan.loads]
+        if self.look_ahead is not None:
+            left = self.look_ahead.serve(self, ids, slots)
+            ids, slots = ids[left], slots[left]
+        return self.shared.read(self.layer, ids, slots, self.slab.targets)
+
+    def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
+        """Bundles without a slot, but for the part that is resident."""
+        targets = clip_targets(staging.targets, self.skipped_bytes)
+        return self.shared.read(request.layer, request.ids, np.arange(len(request.ids)), targets)
+
+    def _prefill(self, x: Any) -> Any:
+        requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count))
+        self.shared.stream.start(requests, self._fetch_block)
+        work = self.shared.backend.ffn(self.spec, x)
+        tokens = int(np.prod(x.shape[:-1]))
+        memory = self.shared.prompt_scalars(tokens * min(BLOCK, self.count))
+        self.residency.begin_prompt(tokens)
+        for first, length in blocks(0, self.count):
+            _, staging = self.shared.stream.take()
+            h = memory[: tokens * length].reshape(tokens, length)
+            work.dense(staging, 0, first, length, h)
+            work.settle()
+            self.prompt_block(first, h, staging)
+            self._keep(first, self.uses(first, h), staging)
+            self.shared.stream.release(staging)
+        return work.result()
+
+    def _fetch_block(self, request: Request, staging: Slab) -> Pending:
+        """From memory where all its bundles are resident, else from disk."""
+        slots = self.residency.slot_of[request.ids]
+        if (slots < 0).any():
+            return self.shared.fetch(request, staging)
+        rows = np.arange(len(request.ids))
+        if self.fixed is not None:
+            copy_rows(self.fixed.targets, request.ids, staging.targets, rows)
+        copy_rows(self.slab.targets, slots, staging.targets, rows)
+        return Done()
+
+    def _keep(self, first: int, used: np.ndarray, staging: Slab) -> None:
+        """Warm the slots with what of a block in staging is worth one."""
+        plan = self.residency.warm(np.arange(first, first + used.shape[1]), used)
+        if len(plan.loads):
+            self.residency.evict(plan)
+            rows = plan.ids[plan.loads] - first
+            copy_rows(staging.targets, rows, self.slab.targets, plan.slots[plan.loads])
+            self.residency.place(plan)
+
+
+def top(values: np.ndarray, fraction: float) -> np.ndarray:
+    """The ids of the largest `fraction` of values (count,), at least one, ascending; of equal ones the lowest ids."""
+    kept = max(1, round(fraction * len(values)))
+    return np.sort(np.argsort(-values, kind="stable")[:kept])
+
+
+def squares(slab: Slab, layout: Layout, name: str, rows: int) -> np.ndarray:
+    """The squared length (rows,) fp64 of a part of the bundles in a slab's first rows."""
+    part, begin = layout.part(name), layout.offset(name)
+    whole = np.empty((rows, part.nbytes), np.uint8)
+    copy_rows(slab.targets, np.arange(rows), [Target(begin, whole)], np.arange(rows))
+    return np.square(to_float32(whole.view(RAW[part.dtype]), part.dtype)).sum(axis=1, dtype=np.float64)
+
+
+def slot_parts(names: Sequence[str], fixed: str | None) -> list[str]:
+    """The parts that a slot holds when `fixed` is resident for all bundles: a slab's parts follow each other, so one
+    that lies between others stays in the slots too."""
+    return list(names[1:] if fixed == names[0] else names)
