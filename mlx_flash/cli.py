@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import SELECTORS, FlashConfig, format_bytes
+from .config import LOOK_AHEAD, FlashConfig, format_bytes
 from .errors import FlashError, UsageError
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
@@ -28,7 +28,14 @@ def say(text: str) -> None:
 
 
 def run_config(args: argparse.Namespace) -> FlashConfig:
-    return FlashConfig(memory=args.memory, max_context=args.max_context, backend=args.backend, select=args.select)
+    return FlashConfig(
+        memory=args.memory,
+        max_context=args.max_context,
+        backend=args.backend,
+        select=args.select,
+        reselect=args.reselect,
+        look_ahead=args.look_ahead,
+    )
 
 
 def read_stdin() -> str:
@@ -101,6 +108,69 @@ def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def perplexity_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .measure.perplexity import perplexity
+
+    found = perplexity(args.model, args.data, run_config(args), tokens=args.tokens, progress=not args.json)
+    if not args.json:
+        share = found["bytes_read_per_token"] / found["ffn_bytes"]
+        exact, resident = "exact" if found["exact"] else "not exact", format_bytes(found["ffn_resident_bytes"])
+        print(f"{found['selector']} ({exact}): {found['nats_per_token']:.4f} nats per token "
+              f"(perplexity {found['perplexity']:.3f}), {found['bits_per_byte']:.4f} bits per byte, "
+              f"{found['tokens']} tokens scored\n"
+              f"read {format_bytes(found['bytes_read_per_token'])} per token ({share:.1%} of the FFN), "
+              f"hit rate {found['hit_rate']:.0%}, {resident} of FFN resident")  # fmt: skip
+    return found
+
+
+def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from .measure.trace import read_trace
+    from .tuning.record import knowledge, record_traces
+    from .tuning.simulate import print_table, simulate, write_csv
+
+    if bool(args.data) == bool(args.trace):
+        raise UsageError("give either --data TEXT, to record the model on, or --trace FILE, recorded before")
+    known: dict[str, Any] = {}
+    if args.trace:
+        traces = [read_trace(path) for path in args.trace]
+    else:
+        config = run_config(args)
+        traces, calibration = record_traces(args.model, args.data, config, args.tokens, progress=not args.json)
+        known = knowledge(calibration, args.select)
+    if args.record:
+        os.makedirs(args.record, exist_ok=True)
+        for index, trace in enumerate(traces):
+            trace.save(os.path.join(args.record, f"trace-{index:03d}.npz"))
+    rows = simulate(traces, args.fractions, **known)
+    if args.csv:
+        write_csv(rows, args.csv)
+    if not args.json:
+        print_table(rows)
+    return {"traces": len(traces), "rows": [asdict(row) for row in rows]}
+
+
+def calibrate_command(args: argparse.Namespace) -> dict[str, Any]:
+    from .tuning.calibrate import calibrate
+    from .tuning.report import print_calibration
+
+    found = calibrate(
+        args.model,
+        args.data,
+        tokens=args.tokens,
+        recall=args.recall,
+        loss_windows=args.windows,
+        memory=args.memory,
+        backend=args.backend,
+        seed=args.seed,
+        progress=not args.json,
+    )
+    if not args.json:
+        print_calibration(found)
+    return found
+
+
 def verify_command(args: argparse.Namespace) -> dict[str, Any]:
     from .resolve import resolve_model
     from .storage.checkpoint import verify
@@ -142,7 +212,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default="auto", metavar="SIZE", help="memory budget, e.g. 2GB; default auto")
     parser.add_argument("--max-context", type=int, metavar="C", help="tokens the KV cache holds")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
-    parser.add_argument("--select", default="auto", choices=SELECTORS, help="which neurons are computed; all are exact")
+    parser.add_argument("--select", default="auto", metavar="HOW",
+                        help="which neurons are computed: auto (exact, the default), all, gate; these lose quality: "
+                        "predictor, prompt:F, prompt:auto, threshold:S, static:F")  # fmt: skip
+    parser.add_argument("--reselect", type=int, metavar="R", help="with prompt: select anew every R decoded tokens")
+    parser.add_argument("--look-ahead", default="auto", choices=LOOK_AHEAD,
+                        help="read for the next layer from guesses; auto: with predictor, while it pays")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,6 +234,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .tuning.relufy import add_relufy_arguments, relufy_command
+
     parser = Parser(
         prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."
     )
@@ -181,6 +258,36 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
     command.add_argument("--seed", type=int, help="makes sampling repeatable")
     command.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+
+    command = add("perplexity", perplexity_command, "Measure how well a model predicts a text, selector at work.")
+    add_run_options(command)
+    command.add_argument("--data", required=True, nargs="+", metavar="TEXT", help="UTF-8 text files")
+    command.add_argument("--tokens", type=int, metavar="N", help="score about N tokens, evenly spread; default all")
+
+    command = add("calibrate", calibrate_command, "Learn from a text what `predictor`, `threshold` and `static` need.")
+    command.add_argument("--model", help="flash checkpoint; the cached copy of a Hugging Face folder or repo id")
+    command.add_argument("--data", required=True, nargs="+", metavar="TEXT", help="UTF-8 text files")
+    command.add_argument("--tokens", type=int, default=20_000, metavar="N", help="learn from N tokens; default 20000")
+    command.add_argument("--recall", type=float, default=0.97, metavar="R",
+                         help="share of the firing neurons that predictors must name; default 0.97")  # fmt: skip
+    command.add_argument("--windows", type=int, default=4, metavar="W",
+                         help="windows of 128 + 256 tokens to measure losses on; default 4, 0 for none")  # fmt: skip
+    command.add_argument("--memory", default="auto", metavar="SIZE", help="budget of the passes through the model")
+    command.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("simulate", simulate_command, "Compare what stays in memory: policies on recorded traces.")
+    add_run_options(command)
+    command.add_argument("--data", nargs="+", metavar="TEXT", help="UTF-8 text files to record the model on")
+    command.add_argument("--tokens", type=int, default=2560, metavar="N", help="record about N decoded; default 2560")
+    command.add_argument("--trace", nargs="+", metavar="FILE", help="traces instead: .npz, or a .csv of routed experts")
+    command.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5], metavar="F",
+                         help="slots as shares of the bundles; default 0.25 0.5")  # fmt: skip
+    command.add_argument("--csv", metavar="FILE", help="write the table there, layer by layer")
+    command.add_argument("--record", metavar="DIR", help="keep the recorded traces there")
+
+    command = add("relufy", relufy_command, "Replace SiLU by ReLU, and recover by distillation (needs PyTorch).")
+    add_relufy_arguments(command)
 
     command = add("inspect", inspect_command, "Show what would be resident and read, before anything is loaded.")
     add_run_options(command)

@@ -12,15 +12,17 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "stats"),
+    ("errors", "config", "stats", "casting"),
     ("storage",),
     ("residency",),
     ("backends",),
     ("selection",),
-    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "casting"),
+    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling"),
     ("models",),
     ("source", "convert", "random_model", "resolve"),
     ("load", "generate", "inspection"),
+    ("measure",),
+    ("tuning",),
     ("cli", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,52 @@
+"""The weights of a checkpoint's FFNs, a layer at a time in fp32, for what is learnt from them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..casting import RAW, to_float32
+from ..errors import ReadError
+from ..load import RunPlan
+from ..storage.layout import DATA_START, ITEM_BYTES
+from ..storage.protocol import LayerFile
+from .statistics import Weights
+
+BLOCK_BUNDLES = 1024
+
+
+def layer_weights(plan: RunPlan, layer: int) -> Weights:
+    """A layer's FFN in fp32. Raises ReadError."""
+    spec, parts = plan.spec, read_parts(plan.checkpoint.layer_files[layer])
+    bias = _resident(plan, spec.name("up", layer) + ".bias") if spec.ffn_bias else None
+    first, second = (parts["gate"], parts["up"]) if spec.gated else (parts["up"], None)
+    return Weights(first, second, parts["down"], bias, spec.kernel_activation, spec.layers[layer].cutoff)
+
+
+def read_parts(file: LayerFile) -> dict[str, np.ndarray]:
+    """All of a layer's bundles in fp32, (count, length) by part. Raises ReadError."""
+    layout = file.layout
+    parts = {part.name: np.empty((layout.count, part.length), np.float32) for part in layout.parts}
+    try:
+        with open(file.path, "rb") as opened:
+            opened.seek(DATA_START)
+            for begin in range(0, layout.count, BLOCK_BUNDLES):
+                count = min(BLOCK_BUNDLES, layout.count - begin)
+                data = np.fromfile(opened, np.uint8, count * layout.stride)
+                if data.size != count * layout.stride:
+                    raise ReadError(f"{file.path} is too short for its layout; download or convert it again")
+                bundles = data.reshape(count, layout.stride)
+                for part in layout.parts:
+                    first = layout.offset(part.name)
+                    raw = np.ascontiguousarray(bundles[:, first : first + part.length * ITEM_BYTES[part.dtype]])
+                    parts[part.name][begin : begin + count] = to_float32(raw.view(RAW[part.dtype]), part.dtype)
+    except OSError as error:
+        raise ReadError(f"cannot read {file.path}: {error.strerror or error}") from error
+    return parts
+
+
+def _resident(plan: RunPlan, name: str) -> np.ndarray:
+    path, info = plan.checkpoint.resident_tensors()[name]
+    with open(path, "rb") as file:
+        file.seek(info.offset)
+        raw = np.frombuffer(file.read(info.nbytes), RAW[plan.dtype])
+    return to_float32(raw, plan.dtype).reshape(info.shape)

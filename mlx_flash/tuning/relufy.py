@@ -1,0 +1,189 @@
+"""Gives a checkpoint with SiLU exact zeros: ReLU or FATReLU in its place, then distillation from the original.
+
+Owns the settings and what can be relufied; a run is in relufy_run.py. PyTorch is imported only when something runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..convert import check_tensors
+from ..errors import UsageError
+from ..models.families import ModelSpec
+from ..models.read_config import read_spec
+from ..source import Source, find_folder
+from ..storage.writer import check_free_space
+from .relufy_run import Run, tensor_names
+
+ACTIVATIONS = ("relu", "fatrelu")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("float32", "bfloat16")
+SAVED_BYTES = 24  # per weight: the copy and AdamW's two means in fp32, and the file that replaces them
+
+
+@dataclass(frozen=True)
+class RelufyConfig:
+    """How a model is relufied; raises UsageError for what cannot be.
+
+    activation: "relu", or "fatrelu": x where x > t, else 0, with one t per layer
+    target_sparsity: share of exact zeros. fatrelu: what the t of every layer gives on the text right after replacing
+        (None: 0.9). With `pressure`, a loss on gate activations also leads the model there while it learns
+    pressure: None: for relu where there is a target, as ReLU alone leaves about half
+    tokens: of text to learn from, the last 5 % (64 contexts at most) held out; steps: each sees `batch` texts of
+        `context` tokens (None: the model's context, 512 at most)
+    hidden_weight: of the distance between the hidden states of both models, beside the KL divergence of their logits
+    lr: highest learning rate of AdamW (None: 0.2 / the model's width)
+    precision: "float32", or "bfloat16" for products only; device: "auto", "cpu", "cuda" or "mps"
+    """
+
+    activation: str = "relu"
+    target_sparsity: float | None = None
+    pressure: bool | None = None
+    tokens: int = 1_000_000
+    steps: int = 1000
+    batch: int = 16
+    context: int | None = None
+    lr: float | None = None
+    hidden_weight: float = 0.0
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, known in (("activation", ACTIVATIONS), ("device", DEVICES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        for name, least in (("tokens", 1), ("steps", 1), ("batch", 1), ("seed", 0), ("context", 8)):
+            value = getattr(self, name)
+            if not (value is None and name == "context") and (type(value) is not int or value < least):
+                raise UsageError(f"{name} is {value!r}; it must be a whole number from {least} up")
+        if self.target_sparsity is not None and not 0 < self.target_sparsity < 1:
+            raise UsageError(f"target_sparsity is {self.target_sparsity}; it must lie between 0 and 1, such as 0.9")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"lr is {self.lr}; it must be a positive number")
+        if not 0 <= self.hidden_weight < math.inf:
+            raise UsageError(f"hidden_weight is {self.hidden_weight}; it must be a number from 0 up")
+        if self.pressure and self.target_sparsity is None:
+            raise UsageError("pressure needs a target_sparsity to lead to")
+
+    @property
+    def cut_sparsity(self) -> float | None:
+        """The share of zeros that the cut-offs are chosen for; None: cut-offs of 0."""
+        return None if self.activation == "relu" else self.target_sparsity or 0.9
+
+    @property
+    def led_to(self) -> float | None:
+        """The share of zeros that the loss leads to, if any."""
+        pressure = self.activation == "relu" if self.pressure is None else self.pressure
+        return self.target_sparsity if pressure else None
+
+
+def relufy(
+    hf_path: str | Path,
+    out: str | Path,
+    config: RelufyConfig | None = None,
+    *,
+    data: str | Path | np.ndarray | None = None,
+    revision: str | None = None,
+    resume: bool = True,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write to `out` the checkpoint `hf_path` (folder or repository id) with ReLU or FATReLU in place of SiLU.
+
+    data: a text file to learn from, UTF-8, or token ids (rows, context); None: text that the original writes itself, at
+        temperature 1
+    settings: those of RelufyConfig, over `config`
+    resume: go on from `.{out}.relufy.pt`, which an unfinished run leaves beside `out`; False: begin anew
+
+    Returns nats per token, perplexity, zeros and KL divergence on held-out text of the `original`, of the copy just
+    after the activation is `replaced`, and `recovered`, rounded as it is written ("ReLU Strikes Back", section 4;
+    "ProSparse", section 3). Memory: five times the weights in fp32, and activations. Raises UsageError, ConfigError or
+    FormatError for what cannot be relufied, FlashError if it diverges, SpaceError, ReadError.
+    """
+    chosen = replace(config or RelufyConfig(), **settings)
+    import_torch()
+    out = Path(out)
+    if os.path.lexists(out):
+        raise UsageError(f"{out} exists; remove it or choose another folder")
+    folder = find_folder(hf_path, revision=revision)
+    with Source(folder) as source:
+        spec = _check_source(source)
+        context = chosen.context or min(512, spec.max_context)
+        if context > spec.max_context:
+            raise UsageError(f"a context of {context} is beyond the model's {spec.max_context} tokens")
+        infos = [source.tensors[name].info for name in tensor_names(spec)]
+        needed = sum(info.nbytes + SAVED_BYTES * math.prod(info.shape) for info in infos)
+        check_free_space(out.absolute().parent, needed)
+        run = Run(source, spec, chosen, context, out, progress)
+        run.begin(data, resume)
+        run.learn()
+        return run.write()
+
+
+def import_torch() -> Any:
+    """PyTorch, or UsageError that says how to get it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(f"relufy needs PyTorch ({error}): pip install 'mlx-flash-runtime[train]'") from None
+    return torch
+
+
+def _check_source(source: Source) -> ModelSpec:
+    """The spec of a checkpoint that can be relufied."""
+    for key in ("flash", "quantization", "quantization_config"):
+        if source.config.get(key):
+            raise UsageError(f"{source.folder} has {key!r} in its config.json; relufy needs the original weights")
+    spec = read_spec(source.config)
+    if not spec.gated:
+        raise UsageError(f"{spec.table.title} has no gated FFN to relufy: it is a ReLU model as it is")
+    source.open_tensors()
+    spec = read_spec(source.config, source.tensors)
+    check_tensors(source, spec)
+    return spec
+
+
+def add_relufy_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mlx_flash relufy`: those of RelufyConfig, and which files."""
+    plain = RelufyConfig()
+    parser.add_argument("--hf-path", required=True, metavar="PATH_OR_REPO", help="the original, with SiLU")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, in Hugging Face's format")
+    parser.add_argument("--revision", help="branch, tag or commit of the repo")
+    parser.add_argument("--data", metavar="TEXT", help="a text file to learn from; without, the original writes text")
+    parser.add_argument("--activation", default=plain.activation, choices=ACTIVATIONS)
+    parser.add_argument("--target-sparsity", type=float, metavar="S", help="share of exact zeros, such as 0.9")
+    parser.add_argument(
+        "--pressure", action=argparse.BooleanOptionalAction, help="a loss that leads there; default: for relu only"
+    )
+    for name, text in (("tokens", "of text"), ("steps", "of learning"), ("batch", "texts a step"), ("seed", "")):
+        parser.add_argument(f"--{name}", type=int, default=getattr(plain, name), metavar="N", help=text)
+    parser.add_argument("--context", type=int, metavar="C", help="tokens of a text; default the model's, at most 512")
+    parser.add_argument("--lr", type=float, help="highest learning rate; default 0.2 / width")
+    parser.add_argument("--hidden-weight", type=float, default=plain.hidden_weight, metavar="W")
+    parser.add_argument("--precision", default=plain.precision, choices=PRECISIONS)
+    parser.add_argument("--device", default=plain.device, choices=DEVICES)
+    parser.add_argument("--no-resume", action="store_true", help="begin anew where an unfinished run was left")
+
+
+def relufy_command(args: argparse.Namespace) -> dict[str, Any]:
+    """`mlx_flash relufy`."""
+    config = RelufyConfig(**{field.name: getattr(args, field.name) for field in fields(RelufyConfig)})
+    options = {"data": args.data, "revision": args.revision, "resume": not args.no_resume, "progress": not args.json}
+    report = relufy(args.hf_path, args.out, config, **options)
+    if not args.json:
+        for name in ("original", "replaced", "recovered"):
+            score = report[name]
+            print(
+                f"{name:9s} {score['nats_per_token']:.4f} nats per token (perplexity {score['perplexity']:.3f}), "
+                f"{score['zeros']:.1%} zeros, {score['kl']:.4f} nats from the original"
+            )
+        print(f"wrote {report['path']}; run it: mlx_flash generate --model {report['path']} --prompt ...")
+    return report
