@@ -20,7 +20,7 @@ HELD_SHARE = 0.15
 BATCH = 512
 BLOCK = 512
 FASTEST = 0.3  # Adam's highest rate, times the square root of the width
-LEAST_STEPS = 200
+LEAST_STEPS = 128
 MOST_BALANCE = 20.0  # a firing counts at most so many times a silence: beyond it, neurons are asked for in vain
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_flash.casting import from_float32, to_float32
 from mlx_flash.errors import UsageError
+from mlx_flash.tuning.predictor_fit import LEAST_STEPS, Data
 from mlx_flash.tuning.predictors import (
     PRICES,
     Curve,
@@ -73,16 +74,28 @@ def test_too_small_a_rank_pays_with_requests_not_with_recall(planted):
     assert narrow.predicted > 1.3 * wide.predicted
 
 
+def test_the_start_at_full_rank_is_each_neurons_discriminant(planted):
+    data = Data(planted.x, planted.fires, None)
+    rest = np.arange(3, COUNT)
+    rate = (data.fired[rest] / len(data.inputs)).astype(np.float32)
+    a, b = data.start(rest, rate, DIM)
+    white = (planted.x[: len(data.inputs)] - data.mean) @ data.whiten.T
+    firing = planted.fires(planted.x[: len(data.inputs)])[:, rest]
+    between = np.stack([white[f].mean(axis=0) - white[~f].mean(axis=0) for f in firing.T])
+    np.testing.assert_allclose(b @ a, between, atol=2e-3)
+
+
 def test_training_beats_its_starting_point(planted):
     trained = train_layer(planted.x, planted.fires, rank=2)
-    start = train_layer(planted.x, planted.fires, rank=2, epochs=0)  # 200 steps, the least there are
+    start = train_layer(planted.x, planted.fires, rank=2, epochs=0)  # the least steps there are
     none = np.zeros(COUNT, bool)
     assert settle([trained], [none])[0][1].predicted <= 1.02 * settle([start], [none])[0][1].predicted
 
 
 def test_a_price_means_odds(planted):
-    trained, fresh = train_layer(planted.x, planted.fires, rank=2), planted.sample(20000)
+    trained, fresh = train_layer(planted.x, planted.fires, rank=2, epochs=30), planted.sample(20000)
     firing = planted.fires(fresh)
+    assert trained.weight == pytest.approx(firing.mean() / (1 - firing.mean()), rel=0.05)  # the classes are balanced
     for price in (2, 10):
         k = int(np.abs(np.log(PRICES / price)).argmin())
         predictor, _ = trained.at(k, np.zeros(COUNT, bool))
@@ -213,7 +226,7 @@ def test_impossible_ranks_and_broken_inputs_are_refused(planted):
 def test_progress_ends_at_the_end(planted):
     seen: list[tuple[int, int]] = []
     train_layer(planted.x, planted.fires, rank=2, epochs=1, progress=lambda done, steps: seen.append((done, steps)))
-    assert seen[-1] == (200, 200) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (LEAST_STEPS, LEAST_STEPS) and [done for done, _ in seen] == sorted({done for done, _ in seen})
     seen.clear()
     sketch_layer(planted.x, planted.fires, [2, 4], epochs=1, progress=lambda done, steps: seen.append((done, steps)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
