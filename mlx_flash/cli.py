@@ -85,7 +85,9 @@ def summary(reply: Any, plan: Any) -> str:
     """The figures of a run, for a person."""
     ffn = sum(layout.count * layout.stride for layout in plan.checkpoint.layouts)
     share = reply.bytes_read_per_token / ffn if ffn else 0.0
-    exact = "exact" if reply.exact else "not exact"
+    from .inspection import loss_text
+
+    exact = "exact" if reply.exact else loss_text(plan.measured_loss)
     return "\n".join(
         [
             "-" * 10,

@@ -29,6 +29,9 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "backend": plan.backend_name,
         "selector": plan.selector,
         "exact": plan.exact,
+        "measured_loss": plan.measured_loss,
+        "calibrated": plan.calibration is not None,
+        "look_ahead": plan.look_ahead if memory else None,
         "max_context": plan.context,
         "fits": problem is None,
         "problem": problem,
@@ -45,9 +48,16 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
     }
 
 
+def loss_text(loss: dict[str, Any] | None) -> str:
+    """What a selector that is not exact loses, as far as it was measured."""
+    if loss is None:
+        return "not exact; its loss was not measured: mlx_flash perplexity"
+    return f"not exact: perplexity {loss['loss']:+.2%} when calibrated, over {loss['tokens']} tokens"
+
+
 def print_inspection(report: dict[str, Any]) -> None:
     """The report for a person, on stdout."""
-    exact = "exact" if report["exact"] else "not exact"
+    exact = "exact" if report["exact"] else loss_text(report["measured_loss"])
     print(f"{report['path']}")
     print(f"  {report['family']}, {report['activation']}, {report['dtype']}; backend {report['backend']}, "
           f"selector {report['selector']} ({exact}), context {report['max_context']} tokens")  # fmt: skip

@@ -109,6 +109,9 @@ class Backend(Protocol):
         """A low-rank predictor: x (..., d) -> (count,) fp32, the largest `step * (b @ (a @ x)) + bias` over the
         tokens. a (r, d), b (count, r) int8, bias (count,) fp32."""
 
+    def shift(self, y: Any, offset: np.ndarray) -> Any:
+        """y (..., d) plus offset (d,) fp32, in y's dtype."""
+
     def to_numpy(self, x: Any) -> np.ndarray:
         """Activations of a backend's model as fp32 in host memory, same shape."""
 

@@ -385,6 +385,10 @@ class MlxBackend:
 
         return logits
 
+    def shift(self, y: mx.array, offset: np.ndarray) -> mx.array:
+        """y (..., d) plus offset (d,), in y's dtype."""
+        return (y.astype(mx.float32) + mx.array(offset)).astype(y.dtype)
+
     def to_numpy(self, x: mx.array) -> np.ndarray:
         """x as fp32 in host memory."""
         return np.array(x.astype(mx.float32))

@@ -124,6 +124,10 @@ class NumpyBackend:
 
         return logits
 
+    def shift(self, y: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """y (T, d) plus offset (d,)."""
+        return y + offset
+
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
         """x itself: activations are fp32 here."""
         return x

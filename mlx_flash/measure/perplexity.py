@@ -25,6 +25,8 @@ def text_windows(
 ) -> tuple[list[Window], int]:
     """The windows of some files, each on its own, at most `tokens` scored tokens of them evenly spread; and how many
     bytes of text the scored tokens are. Raises UsageError for a text that is too short."""
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; it must be at least 1")
     found: list[Window] = []
     for path in data:
         before, ids = encode_text(tokenizer, read_text(path))
@@ -75,10 +77,18 @@ def perplexity(
     return {**found, "bits_per_byte": nats / math.log(2) / text_bytes, "text_bytes": text_bytes}
 
 
+def check_ids(chosen: Sequence[Window], vocab: int) -> None:
+    """Raise UsageError for ids that the model does not have."""
+    largest = max(max(max(window.prompt), max(window.scored)) for window in chosen)
+    if largest >= vocab:
+        raise UsageError(f"the tokenizer gives id {largest}, the model has {vocab}: they do not belong together")
+
+
 def measure(model: Any, chosen: Sequence[Window], progress: bool = False) -> dict[str, Any]:
     """Score windows with a loaded model; what was read counts decoding steps only."""
     run, plan, begin = model.flash, model.flash.plan, time.perf_counter()
     nats, tokens, stats = 0.0, 0, Stats()
+    check_ids(chosen, plan.spec.vocab)
     for window in tqdm(chosen, desc=plan.selector, unit="window", disable=not progress, file=sys.stderr):
         nats += score(model, window)
         tokens += len(window.scored)

@@ -19,7 +19,8 @@ from ..storage.calibration import Calibration
 from ..storage.layout import Layout
 from .exact import AllSelector
 from .lookahead import LookAhead
-from .selectors import GateSelector, PredictorSelector, PromptSelector, StaticSelector, ThresholdSelector
+from .prompt import PromptSelector
+from .selectors import GateSelector, PredictorSelector, StaticSelector, ThresholdSelector
 from .shared import Selector, Shared
 from .sparse import slot_parts, top
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..backends.base import BLOCK
 from ..errors import ReadError
+from ..residency.residency import Residency
 from ..residency.rows import clip_targets, copy_rows
 from ..storage.layout import Layout
 from ..storage.reader import Pending
@@ -69,14 +70,15 @@ class LookAhead:
         self.shared, self.predictors, self.margins = shared, predictors, margins
         self.trial = Trial() if mode == "auto" else None
         self.slab = shared.backend.slab(layout, BLOCK, [part.name for part in layout.parts])
-        self.selectors: dict[int, SparseSelector] = {}
+        # Not the selectors themselves: a cycle would keep their slabs in memory after the model is dropped.
+        self.layers: dict[int, tuple[Residency, int]] = {}  # and the bytes that no guess needs to read
         self._layer, self._ids = -1, np.empty(0, np.int64)
         self._pending: Pending | None = None
         self._begin = 0.0
 
     def add(self, selector: SparseSelector) -> None:
         """A layer whose bundles may be guessed."""
-        self.selectors[selector.layer] = selector
+        self.layers[selector.layer] = selector.residency, selector.skipped_bytes
 
     @property
     def on(self) -> bool:
@@ -88,9 +90,9 @@ class LookAhead:
 
     def guess(self, layer: int, x: Any) -> None:
         """After the reads of the layer before were begun: begin those that `layer` will probably need."""
-        if layer - 1 == min(self.selectors):
+        if layer - 1 == min(self.layers):
             self._begin = time.perf_counter()
-        if layer not in self.selectors:
+        if layer not in self.layers:
             if self.trial is not None and self._begin:
                 self.trial.token(time.perf_counter() - self._begin)
             self._begin = 0.0
@@ -98,14 +100,14 @@ class LookAhead:
         if not self.on:
             return
         self._end()
-        selector, logits = self.selectors[layer], self.predictors[layer](x)
-        likely = np.flatnonzero((logits > self.margins[layer]) & (selector.residency.slot_of < 0))
+        (residency, skipped_bytes), logits = self.layers[layer], self.predictors[layer](x)
+        likely = np.flatnonzero((logits > self.margins[layer]) & (residency.slot_of < 0))
         if len(likely) > BLOCK:
             likely = np.sort(likely[np.argsort(-logits[likely], kind="stable")[:BLOCK]])
         if not len(likely):
             return
         self._layer, self._ids = layer, likely
-        targets = clip_targets(self.slab.targets, selector.skipped_bytes)
+        targets = clip_targets(self.slab.targets, skipped_bytes)
         self._pending = self.shared.read(layer, likely, np.arange(len(likely)), targets)
         self.shared.stats.guessed += len(likely)
 

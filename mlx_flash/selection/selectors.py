@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import FFNPass, FFNSpec, Slab
+from ..backends.base import FFNPass, FFNSpec
 from ..residency.residency import Residency
 from .exact import AllSelector as AllSelector
 from .lookahead import LookAhead
 from .shared import Shared
-from .sparse import SparseSelector, squares, top
+from .sparse import SparseSelector
 
 Predict = Callable[[Any], np.ndarray]  # x (..., d) -> (count,) fp32; a neuron is predicted to fire where it is > 0
 
@@ -90,68 +90,3 @@ class StaticSelector(SparseSelector):
         used = np.zeros(h.shape, bool)
         used[:, self.ids[(self.ids >= first) & (self.ids < first + h.shape[1])] - first] = True
         return used
-
-
-class PromptSelector(SparseSelector):
-    """Any model: the neurons that had the most energy over the prompt serve the whole reply (GRIFFIN, arXiv
-    2404.01365), so that nothing is read once they are resident.
-
-    Energy: the mean over tokens of (h |down|)^2. GRIFFIN divides by each token's total and leaves |down| out; measured
-    on small models that loses several times more. prior (count,): calibrated energies, which count as
-    PRIOR_TOKENS tokens; None without a calibration. reselect: every so many decoded tokens one is computed whole, which
-    counts as RESELECT_TOKENS.
-    """
-
-    PRIOR_TOKENS = 256
-    RESELECT_TOKENS = 32
-
-    def __init__(
-        self,
-        layer: int,
-        spec: FFNSpec,
-        shared: Shared,
-        residency: Residency,
-        fraction: float,
-        prior: np.ndarray | None = None,
-        reselect: int | None = None,
-    ):
-        super().__init__(layer, spec, shared, residency)
-        self.fraction, self.reselect = fraction, reselect
-        self.prior = np.zeros(self.count) if prior is None else self.PRIOR_TOKENS * prior.astype(np.float64)
-        self.down_squares = np.full(self.count, -1.0)
-        self.energy, self.tokens = np.zeros(self.count), 0
-        self.reply, self.decoded = shared.reply, 0
-        self.ids: np.ndarray | None = None
-
-    def is_decode(self, x: Any) -> bool:
-        if not super().is_decode(x) or self.reply != self.shared.reply or not self.tokens:
-            return False
-        self.decoded += 1
-        return self.reselect is None or self.decoded % self.reselect != 0
-
-    def choose(self, x: Any, work: FFNPass) -> np.ndarray:
-        if self.ids is None:
-            self.ids = top(self.energy + self.prior, self.fraction).astype(np.int32)
-        return self.ids
-
-    def uses(self, first: int, h: np.ndarray) -> np.ndarray:
-        """Known only when the whole prompt has been seen."""
-        return np.zeros(h.shape, bool)
-
-    def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:
-        ids = slice(first, first + h.shape[1])
-        if first == 0:
-            self._begin(len(h))
-        if self.down_squares[first] < 0:
-            self.down_squares[ids] = squares(staging, self.spec.layout, "down", h.shape[1])
-        weight = self.RESELECT_TOKENS if self.decoded else 1
-        self.energy[ids] += weight * np.square(h).sum(axis=0, dtype=np.float64) * self.down_squares[ids]
-
-    def _begin(self, tokens: int) -> None:
-        """A chunk of a prompt, or a token that is computed whole to select anew, is under way."""
-        another = self.reply != self.shared.reply or (self.decoded and tokens > 1)
-        if another:
-            self.energy[:] = 0
-            self.reply, self.decoded, self.tokens = self.shared.reply, 0, 0
-        self.tokens += tokens
-        self.ids = None

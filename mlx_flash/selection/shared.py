@@ -62,6 +62,7 @@ class Shared:
             self.reader.drain()  # first: what is still being read must not land in memory that is given anew
             self.stream.stop()
             self.unfinished.forget()
+            self.reply += 1  # what the layers before it saw of that reply does not count for the next one
         self.unfinished = selector
 
     def end(self) -> None:

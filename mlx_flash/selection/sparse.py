@@ -7,6 +7,7 @@ neuron, so it streams whole blocks, exactly, and warms the slots on the way (DES
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..storage.reader import Done, Pending, Target
 from .lookahead import LookAhead
 from .shared import Shared, blocks, is_decode
 from .spans import overflow_spans
+
+AHEAD = 2  # steps that a lazy backend may leave uncomputed while nothing is read: mlx-lm's loop is one ahead
 
 
 class SparseSelector(ABC):
@@ -51,6 +54,7 @@ class SparseSelector(ABC):
         self.skipped_bytes = spec.layout.parts[0].nbytes if fixed == names[0] else 0
         self.slab = shared.backend.slab(spec.layout, residency.capacity, slot_parts(names, fixed))
         self.loaded = False
+        self._unsettled: deque[FFNPass] = deque()  # the last decoding steps, which may still be reading slots
         if look_ahead is not None:
             look_ahead.add(self)
 
@@ -94,11 +98,22 @@ class SparseSelector(ABC):
         shared.stats.misses += len(plan.ids) - len(plan.hits)
         used = self._add(work, plan, x)
         self.residency.commit(plan, used)
+        self._unsettled.append(work)
+        self._settle(AHEAD)
         return work.result()
+
+    def _settle(self, but: int = 0) -> None:
+        """Wait until the decoding steps before the last `but` no longer need their slots. A lazy backend may not have
+        computed them, if the caller feeds known tokens: those need nothing that this layer gave the ones before."""
+        while len(self._unsettled) > but:
+            self._unsettled[0].settle()
+            self._unsettled.popleft()
 
     def _add(self, work: FFNPass, plan: Plan, x: Any) -> np.ndarray | None:
         """Add the terms of the step's ids; returns which of them fired, where the backend knows."""
         ids, slots = plan.ids, plan.slots
+        if len(plan.loads):
+            self._settle()  # what they hold may not have been used yet
         self.residency.evict(plan)
         pending = self._read(plan)
         spans = list(overflow_spans(ids, plan.overflow))
@@ -174,11 +189,17 @@ class SparseSelector(ABC):
 
     def _keep(self, first: int, used: np.ndarray, staging: Slab) -> None:
         """Warm the slots with what of a block in staging is worth one."""
-        plan = self.residency.warm(np.arange(first, first + used.shape[1]), used)
+        ids = np.arange(first, first + used.shape[1])
+        self._place(ids, used, staging, ids - first)
+
+    def _place(self, ids: np.ndarray, used: np.ndarray, staging: Slab, rows: np.ndarray) -> None:
+        """Give slots to those of `ids` (n,), in `rows` of staging, that are worth one; used (T, n) bool."""
+        plan = self.residency.warm(ids, used)
         if len(plan.loads):
+            self._settle()  # what they hold may not have been used yet
             self.residency.evict(plan)
-            rows = plan.ids[plan.loads] - first
-            copy_rows(staging.targets, rows, self.slab.targets, plan.slots[plan.loads])
+            loaded = rows[np.searchsorted(ids, plan.ids[plan.loads])]
+            copy_rows(staging.targets, loaded, self.slab.targets, plan.slots[plan.loads])
             self.residency.place(plan)
 
 
@@ -188,12 +209,12 @@ def top(values: np.ndarray, fraction: float) -> np.ndarray:
     return np.sort(np.argsort(-values, kind="stable")[:kept])
 
 
-def squares(slab: Slab, layout: Layout, name: str, rows: int) -> np.ndarray:
-    """The squared length (rows,) fp64 of a part of the bundles in a slab's first rows."""
+def part_rows(slab: Slab, layout: Layout, name: str, rows: int) -> np.ndarray:
+    """A part of the bundles in a slab's first rows, (rows, length) fp32: a copy, whatever the backend."""
     part, begin = layout.part(name), layout.offset(name)
     whole = np.empty((rows, part.nbytes), np.uint8)
     copy_rows(slab.targets, np.arange(rows), [Target(begin, whole)], np.arange(rows))
-    return np.square(to_float32(whole.view(RAW[part.dtype]), part.dtype)).sum(axis=1, dtype=np.float64)
+    return to_float32(whole.view(RAW[part.dtype]), part.dtype)
 
 
 def slot_parts(names: Sequence[str], fixed: str | None) -> list[str]:

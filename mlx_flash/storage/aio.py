@@ -27,6 +27,9 @@ from .pread import FORKED, Crew, Job, OpenFile, PreadReader, given_up
 from .protocol import LayerFile, Pending, ReadReport, Target
 
 DEPTH = 256
+# Given more than two at once the kernel joins reads that lie side by side: of a scan's long ones that makes a few huge
+# ones, which keep the disk less busy.
+LONG_BYTES, LONG_AT_ONCE = 1 << 17, 2
 _NUMBERS = {"x86_64": (206, 209, 208, 207), "aarch64": (0, 2, 4, 1)}  # io_setup, io_submit, io_getevents, io_destroy
 _PREAD, _PREADV = 0, 7
 _CONTROL_BLOCK = np.dtype(  # struct iocb, little-endian
@@ -143,7 +146,7 @@ class _Context:
 
     def _submit(self, request: _Request) -> bool:
         """Begin some reads of a request, or hand them to the threads; False when that must wait."""
-        pointers = request.pointers[request.todo[: self.depth - self.in_flight]]
+        pointers = request.pointers[request.todo[: min(request.at_once, self.depth - self.in_flight)]]
         self.torn = True
         taken = self.kernel.submit(self._name.value, pointers) if self._name.value else -errno.ENOSYS
         if taken > 0:
@@ -234,6 +237,7 @@ class _Request:
         self.context, self.crew, self.file, self.plan = context, crew, file, plan
         self.targets, self.scrap = targets, scrap  # also keeps their memory alive
         self.length = plan.end - plan.start
+        self.at_once = LONG_AT_ONCE if self.length.mean() >= LONG_BYTES else context.depth
         self.vectors, self.control = control_blocks(file.fd, plan, scrap)
         self.pointers = self.control.ctypes.data + np.arange(len(self.control)) * self.control.itemsize
         self.unread = np.ones(len(plan.start), bool)  # and not handed over

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,10 @@ def encode(calibration: Calibration, identity: str) -> bytes:
 
 def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: str) -> Calibration:
     """The calibration in a file, checked against the model. Raises FormatError naming the file, ReadError."""
-    tensors = read_header(path)
+    try:
+        tensors = read_header(path)
+    except FormatError as error:
+        raise FormatError(f"{error}, or make it anew: mlx_flash calibrate") from None
     try:
         about = json.loads(read_metadata(path).get("calibration", "null"))
         version, model, summary, figures = (about[k] for k in ("version", "model", "summary", "layers"))
@@ -145,7 +149,36 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
         if missing or len({value is None for value in parts.values()}) > 1 or not isinstance(figures[index], dict):
             raise _bad(path, f"lacks a part of layer {index} ({', '.join(missing) or 'predictor'})")
         layers.append(LayerCalibration(**plain, **curves, **parts, figures=figures[index]))  # type: ignore[arg-type]
+        if any(len(value) == 1 or (value < 0).any() for value in (layers[-1].curve, layers[-1].predicted_curve)):
+            raise _bad(path, f"has a curve in layer {index} that is none")
+    try:
+        _check_plain_values(summary, layers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _bad(path, f"has figures that make no sense ({type(error).__name__}: {str(error)[:80]})") from None
     return Calibration(tuple(layers), summary)
+
+
+def _check_plain_values(summary: Mapping[str, Any], layers: Sequence[LayerCalibration]) -> None:
+    """Those that a run uses: `lead`, `sparsities`, `losses`, and every layer's cut-offs and margin of look-ahead. Raises
+    all kinds of errors."""
+    sparsities = _numbers(summary.get("sparsities", []))
+    if sparsities != sorted(sparsities):
+        raise ValueError("sparsities do not ascend")
+    if (lead := summary.get("lead")) not in (None, "gate", "up"):
+        raise ValueError(f"lead is {lead!r}")
+    for loss in summary.get("losses", {}).values():
+        _numbers([loss["loss"], loss["tokens"]])
+    for layer in layers:
+        if lead and len(_numbers(layer.figures["cutoffs"][lead])) != len(sparsities):
+            raise ValueError("cut-offs are not those of the sparsities")
+        if layer.a is not None:
+            _numbers([layer.figures["look_ahead"]["margin"]])
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        raise ValueError("not a list of numbers")
+    return values
 
 
 def load_calibration(checkpoint: Checkpoint) -> Calibration | None:

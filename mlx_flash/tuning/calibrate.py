@@ -7,6 +7,7 @@ in a workspace, so that an interrupted calibration goes on; the old calibration 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..config import FlashConfig, parse_selection
-from ..errors import UsageError
+from ..errors import BudgetError, UsageError
 from ..load import RunPlan, decide, load
-from ..measure.perplexity import measure
+from ..measure.perplexity import check_ids, measure
 from ..measure.text import CONTEXT_TOKENS, SCORED_TOKENS, Window, encode_text, read_text, windows
 from ..selection.factory import check_selection
 from ..storage.calibration import Calibration, LayerCalibration, attach, model_identity
@@ -25,7 +26,7 @@ from ..storage.writer import check_free_space
 from .capture import Inputs, capture
 from .layers import layer_weights
 from .predictors import Report
-from .statistics import SPARSITIES, curve, firing, gaps, rates, sample
+from .statistics import SPARSITIES, curve, energy, firing, gaps, rates, sample
 from .training import figures_of, look_ahead, predicted, stored, train_predictors, weight_bytes
 from .workspace import Workspace, open_workspace
 
@@ -98,13 +99,16 @@ def calibrate(
     """
     if not 0 < recall < 1:
         raise UsageError(f"--recall is {recall}; it must lie between 0 and 1")
-    if tokens < 1 or loss_windows < 0:
-        raise UsageError(f"--tokens {tokens} and --windows {loss_windows} must be at least 1 and 0")
+    if tokens < MIN_TOKENS or loss_windows < 0 or seed < 0:
+        raise UsageError(
+            f"--tokens {tokens}, --windows {loss_windows} and --seed {seed} must be at least {MIN_TOKENS}, 0 and 0"
+        )
     config = FlashConfig(memory=memory, backend=backend, select="all")
     plan = decide(model, config)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)
     texts = split_text(tokenizer, data, tokens, min(plan.context, WINDOW_TOKENS), loss_windows)
+    check_ids([Window(ids, ids[-1:]) for ids in texts.learn], plan.spec.vocab)
     made_from = {
         "model": model_identity(plan.checkpoint.files),
         "text": hashlib.sha256(str(texts.learn).encode()).hexdigest(),
@@ -132,7 +136,8 @@ def _learn(
     check_free_space(work.path, 2 * texts.tokens * spec.dim * len(spec.layers))
     inputs = Inputs(work.path, len(spec.layers), texts.tokens, spec.dim)
     backend = capture(checkpoint.path, config, texts.learn, inputs, progress)
-    found = [_statistics(work, plan, layer, inputs.arrays[layer]) for layer in range(len(spec.layers))]
+    starts = [0, *np.cumsum([len(window) for window in texts.learn]).tolist()[:-1]]
+    found = [_statistics(work, plan, layer, x, starts) for layer, x in enumerate(inputs.arrays)]
     summary: dict[str, Any] = {"tokens": texts.tokens, "backend": backend, "sparsities": list(SPARSITIES)}
     if spec.gated:
         lost = {lead: sum(layer.figures["lost"][lead] for layer in found) for lead in ("gate", "up")}
@@ -167,14 +172,18 @@ def _overall(layers: Sequence[LayerCalibration], reports: Sequence[Report], plan
     }
 
 
-def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray) -> LayerCalibration:
+def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, starts: Sequence[int]) -> LayerCalibration:
     step = f"statistics-{layer:03d}"
     kept = work.load(step)
     if kept is None:
         weights = layer_weights(plan, layer)
         count = len(weights.first)
         sampled = sample(x, weights)
-        arrays = {"energy": sampled.energy, "rate": np.ones(count, np.float32), "curve": np.zeros((0, 2), np.float32)}
+        arrays = {
+            "energy": energy(x, weights, starts),
+            "rate": np.ones(count, np.float32),
+            "curve": np.zeros((0, 2), np.float32),
+        }
         if plan.spec.has_zeros:
             packed = firing(x, weights)
             arrays |= {"rate": rates(packed, count), "curve": curve(gaps(packed, count))}
@@ -198,9 +207,12 @@ def measure_losses(
     for select in ("all", *LOSSY):
         try:
             check_selection(parse_selection(select), plan.spec.activation, plan.spec.gated, calibration)
+            model, _ = load(plan.checkpoint.path, replace(config, select=select))
         except UsageError:
             continue
-        model, _ = load(plan.checkpoint.path, replace(config, select=select))
+        except BudgetError as error:  # it needs more than `all`, which has just run
+            print(f"the loss of {select} is not measured: {error}", file=sys.stderr)
+            continue
         try:
             found[select] = measure(model, chosen, progress)["nats_per_token"]
         finally:

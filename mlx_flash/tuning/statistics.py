@@ -5,7 +5,7 @@ Arithmetic on arrays, a slice of tokens or neurons at a time; knows no files and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,11 @@ class Weights:
         if self.cutoff:
             values[values <= np.float32(self.cutoff)] = 0
         return values
+
+    def scalars(self, x: np.ndarray) -> np.ndarray:
+        """h (T, m) of x (T, d)."""
+        active = self.active(x)
+        return active if self.second is None else active * (x @ self.second.T)
 
 
 def slices(x: np.ndarray) -> Iterator[np.ndarray]:
@@ -90,12 +95,23 @@ def rates(packed: np.ndarray, count: int) -> np.ndarray:
     return (totals[:count] / len(packed)).astype(np.float32)
 
 
+def energy(x: np.ndarray, weights: Weights, starts: Collection[int] = ()) -> np.ndarray:
+    """The mean of (h |down|)^2 over the tokens of x (N, d), (m,) fp32. starts: tokens that begin a text are left out,
+    their activations are like no others'. All tokens count: what fires seldom needs many."""
+    total, left_out = np.zeros(len(weights.first)), np.zeros(len(x), bool)
+    left_out[list(starts)] = True
+    for index, part in enumerate(slices(x)):
+        counted = part[~left_out[index * TOKENS : index * TOKENS + len(part)]]
+        total += np.square(weights.scalars(counted)).sum(axis=0, dtype=np.float64)
+    mean = total / max(1, len(x) - int(left_out.sum()))
+    return (mean * np.square(weights.down).sum(axis=1, dtype=np.float64)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Sampled:
-    """From a sample of tokens: energy (m,), the mean of (h |down|)^2; for each of SPARSITIES the
-    magnitude under which that share of gate (or up) values lies; which share of the output's energy each loses."""
+    """From a sample of tokens: for each of SPARSITIES the magnitude under which that share of gate (or up) values lies;
+    which share of the output's energy each loses; the share of the neurons that hold 99 % of a token's energy."""
 
-    energy: np.ndarray
     cutoffs: dict[str, list[float]]
     lost: dict[str, float]
     neurons_for_99_percent: float
@@ -103,24 +119,22 @@ class Sampled:
 
 def sample(x: np.ndarray, weights: Weights) -> Sampled:
     """Statistics that need all scalars of a token at once, on up to SAMPLE_TOKENS tokens of x (N, d)."""
-    step = max(1, len(x) // SAMPLE_TOKENS)
-    some = np.asarray(x[::step][:SAMPLE_TOKENS], np.float32)
+    some = np.asarray(x[:: max(1, len(x) // SAMPLE_TOKENS)][:SAMPLE_TOKENS], np.float32)
     active = weights.active(some)
     ups = None if weights.second is None else some @ weights.second.T
     squares = np.square(active if ups is None else active * ups)
     totals = np.maximum(squares.sum(axis=1, keepdims=True), np.float32(1e-30))
     ordered = -np.sort(-squares / totals, axis=1)
     needed = (np.cumsum(ordered, axis=1) < 0.99).sum(axis=1) + 1
-    outputs = squares * np.square(weights.down).sum(axis=1)
-    energy = outputs.mean(axis=0, dtype=np.float64).astype(np.float32)
     cutoffs, lost = {}, {}
     if ups is not None:
+        outputs = squares * np.square(weights.down).sum(axis=1)
         for name, lead in (("gate", active), ("up", ups)):
             magnitude = np.abs(lead)
             cutoffs[name] = _quantiles(magnitude)
             cut = np.interp(PROXY_SPARSITY, SPARSITIES, cutoffs[name])
             lost[name] = float(outputs[magnitude <= cut].sum(dtype=np.float64) / outputs.sum(dtype=np.float64))
-    return Sampled(energy, cutoffs, lost, float(needed.mean() / len(energy)))
+    return Sampled(cutoffs, lost, float(needed.mean() / len(weights.first)))
 
 
 def _quantiles(values: np.ndarray) -> list[float]:

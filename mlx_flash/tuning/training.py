@@ -30,6 +30,7 @@ from .statistics import TOKENS
 from .workspace import Workspace
 
 LARGEST_SHARE = 0.05  # of the weights, for all predictors
+STEP_BYTES = 4  # of a layer's predictor, beside what `predictors` counts
 MARGINS = (0.0, 1.0, 2.0, 3.0, 4.0)  # of which look-ahead takes one
 
 
@@ -50,7 +51,8 @@ def train_predictors(
         for layer, count in enumerate(counts):
             sketches.append(_sketch(work, plan, layer, inputs[layer], default_ranks(dim, count), seed))
             bar.update()
-        choice = choose_ranks(sketches, dim, budget_bytes=int(LARGEST_SHARE * weight_bytes(plan)), recall=recall)
+        budget_bytes = int(LARGEST_SHARE * weight_bytes(plan)) - STEP_BYTES * len(counts)
+        choice = choose_ranks(sketches, dim, budget_bytes=budget_bytes, recall=recall)
         trained = []
         for layer, rank in enumerate(choice.ranks):
             trained.append(_train(work, plan, layer, inputs[layer], rank, choice.always[layer], seed))

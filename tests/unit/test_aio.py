@@ -131,6 +131,12 @@ def test_a_request_is_one_call(file, kernel):
         assert found.asked == [report.reads]
 
 
+def test_long_reads_are_begun_two_at_a_time(wide, kernel):
+    with no_preadv(), AioReader([wide[0]]) as reader:
+        report = check(reader, 0, wide[1], range(300), range(300), [(0, 16384, 16384, 0)], 300)
+        assert report.reads == 5 and reader._context.kernel.asked == [2, 2, 1]
+
+
 def test_threads_read_what_is_not_aligned(tmp_path, file, kernel):
     layout = Layout((Part("a", "uint8", 700), Part("b", "uint8", 836)), 30)
     odd = make_file(tmp_path, layout, "odd")
