@@ -159,7 +159,7 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
 
 
 def _check_plain_values(summary: Mapping[str, Any], layers: Sequence[LayerCalibration]) -> None:
-    """Those that a run uses: `lead`, `sparsities`, `losses`, and every layer's cut-offs and margin of look-ahead. Raises
+    """Those that a run uses: `lead`, `sparsities`, `losses`, every layer's cut-offs and margin of look-ahead. Raises
     all kinds of errors."""
     sparsities = _numbers(summary.get("sparsities", []))
     if sparsities != sorted(sparsities):

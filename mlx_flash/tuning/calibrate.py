@@ -111,6 +111,7 @@ def calibrate(
     check_ids([Window(ids, ids[-1:]) for ids in texts.learn], plan.spec.vocab)
     made_from = {
         "model": model_identity(plan.checkpoint.files),
+        "backend": plan.backend_name,
         "text": hashlib.sha256(str(texts.learn).encode()).hexdigest(),
         "recall": recall,
         "seed": seed,

@@ -125,15 +125,16 @@ def sample(x: np.ndarray, weights: Weights) -> Sampled:
     squares = np.square(active if ups is None else active * ups)
     totals = np.maximum(squares.sum(axis=1, keepdims=True), np.float32(1e-30))
     ordered = -np.sort(-squares / totals, axis=1)
-    needed = (np.cumsum(ordered, axis=1) < 0.99).sum(axis=1) + 1
+    needed = np.where(ordered[:, 0] > 0, (np.cumsum(ordered, axis=1) < 0.99).sum(axis=1) + 1, 0)
     cutoffs, lost = {}, {}
     if ups is not None:
         outputs = squares * np.square(weights.down).sum(axis=1)
+        whole = max(float(outputs.sum(dtype=np.float64)), 1e-30)  # in a dead layer nothing can be lost
         for name, lead in (("gate", active), ("up", ups)):
             magnitude = np.abs(lead)
             cutoffs[name] = _quantiles(magnitude)
             cut = np.interp(PROXY_SPARSITY, SPARSITIES, cutoffs[name])
-            lost[name] = float(outputs[magnitude <= cut].sum(dtype=np.float64) / outputs.sum(dtype=np.float64))
+            lost[name] = float(outputs[magnitude <= cut].sum(dtype=np.float64)) / whole
     return Sampled(cutoffs, lost, float(needed.mean() / len(weights.first)))
 
 

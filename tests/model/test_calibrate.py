@@ -113,14 +113,18 @@ def uninterrupted(relu: Path, text: Path, folder: Path) -> Path:
 def test_a_relu_model_gets_statistics_predictors_and_losses(uninterrupted: Path) -> None:
     path, found = uninterrupted, stored(uninterrupted)
     assert verify(path) > 0
-    assert [p.name for p in calibration_files(path)] == [Path(Checkpoint.open(path).config["flash"]["calibration"]).name]
+    assert [p.name for p in calibration_files(path)] == [
+        Path(Checkpoint.open(path).config["flash"]["calibration"]).name
+    ]
     summary = found.summary
     assert summary["lead"] in ("gate", "up") and summary["sparsities"] == list(SPARSITIES)
     assert summary["tokens"] == TOKENS // 512 * 512 + 512  # whole windows
     assert set(summary["losses"]) == set(tuning.LOSSY)
     assert all(loss["tokens"] == 6 for loss in summary["losses"].values())
     for layer in found.layers:
-        assert 0.2 < layer.rate.mean() < 0.8 and layer.figures["zeros"] == pytest.approx(1 - layer.rate.mean(), abs=1e-6)
+        assert 0.2 < layer.rate.mean() < 0.8 and layer.figures["zeros"] == pytest.approx(
+            1 - layer.rate.mean(), abs=1e-6
+        )
         assert len(layer.curve) > 3 and (np.diff(layer.curve[:, 0]) >= 0).all() and (layer.energy >= 0).all()
     weights = Checkpoint.open(path)
     dense = sum(info.nbytes for _, info in weights.resident_tensors().values())
@@ -167,6 +171,21 @@ def test_a_silu_model_gets_no_predictors(silu: Path, text: Path, tmp_path: Path)
         logits(path, "threshold:0.99")
     with pytest.raises(mlx_flash.UsageError, match="needs a ReLU model.*relufy"):
         logits(path, "predictor")
+
+
+@pytest.mark.parametrize("lead", ["gate", "up"])
+def test_threshold_drops_the_share_it_is_told(silu: Path, text: Path, tmp_path: Path, lead: str) -> None:
+    from mlx_flash.measure.perplexity import perplexity
+
+    path = shutil.copytree(silu, tmp_path / "copy")
+    run(path, text, loss_windows=0)
+    found = stored(path)
+    store.attach(Checkpoint.open(path), replace(found, summary={**found.summary, "lead": lead}))
+    neurons = sum(len(layer.rate) for layer in found.layers)
+    for share in (0.3, 0.72):
+        config = mlx_flash.FlashConfig(backend="numpy", select=f"threshold:{share}")
+        asked = perplexity(path, [text], config, tokens=256)["bundles_per_token"]
+        assert asked / neurons == pytest.approx(1 - share, abs=0.05)
 
 
 def test_a_model_without_gates_is_calibrated_too(text: Path, tmp_path: Path) -> None:
@@ -252,7 +271,9 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(
     if step in ("losses", "second attach"):
         assert "losses" not in stored(path).summary, "the new calibration is there, its losses are not"
     else:
-        assert old.exists() and (logits(path, "static:0.3") == before).all(), "the old calibration is not valid any more"
+        assert old.exists() and (logits(path, "static:0.3") == before).all(), (
+            "the old calibration is not valid any more"
+        )
 
     counts = {}
     with monkeypatch.context() as patch:
@@ -298,13 +319,17 @@ def test_a_capture_goes_on_where_it_stopped(
     same(path, uninterrupted)
 
 
-@pytest.mark.parametrize("change", ["text", "recall", "seed"])
+@pytest.mark.parametrize("change", ["text", "recall", "seed", "backend"])
 def test_what_is_made_from_something_else_is_not_taken(
     relu: Path, text: Path, tmp_path: Path, uninterrupted: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shutil.copytree(relu, tmp_path / "copy")
     other = make_text(tmp_path / "other.txt", 1500, seed=1)
-    options: dict[str, Any] = {"recall": {"recall": 0.8}, "seed": {"seed": 1}}.get(change, {})
+    options: dict[str, Any] = {"recall": {"recall": 0.8}, "seed": {"seed": 1}, "backend": {"backend": "mlx"}}.get(
+        change, {}
+    )
+    if change == "backend":
+        pytest.importorskip("mlx_lm")
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "attach", Calls(tuning.attach, 1))
         with pytest.raises(Interrupt):
@@ -388,7 +413,9 @@ def test_statistics_are_those_of_plain_loops() -> None:
         h = a * u
         outputs = h**2 * (down.astype(np.float64) ** 2).sum(axis=1)
         found = statistics.sample(x, weights)
-        np.testing.assert_allclose(found.energy, outputs.mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(statistics.energy(x, weights), outputs.mean(axis=0), rtol=1e-4)
+        later = [t for t in range(tokens) if t not in (0, 17)]
+        np.testing.assert_allclose(statistics.energy(x, weights, [0, 17]), outputs[later].mean(axis=0), rtol=1e-4)
         for name, lead in (("gate", np.abs(a)), ("up", np.abs(u))):
             np.testing.assert_allclose(found.cutoffs[name], np.quantile(lead, SPARSITIES), rtol=1e-3, atol=1e-6)
             cut = np.quantile(lead, 0.5)
@@ -436,7 +463,8 @@ def test_a_layer_in_which_nothing_fires_has_figures_too() -> None:
     dead = Weights(np.ones((5, 4), np.float32), np.ones((5, 4), np.float32), np.ones((5, 4), np.float32), None, "relu")
     with np.errstate(all="raise"):
         found = statistics.sample(-np.ones((300, 4), np.float16), dead)
-    assert not found.energy.any() and found.neurons_for_99_percent <= 1
+        energy = statistics.energy(-np.ones((300, 4), np.float16), dead)
+    assert not energy.any() and found.neurons_for_99_percent <= 1
     assert all(np.isfinite(value) for value in found.lost.values())
 
 
@@ -482,7 +510,10 @@ def with_nan(values: np.ndarray) -> np.ndarray:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "other model": (lambda p: made_up(p).replace(model_identity(Checkpoint.open(p).files).encode(), b"f" * 64), "belongs to another model"),
+    "other model": (
+        lambda p: made_up(p).replace(model_identity(Checkpoint.open(p).files).encode(), b"f" * 64),
+        "belongs to another model",
+    ),
     "other version": (lambda p: made_up(p).replace(b'version\\": 1', b'version\\": 2', 1), "version 2"),
     "truncated": (lambda p: made_up(p)[:-64], "truncated"),
     "header only": (lambda p: made_up(p)[:100], "calibration-"),

@@ -20,6 +20,7 @@ import mlx_flash
 from mlx_flash.backends.workers import Workers
 from mlx_flash.residency.budget import split_budget
 from mlx_flash.residency.residency import Plan, Residency
+from mlx_flash.storage.reader import PreadReader, open_reader
 from tests.tiny import make_tiny
 
 PROMPT, FORCED, LIMIT_S = [5, 6, 7, 8], [30, 90, 17, 250], 60
@@ -34,7 +35,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlx_flash.convert(make_tiny("openelm-relu", folder), folder / "flash")
 
 
-def load(path: Path, select: str):
+def load(path: Path, select: str, reader=open_reader):
     """Some bundles of each layer resident, and three staging slabs: a budget gives tiny models one or the other."""
 
     def split(*args):
@@ -42,6 +43,7 @@ def load(path: Path, select: str):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["mlx_flash.load"], "split_budget", split)
+        patch.setattr(sys.modules["mlx_flash.load"], "open_reader", reader)
         return mlx_flash.load(path, backend="numpy", select=select)[0]
 
 
@@ -56,6 +58,7 @@ class Interrupting:
 
     def __init__(self, pending):
         self.pending, self.interrupted = pending, False
+        self.ended, self.give_up = pending.ended, pending.give_up
 
     def wait(self):
         if not self.interrupted:
@@ -91,9 +94,9 @@ class Slow:
 
 class InterruptingReader:
     """Passes requests on. The `at`-th is interrupted: before it is handed over, after, or when it is waited for; and
-    slow, so that it still is under way when the next reply begins."""
+    slow, where threads read, so that it still is under way when the next reply begins."""
 
-    def __init__(self, inner, at: int, where: str, slow: Slow):
+    def __init__(self, inner, at: int, where: str, slow: Slow | None):
         self.inner, self.at, self.where, self.slow, self.submits = inner, at, where, slow, 0
 
     def submit(self, *request):
@@ -102,9 +105,11 @@ class InterruptingReader:
             return self.inner.submit(*request)
         if self.where == "before":
             raise KeyboardInterrupt
-        self.slow.arm()
+        if self.slow is not None:
+            self.slow.arm()
         pending = self.inner.submit(*request)
-        self.slow.begun.wait(1)
+        if self.slow is not None:
+            self.slow.begun.wait(1)
         if self.where == "after":
             raise KeyboardInterrupt
         return Interrupting(pending)
@@ -116,18 +121,20 @@ class InterruptingReader:
         self.inner.close()
 
 
+@pytest.mark.parametrize("reader", [PreadReader, open_reader])
 @pytest.mark.parametrize("where", ["before", "after", "wait"])
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_interrupt_the_first_second_third_read_until_a_run_passes(
-    flash: Path, monkeypatch: pytest.MonkeyPatch, select: str, where: str
+    flash: Path, monkeypatch: pytest.MonkeyPatch, select: str, where: str, reader
 ) -> None:
     fresh = load(flash, select)
     wanted = reply(fresh)
     fresh.flash.close()
-    slow = Slow(os.preadv)
-    monkeypatch.setattr(os, "preadv", slow)
+    slow = Slow(os.preadv) if reader is PreadReader else None
+    if slow is not None:
+        monkeypatch.setattr(os, "preadv", slow)
     for at in range(1, 500):
-        model = load(flash, select)
+        model = load(flash, select, reader)
         plain = model.flash.shared.reader
         model.flash.shared.reader = InterruptingReader(plain, at, where, slow)
         try:
@@ -136,7 +143,7 @@ def test_interrupt_the_first_second_third_read_until_a_run_passes(
             model.flash.shared.reader = plain
             for _ in range(2):
                 assert reply(model) == wanted, f"after an interrupt at read {at} the model gives other logits"
-                assert slow.landed.wait(5)
+                assert slow is None or slow.landed.wait(5)
             continue
         finally:
             with suppress(KeyboardInterrupt):  # where a block was read ahead that no reply waited for
@@ -221,7 +228,7 @@ def test_a_torn_record_of_the_slots_is_forgotten(flash: Path, monkeypatch: pytes
     model = load(flash, "gate")
     wanted = reply(model)
 
-    def torn(residency: Residency, plan: Plan) -> None:
+    def torn(residency: Residency, plan: Plan, used: object = None) -> None:
         residency.slot_of[plan.ids[plan.loads]] = plan.slots[plan.loads]
         raise KeyboardInterrupt
 
