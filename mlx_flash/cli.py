@@ -134,6 +134,8 @@ def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
 
     if bool(args.data) == bool(args.trace):
         raise UsageError("give either --data TEXT, to record the model on, or --trace FILE, recorded before")
+    for path in filter(None, (args.record, args.csv and os.path.dirname(args.csv))):
+        os.makedirs(path, exist_ok=True)  # before the work whose result goes there
     known: dict[str, Any] = {}
     if args.trace:
         traces = [read_trace(path) for path in args.trace]
@@ -142,7 +144,6 @@ def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
         traces, calibration = record_traces(args.model, args.data, config, args.tokens, progress=not args.json)
         known = knowledge(calibration, args.select)
     if args.record:
-        os.makedirs(args.record, exist_ok=True)
         for index, trace in enumerate(traces):
             trace.save(os.path.join(args.record, f"trace-{index:03d}.npz"))
     rows = simulate(traces, args.fractions, **known)
@@ -354,6 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return fail(as_json, error, getattr(error, "exit_status", 1))
+    except Exception as error:  # a bug: whoever reads JSON still gets an object
+        if debug or not as_json:
+            raise
+        return fail(as_json, error, 1)
 
 
 if __name__ == "__main__":

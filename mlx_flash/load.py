@@ -266,10 +266,12 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
 
 
-def decide(model: str | Path | None, config: FlashConfig) -> RunPlan:
+def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:
     """How a flash checkpoint would run; whether the budget is enough is only seen at `.memory`. Opens and checks the
-    files' headers, loads nothing. Raises FormatError, ConfigError, BackendError, UsageError."""
-    checkpoint = Checkpoint.open(resolve_model(None if model is None else str(model), announce=announce))
+    files' headers, loads nothing. calibrated=False: as if it had no calibration. Raises FormatError, ConfigError,
+    BackendError, UsageError."""
+    path = resolve_model(None if model is None else str(model), announce=announce)
+    checkpoint = Checkpoint.open(path, calibrated)
     spec = read_spec(checkpoint.config, checkpoint.resident_tensors())
     check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
@@ -299,9 +301,9 @@ def decide(model: str | Path | None, config: FlashConfig) -> RunPlan:
     )
 
 
-def plan_run(model: str | Path | None, config: FlashConfig) -> RunPlan:
+def plan_run(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:
     """`decide`, and raise BudgetError when the budget is too small."""
-    plan = decide(model, config)
+    plan = decide(model, config, calibrated)
     _ = plan.memory
     return plan
 

@@ -92,6 +92,20 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     return model
 
 
+def _noticing_replies(model_class: type) -> type:
+    """The architecture's class, whose calls with an empty cache say that a reply begins: mlx-lm's own loops do not."""
+
+    class FlashModel(model_class):
+        def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> Any:
+            run = getattr(self, "flash", None)
+            offset = 0 if cache is None else getattr(cache[0], "offset", None)
+            if run is not None and isinstance(offset, int) and offset == 0:  # batches have an array of offsets
+                run.begin_reply()
+            return super().__call__(inputs, cache=cache, **options)
+
+    return FlashModel
+
+
 def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
     """What mlx-lm calls to make a model of `family`: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
@@ -99,7 +113,7 @@ def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.M
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
-        model = architecture.Model(args)
+        model = _noticing_replies(architecture.Model)(args)
         for layer, ffn in zip(model.layers, ffns, strict=True):
             setattr(layer, attribute, FlashFFNModule(ffn))
         return model

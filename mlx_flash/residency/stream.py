@@ -60,6 +60,7 @@ class BlockStream:
             self._coming.popleft()  # not before the wait, which may be interrupted
         self._free = list(self.slabs)
         self._wanted = iter(())
+        self._fetch = None  # a selector's method: held, it would keep the slabs of a model that was dropped
 
     def next_is(self, layer: int, first_id: int) -> bool:
         return bool(self._coming) and self._coming[0][0].same(layer, first_id)

@@ -109,7 +109,7 @@ class _Context:
     def add(self, request: _Request) -> None:
         """Begin a request. Known to `drain` before anything of it is in flight."""
         self.mend()
-        request.number = next(self._numbers)
+        request.number = next(self._numbers) & 0x7FFFFFFF  # shares an int64 with a piece's
         request.control["data"] |= request.number << 32
         self.requests = {number: each for number, each in self.requests.items() if not each.over}
         self.requests[request.number] = request

@@ -22,6 +22,7 @@ from .writer import CONFIG, NO_DIGEST, is_safe_name
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CALIBRATION = "flash/calibration-"  # then a hash
 MAX_JSON_BYTES = 64 << 20
 MAX_LAYERS = 10_000
 VERIFY_BYTES = 4 << 20
@@ -45,8 +46,9 @@ class Checkpoint:
     files: dict[str, dict[str, Any]]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Check all but the hashes. Raises FormatError naming the file and the way out, or ReadError."""
+    def open(cls, path: str | os.PathLike[str], calibrated: bool = True) -> Checkpoint:
+        """Check all but the hashes. calibrated=False: as if it had no calibration, so that one that is damaged can be
+        made anew. Raises FormatError naming the file and the way out, or ReadError."""
         path = Path(path)
         if not path.is_dir():
             raise FormatError(f"{path} is not a folder; give the folder that `mlx_flash convert` wrote")
@@ -65,7 +67,11 @@ class Checkpoint:
         for key in ("activation", "dtype", "source_hash"):
             if not isinstance(flash.get(key), str):
                 raise _bad(path / CONFIG, f'has no text under "flash"."{key}"')
-        checkpoint = cls(path, config, _layouts(path, flash.get("layers")), _files(path, flash.get("files")))
+        files = _files(path, flash.get("files"))
+        if not calibrated:
+            flash.pop("calibration", None)
+            files = {name: record for name, record in files.items() if not name.startswith(CALIBRATION)}
+        checkpoint = cls(path, config, _layouts(path, flash.get("layers")), files)
         checkpoint._check()
         return checkpoint
 
@@ -108,7 +114,10 @@ class Checkpoint:
         for name, record in self.files.items():
             size = _file_bytes(self.path, name)
             if size != record["bytes"]:
-                raise _bad(self.path / name, f"has {size} bytes, {record['bytes']} were written")
+                problem = f"has {size} bytes, {record['bytes']} were written"
+                if name.startswith(CALIBRATION):
+                    raise FormatError(f"{self.path / name} {problem}; make it anew: mlx_flash calibrate")
+                raise _bad(self.path / name, problem)
         for entry in self.path.iterdir():
             if entry.is_symlink():  # tokenizers are read by name, recorded or not
                 _real_path(self.path, entry.name)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import FlashConfig, parse_selection
 from ..errors import BudgetError, UsageError
-from ..load import RunPlan, decide, load
+from ..load import RunPlan, decide, load, plan_run
 from ..measure.perplexity import check_ids, measure
 from ..measure.text import CONTEXT_TOKENS, SCORED_TOKENS, Window, encode_text, read_text, windows
 from ..selection.factory import check_selection
@@ -104,8 +104,9 @@ def calibrate(
             f"--tokens {tokens}, --windows {loss_windows} and --seed {seed} must be at least {MIN_TOKENS}, 0 and 0"
         )
     config = FlashConfig(memory=memory, backend=backend, select="all")
-    plan = decide(model, config)
+    plan = decide(model, config, calibrated=False)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
+    plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)
     texts = split_text(tokenizer, data, tokens, min(plan.context, WINDOW_TOKENS), loss_windows)
     check_ids([Window(ids, ids[-1:]) for ids in texts.learn], plan.spec.vocab)

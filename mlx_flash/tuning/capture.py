@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import FlashConfig
 from ..load import Run, plan_run
+from .workspace import DAMAGE
 
 SAVE_EVERY = 8  # windows
 
@@ -29,15 +30,17 @@ class Inputs:
     def __init__(self, folder: Path, layers: int, tokens: int, dim: int):
         self.folder, self.shape, self.layers = folder, (tokens, dim), layers
         self.state = folder / "inputs.json"
-        fresh = not self.state.exists()
-        mode: Any = "w+" if fresh else "r+"
-        self.arrays = [
-            np.lib.format.open_memmap(self.path(layer), mode=mode, dtype=np.float16, shape=self.shape)
-            if fresh
-            else np.lib.format.open_memmap(self.path(layer), mode=mode)
-            for layer in range(layers)
-        ]
-        self.windows_done = 0 if fresh else int(json.loads(self.state.read_text())["windows_done"])
+        try:
+            self.windows_done = int(json.loads(self.state.read_text())["windows_done"])
+            self.arrays = [np.lib.format.open_memmap(self.path(layer), mode="r+") for layer in range(layers)]
+            if any(array.shape != self.shape or array.dtype != np.float16 for array in self.arrays):
+                raise ValueError("the arrays of another text")
+        except DAMAGE:  # nothing there yet, or damaged
+            self.windows_done = 0
+            self.arrays = [
+                np.lib.format.open_memmap(self.path(layer), mode="w+", dtype=np.float16, shape=self.shape)
+                for layer in range(layers)
+            ]
 
     def path(self, layer: int) -> Path:
         return self.folder / f"inputs-{layer:03d}.npy"
@@ -56,7 +59,7 @@ def capture(
     model: Path, config: FlashConfig, windows: Sequence[Sequence[int]], inputs: Inputs, progress: bool = False
 ) -> str:
     """Run windows of token ids through the whole model, and keep every FFN input; returns the backend's name."""
-    plan = plan_run(model, config)
+    plan = plan_run(model, config, calibrated=False)
     run = Run(plan)
     at = [sum(len(window) for window in windows[: inputs.windows_done])] * inputs.layers
 

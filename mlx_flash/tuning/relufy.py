@@ -64,6 +64,8 @@ class RelufyConfig:
             value = getattr(self, name)
             if not (value is None and name == "context") and (type(value) is not int or value < least):
                 raise UsageError(f"{name} is {value!r}; it must be a whole number from {least} up")
+        if self.seed >= 1 << 40:
+            raise UsageError(f"seed is {self.seed}; it must be below 2^40")
         if self.target_sparsity is not None and not 0 < self.target_sparsity < 1:
             raise UsageError(f"target_sparsity is {self.target_sparsity}; it must lie between 0 and 1, such as 0.9")
         if self.lr is not None and not 0 < self.lr < math.inf:
@@ -109,7 +111,7 @@ def relufy(
     FormatError for what cannot be relufied, FlashError if it diverges, SpaceError, ReadError.
     """
     chosen = replace(config or RelufyConfig(), **settings)
-    import_torch()
+    _check_device(import_torch(), chosen.device)
     out = Path(out)
     if os.path.lexists(out):
         raise UsageError(f"{out} exists; remove it or choose another folder")
@@ -135,6 +137,15 @@ def import_torch() -> Any:
     except ImportError as error:
         raise UsageError(f"relufy needs PyTorch ({error}): pip install 'mlx-flash-runtime[train]'") from None
     return torch
+
+
+def _check_device(torch: Any, device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def _check_source(source: Source) -> ModelSpec:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,7 +219,8 @@ class Run:
             self.torch.save(self.state if learnt is None else self.state | {"learnt": learnt}, temporary)
             os.replace(temporary, self.saved)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise SpaceError(f"cannot save the unfinished run in {self.saved}: {error}") from error
 
     def _load(self, key: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from ..measure.trace import Trace
 from ..residency.curves import split_by_gain
 from ..residency.policy import DEFAULT, LFU, LRU, Policy
@@ -109,7 +110,9 @@ def simulate(
     traces = [traces] if isinstance(traces, Trace) else list(traces)
     counts = traces[0].counts
     if any(trace.counts != counts for trace in traces):
-        raise ValueError("the traces are of different models")
+        raise UsageError("the traces are of different models; simulate each on its own")
+    if not all(0 <= fraction <= 1 for fraction in fractions):  # not NaN either
+        raise UsageError(f"--fractions {list(fractions)}: give shares of the bundles, from 0 to 1")
     rows = []
     for fraction in fractions:
         slots = tuple(int(fraction * count) for count in counts)

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from ..errors import UsageError
 from ..storage.writer import lock_folder
 
 NAME = "calibrate.partial"
+# What NumPy raises for a file that a power cut has left empty, short or torn.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Workspace:
@@ -29,19 +33,24 @@ class Workspace:
         self.path = path
 
     def load(self, step: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """What `save` kept of a step, or None."""
+        """What `save` kept of a step; None where there is nothing or it is damaged, so that it is done again."""
         file = self.path / f"{step}.npz"
         if not file.exists():
             return None
-        with np.load(file, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files if name != "figures"}
-            return arrays, json.loads(str(found["figures"]))
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files if name != "figures"}
+                return arrays, json.loads(str(found["figures"]))
+        except DAMAGE:
+            return None
 
     def save(self, step: str, arrays: Mapping[str, np.ndarray], figures: Mapping[str, Any]) -> None:
         """Keep a finished step, whole or not at all."""
         partial = self.path / f"{step}.partial"
         with open(partial, "wb") as file:
             np.savez(file, figures=json.dumps(figures), **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.path / f"{step}.npz")
 
 
@@ -64,7 +73,7 @@ def open_workspace(checkpoint: Path, made_from: Mapping[str, Any]) -> Iterator[W
     try:
         if not (path / "key").exists() or (path / "key").read_text() != key:
             for left in path.iterdir():
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             (path / "key").write_text(key)
         yield Workspace(path)
         shutil.rmtree(path, ignore_errors=True)

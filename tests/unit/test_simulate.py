@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_flash.errors import UsageError
 from mlx_flash.measure.trace import Trace, read_trace
 from mlx_flash.residency.policy import DEFAULT, LFU, LRU, Policy
 from mlx_flash.tuning.simulate import (
@@ -92,7 +93,7 @@ def test_only_decoding_is_counted_from_slots_that_the_prompt_filled() -> None:
     assert rows[0].miss_rate == 0.25 and rows[0].misses_per_token == pytest.approx(1 / 3)
     doubled = simulate([trace, trace], (0.75,), policies={"lru": LRU})[1]
     assert (doubled.tokens, doubled.asked, doubled.misses) == (6, 8, 2), "each trace begins with empty slots"
-    with pytest.raises(ValueError, match="different models"):
+    with pytest.raises(UsageError, match="different models"):
         simulate([trace, Trace((5,), [layer], 2)])
 
 
