@@ -236,9 +236,37 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentParser]) -> None:
+    """What makes a checkpoint sparser and cheaper to read."""
     from .tuning.relufy import add_relufy_arguments, relufy_command
 
+    command = add("calibrate", calibrate_command, "Learn from a text what `predictor`, `threshold` and `static` need.")
+    command.add_argument("--model", help="flash checkpoint; the cached copy of a Hugging Face folder or repo id")
+    command.add_argument("--data", required=True, nargs="+", metavar="TEXT", help="UTF-8 text files")
+    command.add_argument("--tokens", type=int, default=20_000, metavar="N", help="learn from N tokens; default 20000")
+    command.add_argument("--recall", type=float, default=0.97, metavar="R",
+                         help="share of the firing neurons that predictors must name; default 0.97")  # fmt: skip
+    command.add_argument("--windows", type=int, default=4, metavar="W",
+                         help="windows of 128 + 256 tokens to measure losses on; default 4, 0 for none")  # fmt: skip
+    command.add_argument("--memory", default="auto", metavar="SIZE", help="budget of the passes through the model")
+    command.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("simulate", simulate_command, "Compare what stays in memory: policies on recorded traces.")
+    add_run_options(command)
+    command.add_argument("--data", nargs="+", metavar="TEXT", help="UTF-8 text files to record the model on")
+    command.add_argument("--tokens", type=int, default=2560, metavar="N", help="record about N decoded; default 2560")
+    command.add_argument("--trace", nargs="+", metavar="FILE", help="traces instead: .npz, or a .csv of routed experts")
+    command.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5], metavar="F",
+                         help="slots as shares of the bundles; default 0.25 0.5")  # fmt: skip
+    command.add_argument("--csv", metavar="FILE", help="write the table there, layer by layer")
+    command.add_argument("--record", metavar="DIR", help="keep the recorded traces there")
+
+    command = add("relufy", relufy_command, "Replace SiLU by ReLU, and recover by distillation (needs PyTorch).")
+    add_relufy_arguments(command)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."
     )
@@ -267,30 +295,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, nargs="+", metavar="TEXT", help="UTF-8 text files")
     command.add_argument("--tokens", type=int, metavar="N", help="score about N tokens, evenly spread; default all")
 
-    command = add("calibrate", calibrate_command, "Learn from a text what `predictor`, `threshold` and `static` need.")
-    command.add_argument("--model", help="flash checkpoint; the cached copy of a Hugging Face folder or repo id")
-    command.add_argument("--data", required=True, nargs="+", metavar="TEXT", help="UTF-8 text files")
-    command.add_argument("--tokens", type=int, default=20_000, metavar="N", help="learn from N tokens; default 20000")
-    command.add_argument("--recall", type=float, default=0.97, metavar="R",
-                         help="share of the firing neurons that predictors must name; default 0.97")  # fmt: skip
-    command.add_argument("--windows", type=int, default=4, metavar="W",
-                         help="windows of 128 + 256 tokens to measure losses on; default 4, 0 for none")  # fmt: skip
-    command.add_argument("--memory", default="auto", metavar="SIZE", help="budget of the passes through the model")
-    command.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
-    command.add_argument("--seed", type=int, default=0)
-
-    command = add("simulate", simulate_command, "Compare what stays in memory: policies on recorded traces.")
-    add_run_options(command)
-    command.add_argument("--data", nargs="+", metavar="TEXT", help="UTF-8 text files to record the model on")
-    command.add_argument("--tokens", type=int, default=2560, metavar="N", help="record about N decoded; default 2560")
-    command.add_argument("--trace", nargs="+", metavar="FILE", help="traces instead: .npz, or a .csv of routed experts")
-    command.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5], metavar="F",
-                         help="slots as shares of the bundles; default 0.25 0.5")  # fmt: skip
-    command.add_argument("--csv", metavar="FILE", help="write the table there, layer by layer")
-    command.add_argument("--record", metavar="DIR", help="keep the recorded traces there")
-
-    command = add("relufy", relufy_command, "Replace SiLU by ReLU, and recover by distillation (needs PyTorch).")
-    add_relufy_arguments(command)
+    add_tuning_commands(add)
 
     command = add("inspect", inspect_command, "Show what would be resident and read, before anything is loaded.")
     add_run_options(command)

@@ -31,11 +31,9 @@ def read_text(path: str | Path) -> str:
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before a text (BOS, or nothing), and the text's own ids."""
-    whole = list(tokenizer.encode(text, add_special_tokens=True))
-    plain = list(tokenizer.encode(text, add_special_tokens=False))
-    bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and whole[:1] == [bos] and plain[:1] != [bos]
-    return ([bos] if starts_with_bos else []), plain
+    bos, plain = tokenizer.bos_token_id, list(tokenizer.encode(text, add_special_tokens=False))
+    begin = list(tokenizer.encode(text[:100], add_special_tokens=True))[:1]
+    return ([bos] if bos is not None and begin == [bos] != plain[:1] else []), plain
 
 
 @dataclass(frozen=True)
