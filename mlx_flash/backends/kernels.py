@@ -1,4 +1,4 @@
-"""The arithmetic that decoding spends its time in, behind three functions, and which of two sets of them runs.
+"""The arithmetic that decoding spends its time in, behind a few functions, and which of two sets of them runs.
 
 Weights stay in their storage dtype: float32, float16, or bfloat16 as uint16 bit patterns; sums are fp32 in an order
 that depends on nothing but the ids (DESIGN 2). Knows arrays, rows and blocks; neither slabs, files nor models.
@@ -32,10 +32,29 @@ class Kernels(Protocol):
     def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         """`w[r] . x` for r in `rows` (None: all). w (count, n), x (n,) fp32 -> (len(rows),) fp32."""
 
+    def neurons(
+        self,
+        first: np.ndarray | None,
+        second: np.ndarray | None,
+        rows: np.ndarray | None,
+        x: np.ndarray,
+        *,
+        given: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        """lead * follow of each of `rows` (None: all), (len(rows),) fp32; zero where lead is.
+
+        lead: `given` (len(rows),), or acts[0](first[r] . x + bias), zero up to the magnitude `cutoff`. follow:
+        acts[1](second[r] . x), or 1 without `second`. first, second (count, n), alike in dtype and strides; x (n,) and
+        bias (len(rows),) fp32; acts: "relu", "silu" or "".
+        """
+
     def add_blocks(
         self,
         sources: Sequence[np.ndarray],
-        source: np.ndarray,
+        source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
@@ -44,8 +63,18 @@ class Kernels(Protocol):
         """Add to y (d,) fp32, for each block b ascending, the sum over i in starts[b]..starts[b+1], ascending, of
         `h[i] * sources[source[i]][rows[i]]`. A block's sum starts from zero.
 
-        sources: weight arrays (., d); source, rows (m,) integers; h (m,) fp32; starts (blocks + 1,) integers.
+        sources: weight arrays (., d); source (None: the first), rows (m,) integers; h (m,) fp32; starts (blocks + 1,)
+        integers.
         """
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x / rms(x) * weight over the last axis. x (..., n), weight (n,) fp32 -> (..., n) fp32."""
+
+    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
+        """Turn heads by one position's angles, in place, half-split. x (H, hd), cos and sin (hd/2,) fp32."""
+
+    def store(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Write x (n, m) fp32 into weights `out` (n, m), rounding to the nearest, ties to even."""
 
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
         """One query token over the first `length` keys. q (H, hd) fp32; keys, values (kv_heads, context, hd), head h
@@ -62,6 +91,21 @@ def load(numba: bool | None = None) -> Kernels:
             return load(False)
     kernels: Kernels = import_module(f"{__package__}.kernels_{'numba' if numba else 'plain'}").KernelSet()
     return kernels
+
+
+def activate(name: str, values: np.ndarray) -> np.ndarray:
+    """The activation, in place; "" is none. values: contiguous fp32."""
+    if name == "relu":
+        return np.maximum(values, np.float32(0), out=values)
+    if name != "silu":
+        if name:
+            raise ValueError(f"unknown activation {name!r}; known: relu, silu")
+        return values
+    divisor = np.negative(values)
+    with np.errstate(over="ignore"):  # exp(-x) may be inf: x / inf is 0, as it should be
+        np.exp(divisor, out=divisor)
+    divisor += np.float32(1)
+    return np.divide(values, divisor, out=values)
 
 
 def widen(w: np.ndarray, out: np.ndarray) -> None:

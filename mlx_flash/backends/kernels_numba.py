@@ -12,19 +12,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import kernels_llvm as compiled
+from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
 from .workers import Workers
 
 KINDS = {
-    np.dtype(np.float32): compiled.FLOAT32,
-    np.dtype(np.uint16): compiled.BFLOAT16,
-    np.dtype(np.float16): compiled.FLOAT16,
-    np.dtype(np.int8): compiled.INT8,
+    np.dtype(np.float32): FLOAT32,
+    np.dtype(np.uint16): BFLOAT16,
+    np.dtype(np.float16): FLOAT16,
+    np.dtype(np.int8): INT8,
 }
+ACTS = {"": 0, "relu": compiled.RELU, "silu": compiled.SILU}
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
+_NONE = np.empty(0, np.float32)
 
 
 def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
+    return int(array.ctypes.data)
 
 
 def _check_rows(*arrays: np.ndarray) -> None:
@@ -32,6 +35,21 @@ def _check_rows(*arrays: np.ndarray) -> None:
         apart = array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize
         if array.dtype not in KINDS or apart:
             raise ValueError(f"weights of {array.dtype}, strides {array.strides}: rows must be contiguous")
+
+
+def _check_input(x: np.ndarray, n: int) -> None:
+    if x.dtype != np.float32 or x.shape != (n,) or not x.flags.c_contiguous:
+        raise ValueError(f"x is {x.dtype} {x.shape}, the rows have {n} items; x must be contiguous fp32")
+
+
+def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
+    """Rows as int64, checked to lie in 0..count-1; none for None."""
+    if rows is None:
+        return _ALL
+    chosen = np.array(rows, np.int64)
+    if compiled.outside(chosen, count):
+        raise IndexError(f"rows {chosen.min()}..{chosen.max()} of {count}")
+    return chosen
 
 
 class KernelSet:
@@ -54,23 +72,68 @@ class KernelSet:
 
     def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         _check_rows(w)
-        chosen = _ALL if rows is None else np.array(rows, np.int64)
+        n = w.shape[1]
+        _check_input(x, n)
+        chosen = _chosen(rows, len(w))
         out = np.empty(len(w) if rows is None else len(chosen), np.float32)
         if not len(out):
             return out
-        n = w.shape[1]
-        if x.dtype != np.float32 or x.shape != (n,) or not x.flags.c_contiguous:
-            raise ValueError(f"x is {x.dtype} {x.shape}, the rows have {n} items; x must be contiguous fp32")
-        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(w):
-            raise IndexError(f"rows {chosen.min()}..{chosen.max()} of {len(w)}")
         tasks = self._workers.tasks(len(out) * n * w.itemsize, len(out))
         self._workers.run(compiled.dots, tasks, KINDS[w.dtype], _address(w), w.strides[0], chosen, _address(x), n, out)
         return out
 
+    def neurons(
+        self,
+        first: np.ndarray | None,
+        second: np.ndarray | None,
+        rows: np.ndarray | None,
+        x: np.ndarray,
+        *,
+        given: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        parts = [part for part in (first, second) if part is not None]
+        if not parts:
+            assert given is not None
+            return given
+        _check_rows(*parts)
+        w, n = parts[0], parts[0].shape[1]
+        if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
+            raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
+        _check_input(x, n)
+        chosen = _chosen(rows, len(w))
+        h = np.empty(len(w) if rows is None else len(chosen), np.float32)
+        if not len(h):
+            return h
+        for values in (given, bias):
+            if values is not None and (values.shape != h.shape or values.dtype != np.float32):
+                raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
+        tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h))
+        self._workers.run(
+            compiled.neurons,
+            tasks,
+            KINDS[w.dtype],
+            0 if first is None else _address(first),
+            0 if second is None else _address(second),
+            w.strides[0],
+            chosen,
+            _address(x),
+            n,
+            _NONE if bias is None else np.ascontiguousarray(bias),
+            _NONE if given is None else np.ascontiguousarray(given),
+            (ACTS[acts[0]], ACTS[acts[1]]),
+            np.float32(cutoff),
+            h,
+            np.empty_like(h),
+        )
+        return h
+
     def add_blocks(
         self,
         sources: Sequence[np.ndarray],
-        source: np.ndarray,
+        source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
@@ -79,12 +142,11 @@ class KernelSet:
         _check_rows(*sources)
         if len({w.dtype for w in sources}) != 1 or any(w.shape[1:] != y.shape for w in sources):
             raise ValueError(f"sources {[(w.dtype, w.shape) for w in sources]} for y {y.shape}")
-        bases = np.array([_address(w) for w in sources], np.int64)
-        strides = np.array([w.strides[0] for w in sources], np.int64)
-        counts = np.array([len(w) for w in sources], np.int64)
-        if len(rows) and not (np.min(rows) >= 0 and np.all(rows < counts[source])):
-            raise IndexError(f"rows {np.min(rows)}..{np.max(rows)} of {counts.tolist()}")
-        addresses = bases[source] + np.asarray(rows, np.int64) * strides[source]
+        table = np.array([(_address(w), w.strides[0], len(w)) for w in sources], np.int64)
+        which = _ALL if source is None else np.array(source, np.int64)
+        rows, found = np.array(rows, np.int64), np.empty(len(rows), np.int64)
+        if compiled.addresses(table, which, rows, found):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
         blocks, d, itemsize = len(starts) - 1, len(y), sources[0].itemsize
         # Few blocks (one, when blocks are streamed) are cut into columns as well, 256 and more.
         tasks = self._workers.tasks(len(rows) * d * itemsize, blocks * max(1, d // 256))
@@ -97,13 +159,32 @@ class KernelSet:
                 compiled.tiles,
                 blocks * across,
                 KINDS[sources[0].dtype],
-                addresses,
+                found,
                 np.array(h, np.float32),
                 np.array(starts, np.int64),
                 across,
                 sums,
             )
             compiled.fold(sums, y)
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
+        if weight.shape != rows.shape[1:]:
+            raise ValueError(f"weight {weight.shape} for rows of {rows.shape[1]}")
+        out = np.empty_like(rows)
+        compiled.norm(rows, np.ascontiguousarray(weight, np.float32), np.float32(eps), out)
+        return out.reshape(x.shape)
+
+    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
+        if x.shape[1] != 2 * len(cos) or cos.shape != sin.shape:
+            raise ValueError(f"x {x.shape}, cos {cos.shape}, sin {sin.shape}")
+        compiled.rotate(x, cos, sin)
+
+    def store(self, x: np.ndarray, out: np.ndarray) -> None:
+        _check_rows(out)
+        if x.shape != out.shape:
+            raise ValueError(f"x {x.shape} for {out.shape}")
+        compiled.store_rows(KINDS[out.dtype], np.ascontiguousarray(x, np.float32), _address(out), out.strides[0])
 
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
         _check_rows(keys, values)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .kernels import widen
+from .kernels import activate, narrow, widen
 
 ROWS = 256  # widened at a time
 
@@ -30,15 +30,43 @@ class KernelSet:
             np.einsum("ij,j->i", scratch[: end - begin], x, out=out[begin:end])
         return out
 
+    def neurons(
+        self,
+        first: np.ndarray | None,
+        second: np.ndarray | None,
+        rows: np.ndarray | None,
+        x: np.ndarray,
+        *,
+        given: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        if given is None:
+            assert first is not None
+            lead = self.dots(first, rows, x)
+            if bias is not None:
+                lead += bias
+            activate(acts[0], lead)
+            if cutoff:
+                lead[np.abs(lead) <= np.float32(cutoff)] = 0
+        else:
+            lead = given.copy()
+        if second is not None:
+            kept = np.flatnonzero(lead)
+            lead[kept] *= activate(acts[1], self.dots(second, kept if rows is None else rows[kept], x))
+        return lead
+
     def add_blocks(
         self,
         sources: Sequence[np.ndarray],
-        source: np.ndarray,
+        source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
         y: np.ndarray,
     ) -> None:
+        source = np.zeros(len(rows), np.int64) if source is None else source
         scratch = np.empty((int(np.max(np.diff(starts), initial=0)), len(y)), np.float32)
         for begin, end in zip(starts[:-1], starts[1:], strict=True):
             block = scratch[: end - begin]
@@ -52,6 +80,20 @@ class KernelSet:
             for weight, row in zip(h[begin:end], block, strict=True):
                 total += weight * row
             y += total
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        mean = np.mean(np.square(x), axis=-1, keepdims=True)
+        out: np.ndarray = x / np.sqrt(mean + np.float32(eps))
+        out *= weight
+        return out
+
+    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
+        a, b = x[:, : len(cos)].copy(), x[:, len(cos) :].copy()
+        np.subtract(a * cos, b * sin, out=x[:, : len(cos)])
+        np.add(b * cos, a * sin, out=x[:, len(cos) :])
+
+    def store(self, x: np.ndarray, out: np.ndarray) -> None:
+        narrow(x, out)
 
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
         kv_heads, _, size = keys.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import numpy as np
 
@@ -17,10 +17,12 @@ from ..storage.layout import ALIGN, Layout
 from ..storage.reader import Target
 from . import kernels
 from .base import BLOCK, FFNSpec, Widths
-from .numpy_ffn import DecodePass, PrefillPass, Scratch
+from .numpy_ffn import DecodePass
+from .numpy_prefill import TILE_COLUMNS, PrefillPass
+from .products import Scratch, Tiles
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-SCRATCH_BYTES = 16 << 20  # widened weights of one BLAS call
+TILE_ROWS = 256  # of weights, widened for one product
 
 
 def _range(layout: Layout, parts: Sequence[str]) -> tuple[int, int]:
@@ -87,16 +89,16 @@ class NumpyBackend:
 
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)
-        self._scratch = Scratch()
+        self.tiles = Tiles()
 
     @property
     def threads(self) -> int:
-        """Threads that one kernel uses (BLAS has its own setting)."""
+        """Threads that one kernel or product uses."""
         return self.kernels.threads
 
     @threads.setter
     def threads(self, count: int) -> None:
-        self.kernels.threads = count
+        self.kernels.threads = self.tiles.threads = count
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
         """Memory for `rows` bundles, these parts of each: a run of the layout's, else ValueError."""
@@ -110,7 +112,7 @@ class NumpyBackend:
         """Begin one FFN on x (T, d)."""
         if len(x) == 1:
             return DecodePass(self.kernels, spec, x)
-        return PrefillPass(self._scratch, spec, x)
+        return PrefillPass(self.tiles, spec, x)
 
     def predictor(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
@@ -150,14 +152,12 @@ class NumpyBackend:
             out = self.kernels.dots(w, None, np.ascontiguousarray(x[0]))[None]
         else:
             out = np.empty((len(x), len(w)), np.float32)
-            step = len(w) if w.dtype == np.float32 else max(1, SCRATCH_BYTES // 4 // w.shape[1])
-            for begin in range(0, len(w), step):
-                block = w[begin : begin + step]
-                if w.dtype != np.float32:
-                    wide = self._scratch.get("weights", block.shape)
-                    kernels.widen(block, wide)
-                    block = wide
-                np.matmul(x, block.T, out=out[:, begin : begin + step])
+
+            def tile(scratch: Scratch, k: int) -> None:
+                rows = slice(k * TILE_ROWS, (k + 1) * TILE_ROWS)
+                np.matmul(x, scratch.wide(w[rows]).T, out=out[:, rows])
+
+            self.tiles.each(-(-len(w) // TILE_ROWS), tile)
         if bias is not None:
             out += self.to_float32(bias)
         return out
@@ -168,10 +168,7 @@ class NumpyBackend:
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x (..., n), weight (n,) -> (..., n): x / rms(x) * weight."""
-        mean = np.mean(np.square(x), axis=-1, keepdims=True)
-        out = x / np.sqrt(mean + np.float32(eps))
-        out *= self.to_float32(weight)
-        return out
+        return self.kernels.norm(x, self.to_float32(weight), eps)
 
     def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
         """x (..., n), weight and bias (n,) -> (..., n)."""
@@ -183,6 +180,10 @@ class NumpyBackend:
 
     def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Rotary positions, half-split. x (T, H, hd), cos and sin (T, hd/2) -> (T, H, hd)."""
+        if len(x) == 1:
+            turned = np.array(x)
+            self.kernels.rotate(turned[0], cos[0], sin[0])
+            return turned
         half = x.shape[-1] // 2
         a, b, cos, sin = x[..., :half], x[..., half:], cos[:, None], sin[:, None]
         out = np.empty(x.shape, np.float32)
@@ -196,7 +197,10 @@ class NumpyBackend:
 
     def store(self, cache: np.ndarray, start: int, values: np.ndarray) -> None:
         """Write values (T, kv_heads, hd) at positions start.., rounded to nearest even."""
-        kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
+        if len(values) == 1:
+            self.kernels.store(values[0], cache[:, start])
+        else:
+            kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
 
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
         """Causal attention: query t, at position start + t, sees keys 0..start + t. q (T, H, hd); keys, values
@@ -205,30 +209,32 @@ class NumpyBackend:
             return self.kernels.attend(np.ascontiguousarray(q[0]), keys, values, start + 1)[None]
         tokens, heads, size = q.shape
         end, group = start + tokens, heads // len(keys)
-        wide = self._scratch.get("weights", (2, end, size))
-        scores = self._scratch.get("scores", (tokens, end))
         later = np.triu(np.ones((tokens, tokens), bool), 1)
         out = np.empty(q.shape, np.float32)
-        for head in range(heads):
-            if head % group == 0:
-                kernels.widen(keys[head // group, :end], wide[0])
-                kernels.widen(values[head // group, :end], wide[1])
-            np.matmul(q[:, head] * np.float32(size**-0.5), wide[0].T, out=scores)
+
+        def attend_head(scratch: Scratch, head: int) -> None:
+            scores = scratch.get("scores", (tokens, end))
+            np.matmul(q[:, head] * np.float32(size**-0.5), scratch.wide(keys[head // group, :end]).T, out=scores)
             scores[:, start:][later] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             total = scores.sum(axis=1, keepdims=True)
-            out[:, head] = (scores @ wide[1]) / total
+            out[:, head] = (scores @ scratch.wide(values[head // group, :end])) / total
+
+        self.tiles.each(heads, attend_head)
         return out
+
+    def products(self) -> AbstractContextManager[None]:
+        """Within, prompts run fastest: see `Tiles.products`."""
+        return self.tiles.products()
 
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache; `layout` is not looked
         at, everything is fp32 here. BLAS's own buffers belong to the libraries."""
-        dim, tokens = widths.dim, min(chunk, context)
-        widened = min(SCRATCH_BYTES, 4 * dim * max(widths.qkv_rows, dim))
-        weights = max(widened, 4 * BLOCK * dim, 8 * context * widths.head_dim) + 8 * BLOCK * dim
+        dim, tokens, threads = widths.dim, min(chunk, context), self.tiles.threads
+        wide = 4 * max(TILE_ROWS * max(dim, widths.qkv_rows), context * widths.head_dim)
+        products = 4 * tokens * (TILE_ROWS + TILE_COLUMNS + context + 3 * widths.head_dim)
         ffn = 4 * tokens * (widths.intermediate + 4 * BLOCK + 2 * dim)
-        attention = 4 * tokens * (context + 3 * widths.head_dim) + 2 * tokens * tokens
-        activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows)
+        activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows) + 2 * tokens * tokens
         rotations = 8 * context * widths.head_dim
-        return weights + ffn + attention + activations + rotations + (1 << 20)
+        return threads * (wide + products) + ffn + activations + rotations + (1 << 20)

@@ -134,6 +134,12 @@ class Decoder:
 
         Raises UsageError when another reply has begun since: this model's memory holds one at a time.
         """
+        if len(ids) > 1:
+            with self.backend.products():
+                return self._run(ids, cache)
+        return self._run(ids, cache)
+
+    def _run(self, ids: Sequence[int], cache: Cache) -> np.ndarray:
         if cache is not self._cache:
             raise UsageError("another reply began on this model since; finish one before the next, or load it twice")
         start, tokens = cache.length, np.asarray(ids, np.int64)

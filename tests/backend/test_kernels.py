@@ -226,10 +226,10 @@ def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monke
 @needs_numba
 @pytest.mark.parametrize("hardware", [None, False])
 def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_flash.backends import kernels_llvm
+    from mlx_flash.backends import kernels_emit, kernels_llvm
 
     if hardware is not None:  # compile as for a processor that cannot convert
-        monkeypatch.setattr(kernels_llvm, "HALF_IN_HARDWARE", hardware)
+        monkeypatch.setattr(kernels_emit, "HALF_IN_HARDWARE", hardware)
         monkeypatch.setattr(kernels_llvm, "dots", kernels_llvm.numba.njit(kernels_llvm.dots.py_func))
     every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 1)
     one = np.ones(1, np.float32)

@@ -99,7 +99,10 @@ class Network:
                 step.scalars(part, self.load(slab, part, rows), rows)
                 slabs.append(slab)
             # What an earlier use left in the scratch must not be used either.
-            backend._scratch.get("weights", (BLOCK, self.d))[...] = np.nan
+            for scratch in (backend.tiles.scratch, *backend.tiles._others):
+                for flat in scratch._flat.values():
+                    if flat is not scratch._flat.get("active"):
+                        flat[...] = np.nan
             step.down()
             for slab in slabs:
                 slab.targets[0].rows[...] = 0xFF  # `down` has returned: the rows are free
@@ -224,7 +227,7 @@ def test_a_slab_without_rows_takes_nothing(parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_linear(name: str, dtype: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SCRATCH_BYTES", 4 * 50 * 7)  # seven rows at a time
+    monkeypatch.setattr(module, "TILE_ROWS", 7)
     rng = np.random.default_rng(7)
     x, w, bias = random(rng, tokens, 50), stored(random(rng, 23, 50), dtype), stored(random(rng, 23), dtype)
     raw = np.ascontiguousarray(w).view(np.uint8).reshape(-1)
@@ -332,9 +335,8 @@ def prefill(backend: NumpyBackend, widths: Widths, tokens: int, context: int, dt
     ],
 )
 def test_prefill_stays_within_the_scratch_that_the_budget_was_told(
-    dtype: str, widths: Widths, tokens: int, context: int, monkeypatch: pytest.MonkeyPatch
+    dtype: str, widths: Widths, tokens: int, context: int
 ) -> None:
-    monkeypatch.setattr(module, "SCRATCH_BYTES", 1 << 18)
     backend = NumpyBackend()
     layout = Network(1, widths.dim, widths.intermediate, dtype).spec.layout
     stated = backend.prefill_scratch_bytes(layout, widths, tokens, context)
