@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import LOOK_AHEAD, FlashConfig, format_bytes
+from .config import DIRECT, LOOK_AHEAD, FlashConfig, format_bytes
 from .errors import FlashError, UsageError
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
@@ -35,6 +35,11 @@ def run_config(args: argparse.Namespace) -> FlashConfig:
         select=args.select,
         reselect=args.reselect,
         look_ahead=args.look_ahead,
+        merge_gap=args.merge_gap,
+        reads_in_flight=args.reads_in_flight,
+        direct=args.direct,
+        staging_blocks=args.staging_blocks,
+        slots=args.slots,
     )
 
 
@@ -210,6 +215,16 @@ def make_random_command(args: argparse.Namespace) -> dict[str, Any]:
     return {"path": str(out)}
 
 
+def auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse: `auto`, or what `kind` reads."""
+
+    def read(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse says "invalid int value"
+    return read
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="flash checkpoint, Hugging Face folder or repo id; the default model without")
     parser.add_argument("--memory", default="auto", metavar="SIZE", help="memory budget, e.g. 2GB; default auto")
@@ -221,6 +236,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reselect", type=int, metavar="R", help="with prompt: select anew every R decoded tokens")
     parser.add_argument("--look-ahead", default="auto", choices=LOOK_AHEAD,
                         help="read for the next layer from guesses; auto: with predictor, while it pays")  # fmt: skip
+    # None of these changes the output.
+    parser.add_argument("--merge-gap", default="auto", metavar="SIZE", help="read over gaps up to this, e.g. 16KiB")
+    parser.add_argument("--reads-in-flight", type=auto_or(int), default="auto", metavar="N", help="reads at once")
+    parser.add_argument("--direct", default="auto", choices=DIRECT, help="whether reads go around the page cache")
+    parser.add_argument("--staging-blocks", type=auto_or(int), default="auto", metavar="N",
+                        help="blocks of 256 bundles that are read ahead")  # fmt: skip
+    parser.add_argument("--slots", type=auto_or(float), default="auto", metavar="SHARE",
+                        help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -267,6 +290,8 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .measure.bench import add_bench_arguments, bench_command
+
     parser = Parser(
         prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."
     )
@@ -296,6 +321,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens", type=int, metavar="N", help="score about N tokens, evenly spread; default all")
 
     add_tuning_commands(add)
+
+    command = add("bench", lambda args: bench_command(args, run_config(args)), "Measure this machine, or a model.")
+    add_run_options(command)
+    add_bench_arguments(command)
 
     command = add("inspect", inspect_command, "Show what would be resident and read, before anything is loaded.")
     add_run_options(command)

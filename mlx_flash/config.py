@@ -10,6 +10,10 @@ from .errors import BudgetError, UsageError
 SELECTORS = ("auto", "all", "gate", "predictor", "prompt", "threshold", "static")
 WITH_FRACTION = {"prompt": "kept", "threshold": "dropped", "static": "kept"}
 LOOK_AHEAD = ("auto", "on", "off")
+DIRECT = ("auto", "on", "off")
+MOST_READS_IN_FLIGHT = 4096
+MOST_STAGING_BLOCKS = 1024
+LONGEST_GAP = 1 << 20  # as long as the longest read
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -86,6 +90,14 @@ class FlashConfig:
     reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
     look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors
     prefill_chunk: prompt tokens per pass over the layers
+
+    How bundles are read; none of these changes the output. "auto" is chosen for the machine, once
+    `mlx_flash bench --probe` has measured it:
+    merge_gap: bundles so many bytes apart, or less, are one read; bytes, or a size such as "16KiB"
+    reads_in_flight: reads that the disk is given at once
+    direct: "on" (around the page cache, where the system can) or "off"
+    staging_blocks: blocks of 256 bundles that are read ahead, the one being computed included
+    slots: share of every layer's bundles that stay in memory, 0 to 1; "auto": as many as the budget holds
     """
 
     memory: int | str = "auto"
@@ -95,6 +107,11 @@ class FlashConfig:
     reselect: int | None = None
     look_ahead: str = "auto"
     prefill_chunk: int = 256
+    merge_gap: int | str = "auto"
+    reads_in_flight: int | str = "auto"
+    direct: str = "auto"
+    staging_blocks: int | str = "auto"
+    slots: float | str = "auto"
 
     def __post_init__(self) -> None:
         if self.memory != "auto":
@@ -102,11 +119,29 @@ class FlashConfig:
         name = parse_selection(self.select).name
         if self.reselect is not None and name != "prompt":
             raise UsageError(f"reselect goes with --select prompt:F, not with {self.select}")
-        if self.look_ahead not in LOOK_AHEAD:
-            raise UsageError(f"look_ahead is {self.look_ahead!r}; known: {', '.join(LOOK_AHEAD)}")
+        for name, known in (("look_ahead", LOOK_AHEAD), ("direct", DIRECT)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         for name in ("max_context", "prefill_chunk", "reselect"):
             value = getattr(self, name)
             if value is None and name != "prefill_chunk":
                 continue
             if type(value) is not int or value < 1:  # `type`, because True is an int too
                 raise UsageError(f"{name} is {value!r}; it must be at least 1")
+        self._check_reading()
+
+    def _check_reading(self) -> None:
+        """Raise UsageError for a setting of the reads that is out of range."""
+        if self.merge_gap != "auto":
+            object.__setattr__(self, "merge_gap", parse_bytes(self.merge_gap))
+        whole = {
+            "merge_gap": (0, LONGEST_GAP),
+            "reads_in_flight": (1, MOST_READS_IN_FLIGHT),
+            "staging_blocks": (1, MOST_STAGING_BLOCKS),
+        }
+        for name, (least, most) in whole.items():
+            value = getattr(self, name)
+            if value != "auto" and (type(value) is not int or not least <= value <= most):
+                raise UsageError(f"{name} is {value!r}; it must be auto, or a whole number from {least} to {most}")
+        if self.slots != "auto" and (type(self.slots) not in (int, float) or not 0 <= self.slots <= 1):  # type: ignore[operator]
+            raise UsageError(f"slots is {self.slots!r}; it must be auto, or a share of the bundles from 0 to 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import psutil
 
 from .config import FlashConfig, format_bytes
 from .errors import BudgetError
-from .load import decide
+from .load import RunPlan, decide
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
@@ -32,6 +33,9 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "measured_loss": plan.measured_loss,
         "calibrated": plan.calibration is not None,
         "look_ahead": plan.look_ahead if memory else None,
+        "tuning": plan.tuning.report(),
+        "machine": machine_of(plan),
+        "prediction": prediction_of(plan) if memory else None,
         "max_context": plan.context,
         "fits": problem is None,
         "problem": problem,
@@ -46,6 +50,20 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "worst_bytes_per_token": plan.worst_bytes_per_token if memory else None,
         "available_memory_bytes": psutil.virtual_memory().available,
     }
+
+
+def machine_of(plan: RunPlan) -> dict[str, Any]:
+    """What was measured of the machine, or why nothing is known of it."""
+    found = plan.machine
+    if found is None:
+        return {"measured": False, "problem": plan.machine_problem}
+    return {"measured": True, "problem": None, "device": found.device, "host": found.host, "when": found.when}
+
+
+def prediction_of(plan: RunPlan) -> dict[str, Any] | None:
+    """What a token should take, in seconds; None where that is not known."""
+    found = plan.prediction
+    return asdict(found) | {"total_s": found.total_s, "tokens_per_s": found.tokens_per_s} if found else None
 
 
 def loss_text(loss: dict[str, Any] | None) -> str:
@@ -75,3 +93,46 @@ def print_inspection(report: dict[str, Any]) -> None:
         print(f"a token reads at worst {format_bytes(report['worst_bytes_per_token'])}")
     else:
         print(f"does not fit: {report['problem']}")
+    print_tuning(report)
+
+
+TUNING_NAMES = {
+    "merge_gap": "gaps read over",
+    "reads_in_flight": "reads in flight",
+    "direct": "around the page cache",
+    "staging_blocks": "staging blocks, at most",
+    "look_ahead": "look-ahead",
+}
+
+
+def print_tuning(report: dict[str, Any]) -> None:
+    """How bundles are read and why, and how fast that should be."""
+    machine, prediction = report["machine"], report["prediction"]
+    if machine["measured"]:
+        print(f"reads, as measured on {machine['device']}, {machine['when']}")
+    elif machine["problem"]:
+        print(f"reads, as where nothing was measured: {machine['problem']}")
+    else:
+        print(f"reads: this machine was not measured; do so: mlx_flash bench --probe --dir {report['path']}")
+    for name, chosen in report["tuning"].items():
+        value = chosen["value"]
+        if name == "merge_gap":
+            value = format_bytes(value)
+        elif type(value) is bool:
+            value = "yes" if value else "no"
+        print(
+            f"  {TUNING_NAMES[name]:<24} {'as many as the reader takes' if value is None else value} ({chosen['why']})"
+        )
+    if prediction is None:
+        if machine["measured"] and report["fits"]:
+            print("no prediction: a probe measures the kernels of the numpy backend only")
+        return
+    parts = ("waited_s", "dense_s", "sparse_s", "selection_s", "other_s")
+    names = ("waiting for reads", "dense", "sparse", "selection", "other")
+    split = ", ".join(f"{name} {prediction[part] * 1e3:.3g}" for name, part in zip(names, parts, strict=True))
+    print(f"predicted for {report['selector']}: {prediction['tokens_per_s']:.3g} tokens/s, prompt "
+          f"{prediction['prompt_tokens_per_s']:.3g} tokens/s, reading {format_bytes(prediction['bytes_per_token'])} a "
+          f"token in {prediction['reads_s'] * 1e3:.3g} ms")  # fmt: skip
+    print(f"  ms a token: {split}")
+    if prediction["assumption"]:
+        print(f"  {prediction['assumption']}")

@@ -19,7 +19,10 @@ import numpy as np
 from .backends import choose
 from .backends.base import BLOCK, Backend, FFNSpec, Widths
 from .config import FlashConfig, Selection, parse_selection
-from .errors import BudgetError, FormatError, UsageError
+from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
+from .demand import Demand, demand
+from .errors import BudgetError, FlashError, FormatError, UsageError
+from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.read_config import read_spec
 from .residency.budget import Costs, MemoryPlan, auto_budget, split_budget
@@ -39,7 +42,11 @@ DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything decided about a run: nothing has been loaded yet. `context` in tokens."""
+    """Everything decided about a run: nothing has been loaded yet.
+
+    context: in tokens; tuning: how bundles are read; machine: what was measured of this one, None where nothing was;
+    machine_problem: why what was measured cannot be used
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -53,6 +60,9 @@ class RunPlan:
     budget_bytes: int
     context: int
     dtype: str
+    tuning: Tuning
+    machine: Machine | None = None
+    machine_problem: str | None = None
 
     @property
     def selector(self) -> str:
@@ -75,7 +85,7 @@ class RunPlan:
     def look_ahead(self) -> str:
         """Whether the next layer's reads begin early. "auto" does it with `predictor`, whose predictors are in memory
         anyway; "on" with `gate` too."""
-        mode, name = self.config.look_ahead, self.selection.name
+        mode, name = self.tuning.look_ahead, self.selection.name
         wanted = name == "predictor" or (name == "gate" and mode == "on")
         known = self.calibration is not None and self.calibration.has_predictors
         return mode if wanted and known and not self.all_resident else "off"
@@ -84,6 +94,24 @@ class RunPlan:
     def memory(self) -> MemoryPlan:
         """How the budget is split; raises BudgetError when it is too small."""
         return split_budget(self.costs, self.budget_bytes)
+
+    @property
+    def demand(self) -> Demand:
+        """What a decoded token asks for, as far as it is known."""
+        return self._demand(self.memory.capacities)
+
+    def _demand(self, capacities: Sequence[int]) -> Demand:
+        chunk = min(self.config.prefill_chunk, self.context)
+        layouts = self.checkpoint.layouts
+        return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk)
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        """What a token should take; None where the machine was not measured, or the backend's kernels were not."""
+        if self.machine is None or self.backend_name != "numpy":
+            return None
+        tuning = replace(self.tuning, look_ahead=self.look_ahead)
+        return predict(self.machine, self.demand, tuning, self.memory.staging_blocks)
 
     @property
     def all_resident(self) -> bool:
@@ -114,7 +142,7 @@ class Run:
         layout = plan.checkpoint.layouts[0]
         names = [part.name for part in layout.parts]
         staging = [plan.backend.slab(layout, BLOCK, names) for _ in range(plan.memory.staging_blocks)]
-        reader = open_reader(plan.checkpoint.layer_files)
+        reader = open_reader(plan.checkpoint.layer_files, **plan.tuning.reader_options)
         self.shared = Shared(plan.backend, reader, BlockStream(staging), self.stats)
         self.factory = SelectorFactory(
             plan.selection,
@@ -168,6 +196,7 @@ def run_costs(
     calibration: Calibration | None,
     config: FlashConfig,
     context: int,
+    tuning: Tuning,
 ) -> Costs:
     """What this model needs with this selector, part by part, in bytes."""
     layouts, chunk = checkpoint.layouts, config.prefill_chunk
@@ -186,12 +215,9 @@ def run_costs(
         fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
     if selection.name != "all":
         fixed["prefill scratch"] += 4 * min(chunk, context) * min(BLOCK, largest.count)  # scalars of a block
-    guesses = config.look_ahead == "on" or (config.look_ahead == "auto" and selection.name == "predictor")
-    if selection.name in ("gate", "predictor") and calibration is not None and calibration.has_predictors:
-        if selection.name == "predictor" or guesses:
-            fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
-        if guesses:
-            fixed["look-ahead"] = block
+    predicts = selection.name == "predictor" or (selection.name == "gate" and tuning.look_ahead == "on")
+    if predicts and calibration is not None and calibration.has_predictors:
+        fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
     slot = backend.slab_bytes(layouts[0], 8 * BLOCK, slot_parts) // (8 * BLOCK)
     fixed["page rounding"] = len(layouts) * (backend.slab_bytes(layouts[0], 1, slot_parts) - slot)
     counts = tuple(layout.count for layout in layouts)
@@ -199,8 +225,22 @@ def run_costs(
     if calibration is not None and spec.has_zeros and selection.name in ("gate", "predictor"):
         predicted = selection.name == "predictor"
         curves = tuple(layer.predicted_curve if predicted else layer.curve for layer in calibration.layers)
-    unit = BLOCK if selection.name == "all" else 1
-    return Costs(checkpoint.path.name, fixed, block, slot, counts, unit, curves)
+    given = "staging_blocks" in given_settings(config)
+    # With `all` a prompt's blocks come from memory too, so that nothing is left to stream; the others copy them.
+    unused = selection.name == "all" and not given
+    return Costs(
+        checkpoint.path.name,
+        fixed,
+        block,
+        slot,
+        counts,
+        unit=BLOCK if selection.name == "all" else 1,
+        curves=curves,
+        staging_blocks=tuning.staging_blocks,
+        least_staging=tuning.staging_blocks if given else 1,
+        resident_staging=0 if unused else None,
+        share=None if config.slots == "auto" else float(config.slots),
+    )
 
 
 def spec_widths(spec: ModelSpec) -> Widths:
@@ -281,24 +321,53 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
     backend = entry.make()
     calibration = load_calibration(checkpoint)
 
-    def costs(selection: Selection) -> Costs:
-        return run_costs(checkpoint, spec, backend, selection, calibration, config, context)
+    def plan(selection: Selection, tuning: Tuning) -> RunPlan:
+        costs = run_costs(checkpoint, spec, backend, selection, calibration, config, context, tuning)
+        return RunPlan(
+            checkpoint,
+            spec,
+            config,
+            backend_name,
+            backend,
+            import_module(entry.models),
+            selection,
+            calibration,
+            costs,
+            budget_for(config, costs),
+            context,
+            checkpoint.config["flash"]["dtype"],
+            tuning,
+            machine,
+            problem,
+        )
 
-    selection = choose_selection(config, spec, calibration, costs)
-    return RunPlan(
-        checkpoint,
-        spec,
-        config,
-        backend_name,
-        backend,
-        import_module(entry.models),
-        selection,
-        calibration,
-        costs(selection),
-        budget_for(config, costs(selection)),
-        context,
-        checkpoint.config["flash"]["dtype"],
-    )
+    machine, problem = measured_machine(checkpoint)
+    tuning = default_tuning(given_settings(config))
+    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+    if machine is None:
+        return plan(selection, tuning)
+    tuning = tuned(plan(selection, tuning))
+    if parse_selection(config.select) == Selection("prompt"):  # what fits beside the staging that was chosen
+        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+    return plan(selection, tuning)
+
+
+def measured_machine(checkpoint: Checkpoint) -> tuple[Machine | None, str | None]:
+    """What was measured of this machine and the checkpoint's device, or why that cannot be used."""
+    try:
+        return load_machine(checkpoint.path), None
+    except FlashError as error:
+        return None, str(error)
+
+
+def tuned(plan: RunPlan) -> Tuning:
+    """The settings that suit the plan's machine; with a budget that is too small, as if there were no slots."""
+    assert plan.machine is not None
+    try:
+        capacities: Sequence[int] = plan.memory.capacities
+    except BudgetError:
+        capacities = [0] * len(plan.costs.counts)
+    return choose_tuning(plan.machine, plan._demand(capacities), given_settings(plan.config))
 
 
 def plan_run(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:
@@ -318,6 +387,8 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
     chunks of 2048 tokens and let the KV cache grow beyond `max_context`. Raises the errors of `plan_run`, ReadError.
     """
     plan = plan_run(path, replace(config or FlashConfig(), **fields))
+    if plan.machine_problem:
+        announce(f"reads as where nothing was measured: {plan.machine_problem}")
     run = Run(plan)
     try:
         model = plan.models.build(plan.checkpoint, plan.spec, plan.backend, run.make_ffn, plan.dtype, plan.context)

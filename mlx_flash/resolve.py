@@ -5,15 +5,14 @@ Owns where model cards and converted copies lie. Reads no weights itself.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .convert import convert
 from .errors import UsageError
+from .machine import cache_folder as cache_folder
 from .source import find_folder, is_repo_id, source_hash
 from .storage.checkpoint import is_checkpoint
 from .storage.layout import layer_file
@@ -29,18 +28,6 @@ def models_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"this installation has no model cards ({package / '_models'}); give the path of a model")
-
-
-def cache_folder() -> Path:
-    """Where converted copies are kept: the platform's cache folder for the user, under mlx_flash."""
-    home = Path.home()
-    if sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return base / "mlx_flash"
 
 
 def resolve_model(

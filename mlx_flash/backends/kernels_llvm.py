@@ -18,6 +18,7 @@ import numpy as np
 from . import kernels_emit
 from .kernels_emit import FLOAT32, add_4_rows, add_row, dot, dot_4, fetch_add, store
 
+SHORT_BYTES = 1024  # of a row: below, folding its sums takes longer than adding them up
 RELU, SILU = 1, 2  # activations; 0: none
 # Numba's disk cache looks at a function's own file only: what that file is built on goes into the functions' names.
 BUILT_ON = hashlib.sha256(Path(kernels_emit.__file__).read_bytes()).hexdigest()[:8]
@@ -74,7 +75,7 @@ def dots(state, tasks, kind, w, stride, rows, x, n, out):  # type: ignore[no-unt
         if task >= tasks:
             return fetch_add(done, 0)
         begin, end = count * task // tasks, count * (task + 1) // tasks
-        if len(rows):
+        if len(rows) or stride < SHORT_BYTES:
             row_dots(kind, w, stride, rows, begin, end, x, n, out)
         else:
             for i in range(begin, end):

@@ -121,8 +121,12 @@ class NumpyBackend:
 
         def logits(x: np.ndarray) -> np.ndarray:
             tokens = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-            found = [self.kernels.dots(b, None, self.kernels.dots(a, None, token)) for token in tokens]
-            return np.max(found, axis=0) * np.float32(step) + bias
+            found = self.kernels.dots(b, None, self.kernels.dots(a, None, tokens[0]))
+            for token in tokens[1:]:
+                np.maximum(found, self.kernels.dots(b, None, self.kernels.dots(a, None, token)), out=found)
+            found *= np.float32(step)
+            found += bias
+            return found
 
         return logits
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..convert import convert
 from ..random_model import make_random
+from ..residency.policy import LRU
 from ..resolve import models_folder
 from ..storage.calibration import Calibration, LayerCalibration, attach
 from ..storage.checkpoint import Checkpoint
@@ -63,7 +64,8 @@ def attach_random_predictors(checkpoint: Checkpoint, trace: Trace, rank: int = R
                 figures={"rank": rank, "look_ahead": {"margin": 0.0}, "layer": index},
             )
         )
-    calibration = Calibration(tuple(layers), {"random": True})
+    # Such a trace holds nothing but how long ago a neuron was named: least recently used is the best there is.
+    calibration = Calibration(tuple(layers), {"random": True, "policy": LRU.plain()})
     attach(checkpoint, calibration)
     return calibration
 

@@ -1,7 +1,7 @@
 """A trace in place of what a model's own neurons would do: made from statistics, or replayed on random weights.
 
 Random weights fire at random, which no cache can serve; what a real model asks for, token after token, is known from
-traces. Replaying one gives reads and sums their true pattern. It shows mechanism and speed, and says nothing of quality.
+traces. Replaying one gives reads and sums their true pattern. It shows mechanism and speed, nothing of quality.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Replay:
     are among these. Each layer keeps its own count of tokens, as layers are called in turn.
     """
 
-    def __init__(self, trace: Trace, recall: float = 0.95, precision: float = 0.9, seed: int = 0):
+    def __init__(self, trace: Trace, recall: float = 0.95, precision: float = 0.95, seed: int = 0):
         self.trace, self.recall, self.precision = trace, recall, precision
         self._at = [0] * len(trace.counts)
         self._rng = np.random.default_rng(seed)

@@ -27,6 +27,9 @@ class Costs:
 
     unit: slots come in multiples of it (a layer's last unit may be shorter).
     curves: calibrated misses over slots, one per layer; without, every layer gets slots in proportion to its size.
+    staging_blocks: at most so many; least_staging: at least so many, also where they leave fewer slots.
+    resident_staging: blocks where everything is resident; None: staging_blocks.
+    share: of every layer's bundles that get slots; None: what the budget leaves.
     """
 
     model: str
@@ -36,16 +39,33 @@ class Costs:
     counts: tuple[int, ...]
     unit: int = 1
     curves: tuple[Any, ...] = ()
+    staging_blocks: int = STAGING_BLOCKS
+    least_staging: int = 1
+    resident_staging: int | None = None
+    share: float | None = None
+
+    @property
+    def shared_slots(self) -> tuple[int, ...]:
+        """Slots of every layer by `share`, in whole units; none where no share is given."""
+        share = self.share or 0.0
+        return tuple(n if share == 1 else int(share * n) // self.unit * self.unit for n in self.counts)
+
+    @property
+    def staging_when_resident(self) -> int:
+        return self.staging_blocks if self.resident_staging is None else self.resident_staging
 
     @property
     def smallest(self) -> int:
-        """The smallest legal budget: no slots, staging for one block."""
-        return sum(self.fixed.values()) + self.staging_block
+        """The smallest legal budget: no slots but those asked for, staging for one block if anything streams."""
+        staging = self.least_staging if self.share != 1 else min(self.least_staging, self.staging_when_resident)
+        return sum(self.fixed.values()) + self.staging_block * staging + self.slot * sum(self.shared_slots)
 
     @property
     def largest(self) -> int:
         """Everything resident."""
-        return sum(self.fixed.values()) + self.staging_block * STAGING_BLOCKS + self.slot * sum(self.counts)
+        staging, slots = self.staging_block * self.staging_when_resident, self.slot * sum(self.counts)
+        # A tiny model's bundles may take less than a block of staging does: never under the smallest.
+        return max(sum(self.fixed.values()) + staging + slots, self.smallest)
 
 
 @dataclass(frozen=True)
@@ -84,24 +104,37 @@ def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]
 def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     """The plan for a budget; raises BudgetError, part by part, when it is under the smallest legal one."""
     if budget_bytes < costs.smallest:
-        needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in costs.fixed.items())
+        slots = costs.slot * sum(costs.shared_slots)
+        parts = costs.fixed | {"staging": costs.smallest - sum(costs.fixed.values()) - slots}
+        needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in (parts | {"slots": slots}).items() if size)
+        smaller = "--slots" if slots else "--max-context"
         raise BudgetError(
-            f"{costs.model} needs at least {format_bytes(costs.smallest)} ({needs}, staging "
-            f"{format_bytes(costs.staging_block)}), the budget is {format_bytes(budget_bytes)}; "
-            f"use --memory {-(-costs.smallest // 10**5) / 10:.1f}MB or more, or a smaller --max-context"
+            f"{costs.model} needs at least {format_bytes(costs.smallest)} ({needs}), the budget is "
+            f"{format_bytes(budget_bytes)}; use --memory {-(-costs.smallest // 10**5) / 10:.1f}MB or more, "
+            f"or a smaller {smaller}"
         )
     left = budget_bytes - sum(costs.fixed.values())
-    # Staging beyond the one block that is needed may take an eighth of what is left, no more.
-    staging = max(1, min(STAGING_BLOCKS, left // 8 // costs.staging_block))
-    if budget_bytes >= costs.largest:
-        staging = STAGING_BLOCKS
-    total = (left - staging * costs.staging_block) // costs.slot
-    if costs.curves:
-        capacities = split_by_gain(total, costs.counts, costs.unit, costs.curves, _floors(costs.curves, total))
+    if costs.share is not None:
+        staging, capacities = _given_slots(costs, left)
+    elif budget_bytes >= costs.largest:
+        staging, capacities = costs.staging_when_resident, costs.counts
     else:
-        capacities = split_slots(total, costs.counts, costs.unit)
+        # Staging beyond what is needed may take an eighth of what is left, no more.
+        staging = max(costs.least_staging, min(costs.staging_blocks, left // 8 // costs.staging_block))
+        total = (left - staging * costs.staging_block) // costs.slot
+        if costs.curves:
+            capacities = split_by_gain(total, costs.counts, costs.unit, costs.curves, _floors(costs.curves, total))
+        else:
+            capacities = split_slots(total, costs.counts, costs.unit)
     parts = dict(costs.fixed) | {"staging": staging * costs.staging_block, "slots": sum(capacities) * costs.slot}
     return MemoryPlan(budget_bytes, parts, capacities, staging)
+
+
+def _given_slots(costs: Costs, left: int) -> tuple[int, tuple[int, ...]]:
+    """Staging blocks and slots per layer where the share of the slots is given; staging takes what they leave."""
+    capacities = costs.shared_slots
+    wanted = costs.staging_when_resident if capacities == costs.counts else costs.staging_blocks
+    return min(wanted, (left - sum(capacities) * costs.slot) // costs.staging_block), capacities
 
 
 def _floors(curves: Sequence[Any], total: int) -> list[int]:

@@ -5,12 +5,15 @@ Neither slots nor bytes are known here; nothing here decides what is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
 RESCALE = 1e100  # far from the largest fp64: about 11,000 tokens at a decay of 0.98
 PROTECTED = 3  # above every rank
+INFINITE = 1e300  # what is more, or no number, is not below it
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ class Policy:
     def __post_init__(self) -> None:
         if not (0 <= self.decay <= 1 and 0 <= self.pinned <= 1 and self.prior >= 0 and self.window >= 0):
             raise ValueError(f"decay and pinned lie in [0, 1], prior and window are not negative: {self}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Policy:
+        """The policy of plain values, as `plain` gives them; what is not named is as by default. Raises ValueError for
+        other names, and for values that are no numbers, not finite, out of range, or no whole number of tokens."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or not set(values) <= set(names):
+            raise ValueError(f"a policy consists of {', '.join(names)}, not of {values}")
+        numbers = [v for v in values.values() if isinstance(v, (int, float)) and abs(v) < INFINITE]
+        if len(numbers) < len(values) or any(isinstance(v, bool) for v in numbers):
+            raise ValueError(f"a policy's values are finite numbers, not {dict(values)}")
+        if values.get("window", 0) % 1:
+            raise ValueError(f"a policy's window is a whole number of tokens, not {values['window']}")
+        given: dict[str, Any] = {name: int(v) if name == "window" else float(v) for name, v in values.items()}
+        return cls(**given)
+
+    def plain(self) -> dict[str, float | int]:
+        """Its values by name, for JSON."""
+        return asdict(self)
 
 
 DEFAULT = Policy()
@@ -60,6 +82,7 @@ class History:
 
     def use(self, ids: np.ndarray) -> None:
         """A token used these ids (distinct)."""
+        ids = ids.astype(np.intp, copy=False)  # once, not for every indexing
         self.score[ids] += self.gain
         self.last_used[ids] = self.clock
         self.pass_tokens(1)
@@ -85,8 +108,12 @@ class History:
         """(n,) fp64, comparable within this moment."""
         if not self.policy.decay:
             return self.last_used[ids].astype(np.float64)
-        worth = self.score[ids]
-        return worth if self.base is None else worth + self.gain * self.base[ids]
+        worth = self.score.take(ids)
+        if self.base is not None:
+            prior = self.base.take(ids)
+            prior *= self.gain
+            worth += prior
+        return worth
 
     def rank(self, ids: np.ndarray) -> np.ndarray | None:
         """(n,) what goes before worth: 0 ordinary, 1 in the window, 2 pinned. None where all are ordinary."""
@@ -138,7 +165,11 @@ def least(values: np.ndarray, count: int) -> np.ndarray:
     """The positions of the `count` smallest values, ascending; of equals the first."""
     if not 0 < count < len(values):
         return np.arange(len(values) if count else 0)
-    limit = np.partition(values, count - 1)[count - 1]  # cheaper than sorting, and exact about equals
-    chosen = values < limit
-    chosen[np.flatnonzero(values == limit)[: count - int(chosen.sum())]] = True
-    return np.flatnonzero(chosen)
+    parted = values.copy()
+    parted.partition(count - 1)  # cheaper than sorting, and exact about equals
+    limit = parted[count - 1]
+    chosen = (values <= limit).nonzero()[0]
+    if len(chosen) > count:
+        equal = (values[chosen] == limit).nonzero()[0]
+        chosen = np.delete(chosen, equal[count - len(chosen) :])
+    return chosen

@@ -41,7 +41,7 @@ class Residency:
     def reset(self) -> None:
         """Forget everything: after a failed read no slot can be trusted."""
         self.slot_of = np.full(self.count, -1, np.int32)
-        self.id_of = np.full(self.capacity, -1, np.int32)
+        self.id_of = np.full(self.capacity, -1, np.int64)  # an index every token: numpy would convert others
         self.num_used = 0
         self.history = History(self.policy, self.count, int(self.policy.pinned * self.capacity), self.rates)
 
@@ -49,17 +49,31 @@ class Residency:
     def free(self) -> int:
         return self.capacity - self.num_used
 
-    def plan(self, ids: np.ndarray) -> Plan:
-        """Where each of `ids` (ascending, distinct) is or goes. Pure."""
-        slots = self.slot_of[ids]
-        hits, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        fresh = np.arange(self.num_used, min(self.capacity, self.num_used + len(missing)))
+    def plan(self, ids: np.ndarray, keep: np.ndarray | None = None) -> Plan:
+        """Where each of `ids` (ascending, distinct) is or goes. Pure.
+
+        keep (n,): slots that must stay as they are, because bundles are being read into them ahead: they may hold
+        nothing yet, and lie past `num_used`, one after the other. Negative ones are skipped. What finds no room beside
+        them overflows.
+        """
+        slots = self.slot_of.take(ids)
+        there = slots >= 0
+        hits, missing = there.nonzero()[0], (~there).nonzero()[0]
+        if not len(missing):
+            return Plan(ids, slots, hits, missing, missing)
         # The hits are protected: a call must not evict its own ids.
-        held, count = self.id_of[: self.num_used], len(missing) - len(fresh)
-        victims = self.history.first_to_go(held, count, protected=slots[hits])
-        room = np.concatenate([victims, fresh]).astype(np.int32)
-        over = self.history.first_to_go(ids[missing], len(missing) - len(room))
-        loads, overflow = np.delete(missing, over), missing[over]
+        protected, begin = slots[hits], self.num_used
+        if keep is not None and len(keep):
+            begin = max(begin, int(keep.max()) + 1)
+            protected = np.union1d(protected, keep[(keep >= 0) & (keep < self.num_used)])
+        fresh = min(self.capacity - begin, len(missing))
+        room = self.history.first_to_go(self.id_of[: self.num_used], len(missing) - fresh, protected)
+        if fresh:
+            room = np.concatenate([room, np.arange(begin, begin + fresh)])
+        loads, overflow = missing, missing[:0]
+        if len(room) < len(missing):
+            over = self.history.first_to_go(ids[missing], len(missing) - len(room))
+            loads, overflow = np.delete(missing, over), missing[over]
         slots[loads] = room
         return Plan(ids, slots, hits, loads, overflow)
 
@@ -80,7 +94,8 @@ class Residency:
         """After the reads: what was loaded is resident; nothing is said of its use."""
         ids, slots = plan.ids[plan.loads], plan.slots[plan.loads]
         self.slot_of[ids], self.id_of[slots] = slots, ids
-        self.num_used = max(self.num_used, int(slots.max(initial=-1)) + 1)
+        if self.num_used < self.capacity:
+            self.num_used = max(self.num_used, int(slots.max(initial=-1)) + 1)
 
     def begin_prompt(self, tokens: int) -> None:
         """A prompt's chunk of `tokens` tokens is next: `warm` is then called for each of its ids, once."""

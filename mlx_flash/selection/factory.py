@@ -13,7 +13,8 @@ import numpy as np
 
 from ..backends.base import FFNSpec
 from ..config import Selection
-from ..errors import UsageError
+from ..errors import FormatError, UsageError
+from ..residency.policy import Policy
 from ..residency.residency import Residency
 from ..storage.calibration import Calibration
 from ..storage.layout import Layout
@@ -84,12 +85,17 @@ class SelectorFactory:
     look_ahead: str = "off"
 
     def __post_init__(self) -> None:
+        chosen = {} if self.calibration is None else self.calibration.summary.get("policy", {})
+        try:
+            self._policy = Policy.of(chosen)
+        except ValueError as error:
+            raise FormatError(f"the calibration's {error}; make it anew: mlx_flash calibrate") from None
         self._look_ahead: LookAhead | None = None
         if self.look_ahead != "off":
             assert self.calibration is not None
             predictors = [self._predictor(layer) for layer in range(len(self.layouts))]
             margins = [layer.figures["look_ahead"]["margin"] for layer in self.calibration.layers]
-            self._look_ahead = LookAhead(self.shared, self.layouts[0], predictors, margins, self.look_ahead)
+            self._look_ahead = LookAhead(self.shared, predictors, margins, self.look_ahead)
 
     def make(self, layer: int, spec: FFNSpec) -> Selector:
         """The selector of one layer."""
@@ -97,7 +103,7 @@ class SelectorFactory:
         if name == "all":
             return AllSelector(layer, spec, self.shared, self.capacities, [layout.count for layout in self.layouts])
         calibrated = self.calibration.layers[layer].rate if self.calibration and name in ("gate", "predictor") else None
-        residency = Residency(spec.layout.count, self.capacities[layer], rates=calibrated)
+        residency = Residency(spec.layout.count, self.capacities[layer], self._policy, calibrated)
         if name == "gate":
             return GateSelector(layer, spec, self.shared, residency, self._look_ahead)
         if name == "prompt":

@@ -1,25 +1,19 @@
 """Look-ahead: reads for layer l+1 begin while layer l computes, from what layer l's input says of layer l+1's neurons.
 
-A guess only prefetches, into memory of its own: what it gets wrong costs time, never output (DESIGN 9). Guesses are
-capped, given up when the layer's real reads are due, and left out where tokens take no less time with them.
+A guess only prefetches, into the slots of what its layer needs least: what it gets wrong costs time, never output
+(DESIGN 9). Guesses are capped, and left out where tokens take no less time with them.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends.base import BLOCK
-from ..errors import ReadError
-from ..residency.residency import Residency
-from ..residency.rows import clip_targets, copy_rows
-from ..storage.layout import Layout
-from ..storage.reader import Pending
 from .shared import Shared
 
 if TYPE_CHECKING:
@@ -27,6 +21,7 @@ if TYPE_CHECKING:
 
 TRIAL = 12  # tokens timed with guesses, and as many without, in turn
 KEEP = 500  # tokens until the next trial
+GUESS_SHARE = 4  # a guess fills at most one slot in so many of its layer
 GAIN = 0.98  # guesses stay while a token takes at most this share of the time it takes without
 
 
@@ -53,7 +48,7 @@ class Trial:
 
 
 class LookAhead:
-    """One guess at a time, for all layers of a model.
+    """Guesses for all layers of a model, each made while the layer before computes.
 
     predictors[l]: x (..., d) -> (count,) fp32 logits of layer l; margins[l]: a guess's logit is above it
     mode: "auto" (times itself) or "on"
@@ -62,31 +57,29 @@ class LookAhead:
     def __init__(
         self,
         shared: Shared,
-        layout: Layout,
         predictors: Sequence[Callable[[Any], np.ndarray]],
         margins: Sequence[float],
         mode: str = "auto",
     ):
         self.shared, self.predictors, self.margins = shared, predictors, margins
         self.trial = Trial() if mode == "auto" else None
-        self.slab = shared.backend.slab(layout, BLOCK, [part.name for part in layout.parts])
-        # Not the selectors themselves: a cycle would keep their slabs in memory after the model is dropped.
-        self.layers: dict[int, tuple[Residency, int]] = {}  # and the bytes that no guess needs to read
-        self._layer, self._ids = -1, np.empty(0, np.int64)
-        self._pending: Pending | None = None
+        # Weakly: a cycle would keep their slabs in memory after the model is dropped.
+        self.layers: dict[int, weakref.ref[SparseSelector]] = {}
         self._begin = 0.0
 
     def add(self, selector: SparseSelector) -> None:
         """A layer whose bundles may be guessed."""
-        self.layers[selector.layer] = selector.residency, selector.skipped_bytes
+        self.layers[selector.layer] = weakref.ref(selector)
 
     @property
     def on(self) -> bool:
         return self.trial is None or self.trial.on
 
     def forget(self) -> None:
-        """Reads were drained: what the memory holds is not known."""
-        self._pending = None
+        """Reads were drained: slots that were being filled ahead hold unknown bytes."""
+        for found in self.layers.values():
+            if (selector := found()) is not None:
+                selector.forget_ahead()
 
     def guess(self, layer: int, x: Any) -> None:
         """After the reads of the layer before were begun: begin those that `layer` will probably need."""
@@ -97,41 +90,26 @@ class LookAhead:
                 self.trial.token(time.perf_counter() - self._begin)
             self._begin = 0.0
             return
-        if not self.on:
+        selector = self.layers[layer]()
+        if not self.on or selector is None:
             return
-        self._end()
-        (residency, skipped_bytes), logits = self.layers[layer], self.predictors[layer](x)
-        likely = np.flatnonzero((logits > self.margins[layer]) & (residency.slot_of < 0))
-        if len(likely) > BLOCK:
-            likely = np.sort(likely[np.argsort(-logits[likely], kind="stable")[:BLOCK]])
-        if not len(likely):
-            return
-        self._layer, self._ids = layer, likely
-        targets = clip_targets(self.slab.targets, skipped_bytes)
-        self._pending = self.shared.read(layer, likely, np.arange(len(likely)), targets)
-        self.shared.stats.guessed += len(likely)
+        likely = self._likely(selector, x)
+        if len(likely):
+            self.shared.stats.guessed += selector.read_ahead(likely)
 
-    def serve(self, selector: SparseSelector, ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Copy into `slots` (n,) what was read ahead of the layer's missing `ids` (n,), ascending; returns the
-        positions that are left to be read."""
-        if self._pending is None or self._layer != selector.layer or not self._end():
-            return np.arange(len(ids))
-        row = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        found = self._ids[row] == ids
-        if found.any():
-            source = clip_targets(self.slab.targets, selector.skipped_bytes)
-            copy_rows(source, row[found], selector.slab.targets, slots[found])
-            self.shared.stats.guessed_right += int(found.sum())
-        return np.flatnonzero(~found)
-
-    def _end(self) -> bool:
-        """Wait for what is in flight, no more; whether all of the guess has been read."""
-        pending, whole = self._pending, False
-        if pending is not None:
-            if not pending.ended():
-                pending.give_up()  # real reads wait
-            with suppress(ReadError):  # given up; a disk that fails will say so again
-                pending.wait()
-                whole = True
-        self._pending = None  # not before the wait, which may be interrupted
-        return whole
+    def _likely(self, selector: SparseSelector, x: Any) -> np.ndarray:
+        """Ids that the layer will probably ask for, ascending: those that are resident, so that they stay, and as many
+        of the others as may take the place of resident ones."""
+        layer, residency = selector.layer, selector.residency
+        logits = self.predictors[layer](x)
+        if self.shared.override_guess is not None:
+            logits = np.full(len(logits), -1, np.float32)
+            logits[self.shared.override_guess(layer)] = 1
+        margin = 0.0 if self.shared.override_guess is not None else self.margins[layer]
+        likely = np.flatnonzero(logits > margin)
+        missing = np.flatnonzero(residency.slot_of[likely] < 0)
+        most = residency.capacity // GUESS_SHARE
+        if len(missing) > most:
+            least = np.argsort(-logits[likely[missing]], kind="stable")[most:]
+            likely = np.delete(likely, missing[least])
+        return likely

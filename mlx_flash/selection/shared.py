@@ -31,7 +31,8 @@ class Shared:
 
     decoding: whether the tokens that come are decoded ones; None: one token at a time means decoding, which is all
     that can be known when mlx-lm's own loop runs the model. reply: counts the replies begun.
-    recorder: called with (layer, ids) for every decoding step's ids; override: replaces a predictor's ids.
+    recorder: called with (layer, ids) for every decoding step's ids; override: replaces a predictor's ids, and
+    override_guess what is guessed of the layer ahead.
     """
 
     backend: Backend
@@ -43,6 +44,7 @@ class Shared:
     reply: int = 0
     recorder: Callable[[int, np.ndarray], None] | None = None
     override: Callable[[int], np.ndarray] | None = None
+    override_guess: Callable[[int], np.ndarray] | None = None
     _scalars: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
     def is_decode(self, x: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,15 @@ from .shared import Shared, blocks, is_decode
 from .spans import overflow_spans
 
 AHEAD = 2  # steps that a lazy backend may leave uncomputed while nothing is read: mlx-lm's loop is one ahead
+
+
+class Ahead(NamedTuple):
+    """What is being read before it was asked for, into slots that count as filled. mask (capacity + 1,) bool: these
+    slots; its last item is for those that have none, -1."""
+
+    slots: np.ndarray
+    mask: np.ndarray
+    pending: Pending
 
 
 class SparseSelector(ABC):
@@ -54,6 +63,7 @@ class SparseSelector(ABC):
         self.skipped_bytes = spec.layout.parts[0].nbytes if fixed == names[0] else 0
         self.slab = shared.backend.slab(spec.layout, residency.capacity, slot_parts(names, fixed))
         self.loaded = False
+        self._ahead: Ahead | None = None
         self._unsettled: deque[FFNPass] = deque()  # the last decoding steps, which may still be reading slots
         if look_ahead is not None:
             look_ahead.add(self)
@@ -85,22 +95,64 @@ class SparseSelector(ABC):
     def forget(self) -> None:
         """The slots hold unknown bytes."""
         self.residency.reset()
+        self._ahead = None
         if self.look_ahead is not None:
             self.look_ahead.forget()
+
+    def read_ahead(self, ids: np.ndarray) -> int:
+        """Begin to read those of `ids` (n,), ascending, that are missing; returns how many. None that is resident
+        gives way."""
+        self._finish_ahead()
+        plan = self.residency.plan(ids)
+        if not len(plan.loads):
+            return 0
+        slots, mask = plan.slots[plan.loads], np.zeros(self.residency.capacity + 1, bool)
+        mask[slots] = True
+        self._ahead = Ahead(slots, mask, Done())  # whatever interrupts this: `forget_ahead` then knows of it
+        self._settle()  # what they hold may not have been used yet
+        self.residency.evict(plan)
+        self._ahead = Ahead(slots, mask, self.shared.read(self.layer, ids[plan.loads], slots, self.slab.targets))
+        self.residency.place(plan)
+        return len(slots)
+
+    def forget_ahead(self) -> None:
+        """What was being read ahead may not have come."""
+        if self._ahead is not None:
+            self.residency.reset()
+            self._ahead = None
+
+    def _finish_ahead(self) -> None:
+        """Wait for what is being read ahead. A read that failed is raised here, needed or not: the call is cut short,
+        and the slots are forgotten."""
+        if self._ahead is not None:
+            self._ahead.pending.wait()
+            self._ahead = None
 
     def _decode(self, x: Any) -> Any:
         shared = self.shared
         work = shared.backend.ffn(self.decode_spec, x)
-        plan = self.residency.plan(self.choose(x, work))
+        ids = self.choose(x, work)
+        right = self._guessed_right(ids)
+        if self._ahead is not None and self._ahead.pending.ended():
+            self._finish_ahead()
+        plan = self.residency.plan(ids, keep=None if self._ahead is None else self._ahead.slots)
         if shared.recorder is not None:
             shared.recorder(self.layer, plan.ids)
-        shared.stats.hits += len(plan.hits)
-        shared.stats.misses += len(plan.ids) - len(plan.hits)
+        shared.stats.hits += len(plan.hits) - right
+        shared.stats.misses += len(plan.ids) - len(plan.hits) + right
         used = self._add(work, plan, x)
         self.residency.commit(plan, used)
         self._unsettled.append(work)
         self._settle(AHEAD)
         return work.result()
+
+    def _guessed_right(self, ids: np.ndarray) -> int:
+        """How many of `ids` are being read ahead, which is counted."""
+        if self._ahead is None:
+            return 0
+        right = int(self._ahead.mask[self.residency.slot_of[ids]].sum())
+        self.shared.stats.guessed_right += right
+        return right
 
     def _settle(self, but: int = 0) -> None:
         """Wait until the decoding steps before the last `but` no longer need their slots. A lazy backend may not have
@@ -115,7 +167,7 @@ class SparseSelector(ABC):
         if len(plan.loads):
             self._settle()  # what they hold may not have been used yet
         self.residency.evict(plan)
-        pending = self._read(plan)
+        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
         spans = list(overflow_spans(ids, plan.overflow))
         if spans:
             self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
@@ -123,11 +175,16 @@ class SparseSelector(ABC):
             self.look_ahead.guess(self.layer + 1, x)
         fired: np.ndarray | None = np.ones(len(ids), bool)
         # Hits are computed while misses are read: h_i needs no other neuron.
+        here, late = plan.hits, plan.loads
+        if self._ahead is not None:
+            coming = self._ahead.mask[slots[here]]
+            here, late = here[~coming], np.concatenate([here[coming], late])
         if not spans:
-            fired = self._scalars(work, plan, plan.hits, fired)
+            fired = self._scalars(work, plan, here, fired)
+        self._finish_ahead()
         pending.wait()
         if not spans:
-            fired = self._scalars(work, plan, plan.loads, fired)
+            fired = self._scalars(work, plan, late, fired)
             work.down()
         for span in spans:
             fired = self._scalars(work, plan, span.resident(slots), fired)
@@ -146,20 +203,13 @@ class SparseSelector(ABC):
             fired[positions] = found
         return fired
 
-    def _read(self, plan: Plan) -> Pending:
-        """Begin to read what the plan loads; what was read ahead is copied."""
-        ids, slots = plan.ids[plan.loads], plan.slots[plan.loads]
-        if self.look_ahead is not None:
-            left = self.look_ahead.serve(self, ids, slots)
-            ids, slots = ids[left], slots[left]
-        return self.shared.read(self.layer, ids, slots, self.slab.targets)
-
     def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
         """Bundles without a slot, but for the part that is resident."""
         targets = clip_targets(staging.targets, self.skipped_bytes)
         return self.shared.read(request.layer, request.ids, np.arange(len(request.ids)), targets)
 
     def _prefill(self, x: Any) -> Any:
+        self._finish_ahead()
         requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count))
         self.shared.stream.start(requests, self._fetch_block)
         work = self.shared.backend.ffn(self.spec, x)

@@ -166,6 +166,8 @@ def _check_plain_values(summary: Mapping[str, Any], layers: Sequence[LayerCalibr
         raise ValueError("sparsities do not ascend")
     if (lead := summary.get("lead")) not in (None, "gate", "up"):
         raise ValueError(f"lead is {lead!r}")
+    if not isinstance(summary.get("policy", {}), dict):
+        raise ValueError("policy")
     for loss in summary.get("losses", {}).values():
         _numbers([loss["loss"], loss["tokens"]])
     for layer in layers:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -28,14 +27,26 @@ from .protocol import Reader as Reader
 from .protocol import ReadReport as ReadReport
 from .protocol import Target as Target
 
+MOST_THREADS = 64  # of Python's that read: more wait for each other
 
-def open_reader(files: Sequence[LayerFile], **options: Any) -> Reader:
-    """The best reader this system can run; `options` are those of PreadReader, the plain one has none."""
+
+def open_reader(
+    files: Sequence[LayerFile],
+    threads: int = 8,
+    direct: bool = True,
+    merging: Merging | None = None,
+    depth: int | None = None,
+) -> Reader:
+    """The best reader this system can run. The plain one has no options.
+
+    threads, direct, merging: those of PreadReader; depth: reads in flight, instead of what each reader takes by itself.
+    """
     if not hasattr(os, "preadv"):
         return PlainReader(files)
-    with suppress(OSError):
-        return AioReader(files, **options)
-    return PreadReader(files, **options)
+    if direct:  # the kernel reads by itself around the page cache only
+        with suppress(OSError):
+            return AioReader(files, threads, direct, merging, **({} if depth is None else {"depth": depth}))
+    return PreadReader(files, threads if depth is None else min(depth, MOST_THREADS), direct, merging)
 
 
 class _Closing:

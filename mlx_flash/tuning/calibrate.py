@@ -26,6 +26,7 @@ from ..storage.writer import check_free_space
 from .capture import Inputs, capture
 from .layers import layer_weights
 from .predictors import Report
+from .simulate import best_policy
 from .statistics import SPARSITIES, curve, energy, firing, gaps, rates, sample
 from .training import figures_of, look_ahead, predicted, stored, train_predictors, weight_bytes
 from .workspace import Workspace, open_workspace
@@ -34,6 +35,7 @@ DEFAULT_TOKENS = 20_000
 MIN_TOKENS = 2048
 WINDOW_TOKENS = 512
 LOSS_WINDOWS = 4
+POLICY_LAYERS, POLICY_TOKENS = 4, 1024  # on which the policy of residency is chosen
 LOSSY = ("predictor", "threshold:0.5", "prompt:0.5", "static:0.5")  # whose loss is measured at the end
 
 
@@ -147,13 +149,18 @@ def _learn(
     if not spec.has_zeros:
         return Calibration(tuple(found), summary)
     trained = train_predictors(work, plan, inputs.arrays, recall, seed, progress)
-    layers = []
+    layers, asked_for = [], []
     for index, (layer, (predictor, report)) in enumerate(zip(found, trained, strict=True)):
         x, count = inputs.arrays[index], len(layer.rate)
         ahead = look_ahead(plan, inputs.arrays, index, predictor)
-        asked = curve(gaps(predicted(x, predictor), count))
+        named = predicted(x, predictor)
+        asked = curve(gaps(named, count))
+        if index % max(1, len(found) // POLICY_LAYERS) == 0:
+            tokens = [np.flatnonzero(row) for row in np.unpackbits(named[-POLICY_TOKENS:], axis=1, count=count)]
+            asked_for.append((tokens, count, layer.rate))
         told = {**layer.figures, **figures_of(report, count, ahead)}
         layers.append(replace(layer, predicted_curve=asked, figures=told, **stored(predictor)))
+    summary["policy"] = best_policy(asked_for).plain()
     return Calibration(tuple(layers), {**summary, **_overall(layers, [report for _, report in trained], plan)})
 
 

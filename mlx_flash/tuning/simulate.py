@@ -66,6 +66,22 @@ def policy_misses(
     return misses
 
 
+CANDIDATES = (DEFAULT, LRU, replace(DEFAULT, window=4))
+BETTER = 0.98  # another policy is chosen where it misses at most this share of what the default misses
+
+
+def best_policy(layers: Sequence[tuple[Sequence[np.ndarray], int, np.ndarray]]) -> Policy:
+    """The policy that misses least on these layers' (tokens, count, rates (count,)), with slots for a quarter of each
+    layer, once these are filled; the default unless another one is clearly better."""
+    totals = np.zeros(len(CANDIDATES))
+    for tokens, count, rates in layers:
+        for k, policy in enumerate(CANDIDATES):
+            misses = policy_misses(tokens, count, max(1, count // 4), policy, rates)
+            totals[k] += misses[len(tokens) // 4 :].sum()
+    best = int(np.argmin(totals))
+    return CANDIDATES[best] if totals[best] <= BETTER * totals[0] else DEFAULT
+
+
 def least_misses(tokens: Sequence[np.ndarray], count: int, slots: int) -> np.ndarray:
     """The same for Belady's optimum, which knows the future: after each token the ids needed soonest stay. No policy
     misses fewer in all: unlike the engine's it may also drop ids, or leave them without a slot, within their call."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backends.numpy_ffn import activate
+from ..backends.kernels import activate
 
 SAMPLE_TOKENS = 2048  # of which all scalars are held at once
 TOKENS = 1024  # per slice

@@ -111,7 +111,7 @@ class Model:
         ahead = None
         if guesses:
             expect = [lambda x, n=n: self.rng.random(n, np.float32) - np.float32(1 - guesses) for n in COUNTS]
-            ahead = LookAhead(self.shared, LAYOUTS[0], expect, [0.0] * len(COUNTS), "on")
+            ahead = LookAhead(self.shared, expect, [0.0] * len(COUNTS), "on")
         self.layers = [
             PredictorSelector(
                 layer,

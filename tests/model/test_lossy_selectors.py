@@ -298,7 +298,8 @@ def test_after_every_failed_read_the_model_is_as_good_as_new(
     capacities = tuple(int(0.6 * count) for count in counts)
     module = sys.modules["mlx_flash.load"]  # `mlx_flash.load` is the function
     monkeypatch.setattr(module, "split_budget", lambda costs, size: MemoryPlan(size, {}, capacities, 2))
-    fail_at = failed = recovered = 0
+    fail_at = failed = 0
+    guesses = fields.get("look_ahead") == "on"  # the last layer's are for no token
     model = load(path, backend, "auto", select, **fields)
     try:
         wanted = reply(model, 5, 3)
@@ -311,8 +312,8 @@ def test_after_every_failed_read_the_model_is_as_good_as_new(
             faulty = model.flash.shared.reader = FaultyReader(reader, fail_at)
             try:
                 got = reply(model, 5, 3)
+                assert faulty.submits < fail_at or guesses, f"read {fail_at} failed unnoticed"
                 assert (got == wanted).all(), f"read {fail_at} failed unnoticed, and the logits are others"
-                recovered += faulty.submits >= fail_at
             except mlx_flash.ReadError:
                 failed += 1
             model.flash.shared.reader = reader
@@ -324,7 +325,6 @@ def test_after_every_failed_read_the_model_is_as_good_as_new(
     finally:
         model.flash.close()
     assert failed > 3, "the run made almost no reads: this tested nothing"
-    assert bool(recovered) == (fields.get("look_ahead") == "on"), "only a guess may fail without notice"
 
 
 def check_after_fault(model: Any) -> None:
@@ -348,7 +348,7 @@ def test_look_ahead_changes_no_bit(models: Models, backend: str, select: str) ->
         for mode in ("on", "auto"):
             try:
                 got = all_logits(path, backend, memory, select, look_ahead=mode)
-            except mlx_flash.BudgetError:  # it takes a block of memory itself
+            except mlx_flash.BudgetError:  # `gate` alone has no predictors in memory
                 continue
             assert (got == off).all(), f"{select} at {memory} bytes: look-ahead {mode} gives other logits"
 
@@ -395,8 +395,9 @@ def test_guesses_of_every_quality_change_no_bit(models: Models, backend: str, mo
         guessed, right = stats.guessed, stats.guessed_right
         model.flash.close()
     assert (results[0] == results[1]).all()
-    assert (guessed > 0) == (mode != "nothing")
-    assert (right > 0) == (mode in ("right", "everything", "half right"))
+    # Who expects everything wants no resident bundle to give way.
+    assert (guessed > 0) == (mode in ("right", "wrong", "half right"))
+    assert (right > 0) == (mode in ("right", "half right"))
     if mode == "right":
         assert right == guessed
 

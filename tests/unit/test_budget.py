@@ -110,3 +110,58 @@ def test_sizes_beyond_any_machine_are_refused() -> None:
 def test_config_is_validated(fields: dict) -> None:
     with pytest.raises(UsageError):
         FlashConfig(**fields)
+
+
+def test_staging_that_is_not_needed_takes_nothing() -> None:
+    costs = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 256, resident_staging=0)
+    assert costs.largest == 1000 + 2 * 1024
+    plan = split_budget(costs, costs.largest)
+    assert plan.capacities == (512, 512) and plan.staging_blocks == 0 and plan.total_bytes == costs.largest
+    assert split_budget(costs, costs.largest - 1).staging_blocks == 1
+    tiny = Costs("m", {"dense part": 1000}, 512, 2, (20,), 256, resident_staging=0)
+    assert tiny.largest == tiny.smallest == 1512, "a block of staging is more than all bundles"
+    assert split_budget(tiny, 1512).capacities == (20,)
+
+
+def test_staging_blocks_that_are_asked_for_are_there() -> None:
+    costs = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=3, least_staging=3)
+    assert costs.smallest == 1000 + 3 * 512 and split_budget(costs, costs.smallest).staging_blocks == 3
+    with pytest.raises(BudgetError, match=r"staging 1\.54 kB"):
+        split_budget(costs, costs.smallest - 1)
+    few = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=2)
+    assert split_budget(few, 10**6).staging_blocks == 2
+
+
+@given(layer_counts, st.floats(0, 1), st.integers(0, 10**8), st.sampled_from([1, 256]), st.sampled_from([None, 0]))
+def test_a_share_of_the_slots_is_kept_or_refused(
+    counts: list[int], share: float, extra: int, unit: int, resident_staging: int | None
+) -> None:
+    costs = Costs(
+        "m", {"dense part": 9}, 10**6, 1536, tuple(counts), unit, share=share, resident_staging=resident_staging
+    )
+    plan = split_budget(costs, costs.smallest + extra)
+    for slots, count in zip(plan.capacities, counts, strict=True):
+        assert slots % unit == 0 and share * count - unit < slots <= share * count
+    assert plan.total_bytes <= plan.budget_bytes and plan.staging_blocks <= costs.staging_blocks
+    assert plan.staging_blocks >= 1 or plan.capacities == costs.counts
+    assert costs.smallest <= costs.largest
+    if sum(plan.capacities):
+        with pytest.raises(BudgetError, match="slots .* or a smaller --slots"):
+            split_budget(costs, costs.smallest - 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"merge_gap": -1}, {"merge_gap": "2MiB"}, {"merge_gap": True}, {"merge_gap": "wide"}, {"merge_gap": None}]
+    + [{"reads_in_flight": 0}, {"reads_in_flight": "8"}, {"reads_in_flight": True}, {"reads_in_flight": 10**6}]
+    + [{"direct": "maybe"}, {"direct": True}, {"staging_blocks": 0}, {"staging_blocks": 1.0}]
+    + [{"slots": -0.1}, {"slots": 1.01}, {"slots": float("nan")}, {"slots": True}, {"slots": "half"}, {"slots": None}],
+)
+def test_settings_of_the_reads_are_validated(fields: dict) -> None:
+    with pytest.raises(UsageError, match="|".join([*fields, "cannot read the size"])):
+        FlashConfig(**fields)
+
+
+def test_settings_of_the_reads_are_taken() -> None:
+    assert FlashConfig(merge_gap="16KiB").merge_gap == 16384 and FlashConfig(merge_gap=0).merge_gap == 0
+    assert FlashConfig(slots=1, reads_in_flight=4096, staging_blocks=1, direct="off").slots == 1

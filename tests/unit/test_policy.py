@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -120,3 +122,54 @@ def test_least_takes_the_smallest_and_of_equals_the_first(values: list[int], cou
 def test_nonsense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Policy(**wrong)  # type: ignore[arg-type]
+
+
+@given(st.floats(0, 1), st.floats(0, 1e6), st.integers(0, 9), st.floats(0, 1))
+def test_plain_values_and_back(decay: float, prior: float, window: int, pinned: float) -> None:
+    policy = Policy(decay, prior, window, pinned)
+    plain = json.loads(json.dumps(policy.plain()))
+    assert Policy.of(plain) == policy and type(Policy.of(plain | {"window": float(window)}).window) is int
+    assert Policy.of({"decay": decay}) == Policy(decay) and Policy.of({}) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"decay": 1.5}, "decay and pinned"),
+        ({"window": -1}, "window"),
+        ({"window": 1.5}, "whole number of tokens, not 1.5"),
+        ({"prior": float("inf")}, "finite"),
+        ({"decay": float("nan")}, "finite"),
+        ({"prior": 10**400}, "finite"),
+        ({"prior": "40"}, "finite"),
+        ({"window": True}, "finite"),
+        ({"prior": None}, "finite"),
+        ({"prior": [1]}, "finite"),
+        ({"speed": 1}, "decay, prior, window, pinned, not of .*speed"),
+        ({3: 1}, "not of"),
+        ([0.9], "not of"),
+        (None, "not of"),
+    ],
+)
+def test_plain_values_that_make_no_policy(values: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Policy.of(values)  # type: ignore[arg-type]
+
+
+def least_by_sorting(values: np.ndarray, count: int) -> list[int]:
+    return sorted(np.argsort(values, kind="stable")[: max(0, count)].tolist())
+
+
+@given(st.integers(1, 400), st.integers(0, 9), st.integers(0, 99))
+def test_least_of_many_with_equals(size: int, kinds: int, seed: int) -> None:
+    """Also with infinite ones, as those are that must not go."""
+    rng = np.random.default_rng(seed)
+    values = (
+        np.append(rng.random(size), np.inf)[rng.integers(0, size + 1, size)]
+        if not kinds
+        else rng.integers(0, kinds, size).astype(np.float64)
+    )
+    before = values.copy()
+    for count in {0, 1, size // 3, size - 1, size, size + 1}:
+        assert least(values, count).tolist() == least_by_sorting(values, count)
+    assert (values == before).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.residency.policy import DEFAULT, LFU, LRU, Policy
@@ -233,3 +233,106 @@ def test_after_a_prompt_the_bundles_worth_most_are_resident(
     assert len(kept) == capacity
     for other in others:
         assert not residency.history.beats(np.full(len(kept), other), kept).any()
+
+
+class Plain:
+    """The same decisions by the shortest code: the reference."""
+
+    def __init__(self, residency: Residency):
+        self.residency = residency
+
+    def worth(self, ids: np.ndarray) -> np.ndarray:
+        history = self.residency.history
+        if not history.policy.decay:
+            return history.last_used[ids].astype(np.float64)
+        return history.score[ids] if history.base is None else history.score[ids] + history.gain * history.base[ids]
+
+    def first_to_go(self, ids: np.ndarray, count: int, protected: np.ndarray) -> np.ndarray:
+        rank = self.residency.history.rank(ids)
+        order = np.lexsort((self.worth(ids), np.zeros(len(ids)) if rank is None else rank))
+        return np.sort(order[~np.isin(order, protected)][: max(0, count)])
+
+    def plan(self, ids: np.ndarray) -> Plan:
+        residency = self.residency
+        slots = residency.slot_of[ids]
+        hits, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        fresh = np.arange(residency.num_used, min(residency.capacity, residency.num_used + len(missing)))
+        held = residency.id_of[: residency.num_used]
+        victims = self.first_to_go(held, len(missing) - len(fresh), slots[hits])
+        room = np.concatenate([victims, fresh]).astype(np.int32)
+        over = self.first_to_go(ids[missing], len(missing) - len(room), np.empty(0, int))
+        loads = np.delete(missing, over)
+        slots[loads] = room
+        return Plan(ids, slots, hits, loads, missing[over])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.floats(0, 1.1), st.floats(0, 0.6), policies, st.booleans(), st.integers(0, 99))
+def test_plans_are_those_of_plain_code(
+    count: int, share: float, asked: float, policy: Policy, calibrated: bool, seed: int
+) -> None:
+    """Bit for bit, with ids of either kind, step after step."""
+    rng = np.random.default_rng(seed)
+    rates = rng.integers(0, 4, count).astype(np.float32) / 4 if calibrated else None  # with equals
+    residency = Residency(count, int(share * count), policy, rates)
+    for step in range(8):
+        ids = np.flatnonzero(rng.random(count) < asked).astype(np.int32 if step % 2 else np.int64)
+        expected, plan = Plain(residency).plan(ids), residency.plan(ids)
+        for name in ("ids", "slots", "hits", "loads", "overflow"):
+            np.testing.assert_array_equal(getattr(plan, name), getattr(expected, name), name)
+        assert plan.slots.dtype == np.int32
+        score, last, clock = residency.history.score.copy(), residency.history.last_used.copy(), step
+        used = rng.random(len(ids)) < 0.8
+        gain = residency.history.gain
+        residency.evict(plan)
+        residency.commit(plan, used)
+        check_consistent(residency)
+        score[ids[used]] += gain
+        last[ids[used]] = clock
+        if residency.history.gain >= gain:
+            assert (residency.history.score == score).all()
+        assert (residency.history.last_used == last).all()
+
+
+@given(steps, st.integers(1, COUNT), policies, st.data())
+def test_kept_slots_are_left_alone(calls: list[set[int]], capacity: int, policy: Policy, data: st.DataObject) -> None:
+    residency = Residency(COUNT, capacity, policy, RATES)
+    for ids in calls:
+        run(residency, ids)
+    ids = as_ids(data.draw(asks))
+    kept = data.draw(st.sets(st.integers(-1, residency.num_used - 1)))
+    keep = np.array(sorted(kept), np.int32)
+    plan, free = residency.plan(ids, keep), residency.plan(ids)
+    assert (plan.hits == free.hits).all() and (plan.slots[plan.hits] == free.slots[free.hits]).all()
+    assert kept.isdisjoint(plan.slots[plan.loads].tolist())
+    taken = plan.slots[plan.slots >= 0]
+    assert len(set(taken.tolist())) == len(taken)
+    room = capacity - len(set(plan.slots[plan.hits].tolist()) | kept - {-1})
+    missing = len(ids) - len(plan.hits)
+    assert len(plan.loads) == min(room, missing) and len(plan.overflow) == missing - len(plan.loads)
+    assert (residency.plan(ids, np.empty(0, np.int32)).slots == free.slots).all()
+    residency.evict(plan)
+    residency.commit(plan)
+    check_consistent(residency)
+
+
+@given(steps, st.integers(1, COUNT), policies, asks, asks)
+def test_slots_that_are_being_filled_are_kept(
+    calls: list[set[int]], capacity: int, policy: Policy, guessed: set[int], asked: set[int]
+) -> None:
+    """Reads ahead have taken slots, evicted and fresh ones, and not ended when the next plan is made."""
+    residency, disk = Residency(COUNT, capacity, policy, RATES), Disk(capacity)
+    for ids in calls:
+        disk.fill(run(residency, ids))
+    ahead = residency.plan(as_ids(guessed - resident(residency)))
+    residency.evict(ahead)
+    plan = residency.plan(as_ids(asked - guessed), keep=ahead.slots)
+    assert set(plan.slots[plan.loads].tolist()).isdisjoint(ahead.slots.tolist())
+    residency.evict(plan)
+    disk.fill(ahead)
+    disk.fill(plan)
+    residency.place(ahead)
+    residency.commit(plan)
+    check_consistent(residency)
+    for each in (ahead, plan):
+        disk.check(residency, each)

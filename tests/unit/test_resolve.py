@@ -34,9 +34,9 @@ def test_cache_folder_per_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("darwin", "Library/Caches/mlx_flash"),
         ("win32", "local/mlx_flash"),
     ):
-        monkeypatch.setattr(resolve.sys, "platform", platform)
+        monkeypatch.setattr(sys, "platform", platform)
         assert cache_folder() == tmp_path / expected
-    monkeypatch.setattr(resolve.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert cache_folder() == tmp_path / "other" / "mlx_flash"
 

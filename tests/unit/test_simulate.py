@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from functools import cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.errors import UsageError
+from mlx_flash.measure.replay import AGES, synthetic_layer
 from mlx_flash.measure.trace import Trace, read_trace
 from mlx_flash.residency.policy import DEFAULT, LFU, LRU, Policy
 from mlx_flash.tuning.simulate import (
     OPTIMUM,
     POLICIES,
     Row,
+    best_policy,
     least_misses,
     policy_misses,
     print_table,
@@ -154,3 +156,13 @@ def test_the_table_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
         read = list(csv.DictReader(file))
     assert [row["layer"] for row in read] == ["0", "all", "all"] and read[2]["misses"] == "3"
     assert read[0]["miss_rate"] == "0.750000"
+
+
+def test_the_policy_is_the_one_that_misses_least_on_what_was_recorded() -> None:
+    """Where only recency counts LRU wins; where some are hot, uses that fade do."""
+    rng = np.random.default_rng(0)
+    recent = list(islice(synthetic_layer(1000, AGES, rng), 200))
+    hot = [np.flatnonzero(rng.random(1000) < np.where(np.arange(1000) < 150, 0.6, 0.05)) for _ in range(200)]
+    none = np.zeros(1000, np.float32)
+    assert best_policy([(recent, 1000, none)]) == LRU
+    assert best_policy([(hot, 1000, none)]) == DEFAULT
