@@ -67,6 +67,22 @@ class Kernels(Protocol):
         integers.
         """
 
+    def dense(
+        self,
+        first: np.ndarray,
+        second: np.ndarray | None,
+        down: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        block: int,
+        *,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        """`neurons` of all rows, added to y (d,) by blocks of `block` rows; returns them, (count,) fp32. down
+        (count, d); the rest as there. The same bits as `neurons` and `add_blocks` give."""
+
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x / rms(x) * weight over the last axis. x (..., n), weight (n,) fp32 -> (..., n) fp32."""
 
@@ -91,6 +107,15 @@ def load(numba: bool | None = None) -> Kernels:
             return load(False)
     kernels: Kernels = import_module(f"{__package__}.kernels_{'numba' if numba else 'plain'}").KernelSet()
     return kernels
+
+
+def add_dense(kernels: Kernels, down: np.ndarray, h: np.ndarray, y: np.ndarray, block: int) -> None:
+    """Add h[i] down[i] of all rows to y, by blocks of `block` rows; those of zeros are not touched."""
+    rows = np.flatnonzero(h)
+    if len(rows):
+        edges = np.arange(rows[0] // block + 1, rows[-1] // block + 1) * block
+        starts = np.concatenate([[0], np.searchsorted(rows, edges), [len(rows)]])
+        kernels.add_blocks([down], None, rows, h[rows], starts, y)
 
 
 def activate(name: str, values: np.ndarray) -> np.ndarray:

@@ -206,12 +206,15 @@ def _emit_dots(builder: Any, kind: int, rows: list[Any], following: list[Any], x
     return list(totals)
 
 
-def _emit_add(builder: Any, kind: int, y: Any, rows: list[Any], h: list[Any], n: Any) -> None:
+def _emit_add(builder: Any, kind: int, y: Any, rows: list[Any], following: list[Any], h: list[Any], n: Any) -> None:
     """y[j] += h[0] rows[0][j], then h[1] rows[1][j] and so on: the same sum however many rows go in one call."""
     splats = [_splat(builder, value) for value in h]
 
     def step(lanes: int, factors: list[Any]) -> Callable[..., list[Any]]:
         def body(i: Any, _: list[Any]) -> list[Any]:
+            if lanes > 1:
+                for row, next_row in zip(rows, following, strict=False):  # four streams need no help
+                    _prefetch(builder, kind, row, next_row, i, n, lanes)
             total = _load(builder, y, i, FLOAT32, lanes)
             for row, factor in zip(rows, factors, strict=True):
                 total = _fma(builder, _load(builder, row, i, kind, lanes), factor, total)
@@ -286,15 +289,15 @@ def store(typing: Any, kind: Any, address: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def add_row(typing: Any, kind: Any, y: Any, n: Any, row: Any, h: Any) -> Any:
-    """Add h times the n weights at address row to the n fp32 at address y."""
+def add_row(typing: Any, kind: Any, y: Any, n: Any, row: Any, following: Any, h: Any) -> Any:
+    """Add h times the n weights at address row to the n fp32 at address y; `following` is what is read next."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, y, n, row, h = arguments
-        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, [row], [h], n))
+        kind, y, n, row, following, h = arguments
+        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, [row], [following], [h], n))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4, types.float32), generate
+    return types.void(*[types.int64] * 5, types.float32), generate
 
 
 @intrinsic
@@ -305,7 +308,7 @@ def add_4_rows(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind, y, n, *rest = arguments
-        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, rest[:4], rest[4:], n))
+        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, rest[:4], [], rest[4:], n))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, *[types.float32] * 4), generate

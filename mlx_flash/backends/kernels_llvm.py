@@ -120,6 +120,35 @@ def neurons(  # type: ignore[no-untyped-def]
 
 
 @_jit(nogil=True)
+def records(  # type: ignore[no-untyped-def]
+    state, tasks, kind, first, second, down, stride, x, n, bias, acts, cutoff, block, h, sums
+):
+    """`neurons` of all rows and `tiles` over blocks of `block` of them, in one pass over records that hold the parts
+    side by side; a task is one block"""
+    taken, done, count, d = state.ctypes.data, state[1:].ctypes.data, len(h), sums.shape[1]
+    while True:
+        task = fetch_add(taken, 1)
+        if task >= tasks:
+            return fetch_add(done, 0)
+        sums[task] = 0
+        y = sums[task].ctypes.data
+        for i in range(task * block, min(count, (task + 1) * block)):
+            row = i * stride
+            value = dot(kind, first + row, (second if second else down) + row, x, n)
+            if len(bias):
+                value += bias[i]
+            value = act(acts[0], value)
+            if abs(value) <= cutoff:
+                value = np.float32(0)
+            if second and value != 0:
+                value *= act(acts[1], dot(kind, second + row, down + row, x, n))
+            h[i] = value
+            if value != 0:
+                add_row(kind, y, d, down + row, first + min(i + 1, count - 1) * stride, value)
+        fetch_add(done, 1)
+
+
+@_jit(nogil=True)
 def tiles(state, tasks, kind, rows, h, starts, across, sums):  # type: ignore[no-untyped-def]
     """sums[b] = the sum of block b; a task is one of `across` column ranges of one block. rows: addresses"""
     taken, done, d = state.ctypes.data, state[1:].ctypes.data, sums.shape[1]
@@ -138,7 +167,7 @@ def tiles(state, tasks, kind, rows, h, starts, across, sums):  # type: ignore[no
             add_4_rows(kind, y, n, a, b, c, e, h[i], h[i + 1], h[i + 2], h[i + 3])
             i += 4
         for j in range(i, end):
-            add_row(kind, y, n, rows[j] + at, h[j])
+            add_row(kind, y, n, rows[j] + at, rows[j] + at, h[j])
         fetch_add(done, 1)
 
 
@@ -181,7 +210,8 @@ def weigh(state, tasks, kind, weights, values, head_stride, stride, group, out):
             row += 4 * stride
             i += 4
         for j in range(i, length):
-            add_row(kind, y, size, values + head // group * head_stride + j * stride, p[j])
+            row = values + head // group * head_stride + j * stride
+            add_row(kind, y, size, row, row, p[j])
         fetch_add(done, 1)
 
 

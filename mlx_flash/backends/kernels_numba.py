@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import kernels_llvm as compiled
+from .kernels import add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
 from .workers import Workers
 
@@ -152,9 +153,7 @@ class KernelSet:
         tasks = self._workers.tasks(len(rows) * d * itemsize, blocks * max(1, d // 256))
         across = -(-tasks // blocks)
         with self._lock:
-            if self._sums.size < blocks * d:
-                self._sums = np.empty((blocks, d), np.float32)
-            sums = self._sums.reshape(-1)[: blocks * d].reshape(blocks, d)
+            sums = self._blocks(blocks, d)
             self._workers.run(
                 compiled.tiles,
                 blocks * across,
@@ -166,6 +165,60 @@ class KernelSet:
                 sums,
             )
             compiled.fold(sums, y)
+
+    def dense(
+        self,
+        first: np.ndarray,
+        second: np.ndarray | None,
+        down: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        block: int,
+        *,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        blocks = -(-len(down) // block)
+        if blocks < 2 * self.threads or down.strides != first.strides:  # too few tasks, or no records
+            h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
+            add_dense(self, down, h, y, block)
+            return h
+        parts = [part for part in (first, second, down) if part is not None]
+        _check_rows(*parts)
+        _check_input(x, first.shape[1])
+        if any(part.dtype != first.dtype or part.strides != first.strides for part in parts):
+            raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
+        if any(len(part) != len(first) for part in parts) or down.shape[1:] != y.shape:
+            raise ValueError(f"parts {[part.shape for part in parts]} for y {y.shape}")
+        h = np.empty(len(first), np.float32)
+        with self._lock:
+            sums = self._blocks(blocks, len(y))
+            self._workers.run(
+                compiled.records,
+                blocks,
+                KINDS[first.dtype],
+                _address(first),
+                0 if second is None else _address(second),
+                _address(down),
+                first.strides[0],
+                _address(x),
+                first.shape[1],
+                _NONE if bias is None else np.ascontiguousarray(bias, np.float32),
+                (ACTS[acts[0]], ACTS[acts[1]]),
+                np.float32(cutoff),
+                block,
+                h,
+                sums,
+            )
+            compiled.fold(sums, y)
+        return h
+
+    def _blocks(self, blocks: int, d: int) -> np.ndarray:
+        """(blocks, d) fp32 for sums; `_lock` is held while they are used."""
+        if self._sums.size < blocks * d:
+            self._sums = np.empty((blocks, d), np.float32)
+        return self._sums.reshape(-1)[: blocks * d].reshape(blocks, d)
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .kernels import activate, narrow, widen
+from .kernels import activate, add_dense, narrow, widen
 
 ROWS = 256  # widened at a time
 
@@ -80,6 +80,23 @@ class KernelSet:
             for weight, row in zip(h[begin:end], block, strict=True):
                 total += weight * row
             y += total
+
+    def dense(
+        self,
+        first: np.ndarray,
+        second: np.ndarray | None,
+        down: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        block: int,
+        *,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
+        add_dense(self, down, h, y, block)
+        return h
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean = np.mean(np.square(x), axis=-1, keepdims=True)

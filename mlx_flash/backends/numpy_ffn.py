@@ -112,11 +112,17 @@ class DecodePass(FFNInput):
         bias = None if self.bias is None else self.bias[first_id : first_id + count]
         here = slice(first_row, first_row + count)
         second = None if self.second is None else slab.part(self.second)[here]
-        scalars = self.kernels.neurons(
-            slab.part(self.first)[here], second, None, self.x, bias=bias, acts=self.acts, cutoff=self.spec.cutoff
+        scalars = self.kernels.dense(
+            slab.part(self.first)[here],
+            second,
+            slab.part("down")[here],
+            self.x,
+            self.out,
+            BLOCK,
+            bias=bias,
+            acts=self.acts,
+            cutoff=self.spec.cutoff,
         )
-        kept = np.flatnonzero(scalars)
-        self._add([slab.part("down")], None, kept + first_row, scalars[kept], kept + first_id)
         if h is not None:
             h[0] = scalars
 

@@ -230,7 +230,9 @@ def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytes
 
     if hardware is not None:  # compile as for a processor that cannot convert
         monkeypatch.setattr(kernels_emit, "HALF_IN_HARDWARE", hardware)
-        monkeypatch.setattr(kernels_llvm, "dots", kernels_llvm.numba.njit(kernels_llvm.dots.py_func))
+        for kernel in ("dots", "store_rows"):
+            compiled = kernels_llvm.numba.njit(getattr(kernels_llvm, kernel).py_func)
+            monkeypatch.setattr(kernels_llvm, kernel, compiled)
     every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 1)
     one = np.ones(1, np.float32)
     assert np.array_equal(SETS["numba"].dots(every, None, one)[:, None], every.astype(np.float32), equal_nan=True)
@@ -238,6 +240,15 @@ def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytes
     for lane in range(16):
         x = np.eye(16, dtype=np.float32)[lane]
         assert np.array_equal(SETS["numba"].dots(lanes, None, x), lanes[:, lane].astype(np.float32))
+    # Back again, also what lies half way between two of them and a hair to either side.
+    exact = np.sort(lanes.ravel().astype(np.float32))
+    between = (exact[1:] / 2 + exact[:-1] / 2).astype(np.float32)
+    values = np.concatenate([exact, between, np.nextafter(between, -1e9), np.nextafter(between, 1e9), [7e4, np.inf]])
+    values = values.astype(np.float32)[:, None]
+    got = np.empty(values.shape, np.float16)
+    SETS["numba"].store(values, got)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(got, values.astype(np.float16))
 
 
 def test_widening_is_exact_and_narrowing_rounds_to_nearest_even() -> None:
@@ -281,3 +292,57 @@ def test_workers_do_each_task_once_and_do_not_wait_for_a_helper_that_sleeps() ->
     assert time.perf_counter() - begin < 1 and {thread for _, thread in seen} == {"MainThread"}
     with pytest.raises(ValueError, match="0 threads"):
         crew.count = 0
+
+
+@both_sets
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_neurons_and_dense_are_the_same_terms(name: str, dtype: str, gated: bool, act: str) -> None:
+    """Gathered, in place, and in one pass over records: the same bits; and the right ones."""
+    kernel, rng, (count, d) = SETS[name], np.random.default_rng(5), (1100, 70)
+    records = stored(rng.normal(size=(count, 3 * d)) / 8, dtype)
+    first, second, down = records[:, :d], records[:, d : 2 * d] if gated else None, records[:, 2 * d :]
+    x, bias = rng.normal(size=d).astype(np.float32), (rng.normal(size=count) / 4).astype(np.float32)
+    kernel.threads, options = 2, {"bias": bias, "acts": (act, ""), "cutoff": 0.05}
+    h = kernel.neurons(first, second, None, x, **options)
+    lead = wide(first) @ x.astype(np.float64) + bias
+    lead = np.maximum(lead, 0) if act == "relu" else lead / (1 + np.exp(-lead))
+    sure = np.abs(np.abs(lead) - 0.05) > 1e-3
+    wanted = np.where(np.abs(lead) <= 0.05, 0, lead) * (1 if second is None else wide(second) @ x.astype(np.float64))
+    np.testing.assert_allclose(h[sure], wanted[sure], rtol=1e-4, atol=1e-4)
+    rows = rng.permutation(count)[:301]
+    picked = kernel.neurons(first, second, rows, x, **{**options, "bias": bias[rows]})
+    assert picked.tobytes() == h[rows].tobytes()
+    given = kernel.neurons(first, None, None, x, **options)
+    again = kernel.neurons(None, second, rows, x, given=given[rows], acts=(act, ""))
+    assert again.tobytes() == h[rows].tobytes()
+    for block in (256, 64):  # two numbers of tasks: by records, and in two steps
+        y, z = np.ones(d, np.float32), np.ones(d, np.float32)
+        assert kernel.dense(first, second, down, x, y, block, **options).tobytes() == h.tobytes()
+        kept = np.flatnonzero(h)
+        starts = np.concatenate([[0], np.searchsorted(kept, np.arange(block, count, block)), [len(kept)]])
+        kernel.add_blocks([down], None, kept, h[kept], starts, z)
+        assert y.tobytes() == z.tobytes()
+
+
+@both_sets
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_rotations_and_stores(name: str, dtype: str) -> None:
+    kernel, rng = SETS[name], np.random.default_rng(6)
+    x, weight = rng.normal(size=(3, 50)).astype(np.float32), rng.normal(size=50).astype(np.float32)
+    wanted = x / np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(kernel.norm(x, weight, 1e-5), wanted, rtol=1e-5)
+    angle = rng.normal(size=25)
+    turned = x.copy()
+    kernel.rotate(turned, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+    pairs = (x[:, :25] + 1j * x[:, 25:]) * np.exp(1j * angle)
+    np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], axis=1), rtol=1e-5, atol=1e-6)
+    edges = [0.0, -0.0, np.inf, -np.inf, np.nan, 65504, 65520, 65519, 1e-8, 6e-8, 2**-14, 1 + 2**-11, 1 + 3 * 2**-11]
+    values = np.concatenate([edges, rng.normal(size=187) * 10.0 ** rng.integers(-9, 6, 187)]).astype(np.float32)
+    cache = stored(np.zeros((4, 10, 50)), dtype)
+    kernel.store(values.reshape(4, 50), cache[:, 3])
+    narrowed = np.empty((4, 50), cache.dtype)
+    kernels.narrow(values.reshape(4, 50), narrowed)
+    got, expected = wide(cache[:, 3]), wide(narrowed)
+    assert np.array_equal(got, expected, equal_nan=True) and not wide(cache[:, 4]).any()
