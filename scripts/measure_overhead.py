@@ -3,8 +3,8 @@
     python scripts/measure_overhead.py --model FLASH --csv FILE [--rounds 7] [--tokens 8]
 
 The same decoder (numpy backend) with and without them, in one process, in turn, on the same tokens: gate, up and down
-of the plain one are three arrays per layer, as any program would hold them, and its FFN is two kernel calls. Takes twice the model's size in memory. Asked: at most
-5 % more time per token; the logits must be the same bits.
+of the plain one are three arrays per layer, as any program would hold them, and its FFN is two kernel calls. Takes
+twice the model's size in memory. Asked: at most 5 % more time per token; the logits must be the same bits.
 """
 
 from __future__ import annotations

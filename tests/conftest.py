@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Two processes share the cores: a BLAS with threads of its own in each would wait for itself. Before NumPy is imported.
@@ -18,6 +20,17 @@ settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unmeasured() -> Iterator[None]:
+    """No test's plan depends on what `mlx_flash bench --probe` measured here. For the session, as fixtures of modules
+    load models too; a test that wants a measured machine puts its own in the same place."""
+    import mlx_flash.load  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["mlx_flash.load"], "load_machine", lambda path: None)
+        yield
 
 
 def shared_path(relative: str) -> Path:

@@ -20,6 +20,7 @@ from ..storage.calibration import Calibration, LayerCalibration, attach
 from ..storage.checkpoint import Checkpoint
 from .trace import Trace
 
+GUESSES = {"recall": 0.95, "precision": 0.95}  # what is guessed a layer ahead, as FloE reports it (arXiv 2505.05950)
 RANK = 256  # of a predictor; what the paper's models and ours need lies between 64 and 1024
 
 
@@ -61,7 +62,7 @@ def attach_random_predictors(checkpoint: Checkpoint, trace: Trace, rank: int = R
                 b=rng.integers(-127, 128, (count, rank), np.int8),
                 bias=np.zeros(count, np.float32),
                 step=np.full(1, 1e-4, np.float32),
-                figures={"rank": rank, "look_ahead": {"margin": 0.0}, "layer": index},
+                figures={"rank": rank, "layer": index, "look_ahead": {"margin": 0.0, **GUESSES}},
             )
         )
     # Such a trace holds nothing but how long ago a neuron was named: least recently used is the best there is.

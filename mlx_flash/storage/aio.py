@@ -14,15 +14,15 @@ import ctypes
 import errno
 import itertools
 import os
-import platform
-import sys
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
 from ..errors import ReadError
-from .pieces import Merging, Pieces
+from .aio_calls import Blocks, Kernel, places
+from .pieces import Alike, Merging, Pieces
 from .pread import FORKED, Crew, Job, OpenFile, PreadReader, given_up
 from .protocol import LayerFile, Pending, ReadReport, Target
 
@@ -30,60 +30,8 @@ DEPTH = 256
 # Given more than two at once the kernel joins reads that lie side by side: of a scan's long ones that makes a few huge
 # ones, which keep the disk less busy.
 LONG_BYTES, LONG_AT_ONCE = 1 << 17, 2
-_NUMBERS = {"x86_64": (206, 209, 208, 207), "aarch64": (0, 2, 4, 1)}  # io_setup, io_submit, io_getevents, io_destroy
-_PREAD, _PREADV = 0, 7
-_CONTROL_BLOCK = np.dtype(  # struct iocb, little-endian
-    [
-        ("data", "<i8"),
-        ("key", "<u4"),
-        ("rw_flags", "<u4"),
-        ("opcode", "<u2"),
-        ("priority", "<i2"),
-        ("fd", "<i4"),
-        ("buffer", "<u8"),
-        ("nbytes", "<u8"),
-        ("offset", "<i8"),
-        ("reserved", "<u8"),
-        ("flags", "<u4"),
-        ("eventfd", "<u4"),
-    ]
-)
 _NONE = np.empty(0, np.int64)
 _contexts: set[_Context] = set()  # until the kernel has let go of their requests' memory, whoever forgets the reader
-
-
-class _Kernel:
-    """The four system calls. Each returns what the kernel does: a count, or a negative error number."""
-
-    def __init__(self) -> None:
-        numbers = _NUMBERS.get(platform.machine())
-        if sys.platform != "linux" or numbers is None or sys.maxsize < 1 << 32 or sys.byteorder != "little":
-            raise OSError(errno.ENOSYS, "no asynchronous I/O is known for this system")
-        self._numbers = numbers
-        long, pointer = ctypes.c_long, ctypes.c_void_p
-        kind = ctypes.CFUNCTYPE(long, long, ctypes.c_ulong, long, long, pointer, pointer, use_errno=True)
-        self._call = kind(("syscall", ctypes.CDLL(None)))
-
-    def _result(self, value: int) -> int:
-        return value if value >= 0 else -ctypes.get_errno()
-
-    def setup(self, events: int, context: ctypes.c_ulong) -> int:
-        """Make a context, its name in `context`, which must hold 0."""
-        return self._result(self._call(self._numbers[0], events, ctypes.addressof(context), 0, None, None))
-
-    def submit(self, context: int, pointers: np.ndarray) -> int:
-        """Begin the reads of control blocks at these addresses (n,); returns how many were taken."""
-        address = pointers.ctypes.data
-        return self._result(self._call(self._numbers[1], context, len(pointers), address, None, None))
-
-    def events(self, context: int, at_least: int, into: np.ndarray) -> int:
-        """Wait for so many ended reads; `into` (n, 4) takes data, block, result, 0 of each."""
-        address = into.ctypes.data
-        return self._result(self._call(self._numbers[2], context, at_least, len(into), address, None))
-
-    def destroy(self, context: int) -> int:
-        """Return when nothing is in flight; the context is gone."""
-        return self._result(self._call(self._numbers[3], context, 0, 0, None, None))
 
 
 class _Context:
@@ -93,14 +41,15 @@ class _Context:
     """
 
     def __init__(self, depth: int):
-        self.kernel, self.depth, self.pid = _Kernel(), depth, os.getpid()
+        self.kernel, self.depth, self.pid = Kernel(), depth, os.getpid()
         self.requests: dict[int, _Request] = {}  # by number; also keeps their memory alive
         self.in_flight = 0
         self.torn = self.closed = False
         self._failures = 0  # contexts lost
         self._name = ctypes.c_ulong(0)
-        self._events = np.empty((depth, 4), np.int64)
-        self._numbers = itertools.count()
+        self.blocks, self.events = Blocks(depth), np.empty((depth, 4), np.int64)
+        self._events_at = self.events.ctypes.data
+        self.numbers = itertools.count()
         problem = self._renew()
         if problem:
             raise OSError(-problem, os.strerror(-problem))
@@ -109,8 +58,6 @@ class _Context:
     def add(self, request: _Request) -> None:
         """Begin a request. Known to `drain` before anything of it is in flight."""
         self.mend()
-        request.number = next(self._numbers) & 0x7FFFFFFF  # shares an int64 with a piece's
-        request.control["data"] |= request.number << 32
         self.requests = {number: each for number, each in self.requests.items() if not each.over}
         self.requests[request.number] = request
         self.fill()
@@ -135,20 +82,24 @@ class _Context:
         self.torn = False
         return problem
 
-    def fill(self) -> None:
-        """Begin reads until `depth` are in flight or none is left."""
+    def fill(self) -> bool:
+        """Begin reads until `depth` are in flight or none is left; whether some are left."""
         for request in list(self.requests.values()):
-            if request.failed:
+            if request.jobs and request.failed:
                 request.todo = _NONE
             while len(request.todo):
                 if self.in_flight >= self.depth or not self._submit(request):
-                    return
+                    return True
+        return False
 
     def _submit(self, request: _Request) -> bool:
         """Begin some reads of a request, or hand them to the threads; False when that must wait."""
-        pointers = request.pointers[request.todo[: min(request.at_once, self.depth - self.in_flight)]]
+        which = request.todo[: min(request.at_once, self.depth - self.in_flight)]
+        self.blocks.fill(request.number, request.file.fd, request.plan.start, request.places, which)
         self.torn = True
-        taken = self.kernel.submit(self._name.value, pointers) if self._name.value else -errno.ENOSYS
+        taken = -errno.ENOSYS
+        if self._name.value:
+            taken = self.kernel.submit(self._name.value, len(which), self.blocks.pointers)
         if taken > 0:
             request.todo = request.todo[taken:]
             request.in_flight += taken
@@ -169,9 +120,9 @@ class _Context:
         if not self.in_flight:
             return
         self.torn = True
-        got = self.kernel.events(self._name.value, at_least, self._events)
+        got = self.kernel.events(self._name.value, at_least, self.depth, self._events_at)
         if got > 0:
-            self._note(self._events[:got])
+            self._note(self.events[:got])
         elif got < 0 and got != -errno.EINTR:
             self._lost()
         self.torn = False
@@ -182,22 +133,27 @@ class _Context:
         self._renew()
 
     def _note(self, events: np.ndarray) -> None:
+        busy = [request for request in self.requests.values() if request.in_flight]
+        if len(busy) == 1:
+            self.in_flight -= len(events)
+            busy[0].note(events)
+            return
         numbers = events[:, 0] >> 32
         for number in set(numbers.tolist()):
             mine = events[numbers == number]
             self.in_flight -= len(mine)
-            self.requests[number].note(mine[:, 0] & 0xFFFFFFFF, mine[:, 2])
+            self.requests[number].note(mine)
 
     def finish(self, request: _Request) -> None:
         """Return when nothing of this request is in flight or to be begun."""
         self.mend()
         while request.in_flight or len(request.todo):
-            self.fill()
             # Wake up once, or, where reads wait for their turn, before the disk runs out of them.
-            at_least = request.in_flight
-            if any(len(each.todo) for each in self.requests.values()):
-                most = min(self.in_flight, max(1, self.depth // 4))
-                at_least = min(at_least, most) or most
+            if self.fill():
+                most = min(self.in_flight, max(1, self.depth // 2))
+                at_least = min(request.in_flight, most) or most
+            else:
+                at_least = request.in_flight
             self.reap(at_least)
 
     def drain(self) -> None:
@@ -223,8 +179,6 @@ class _Context:
 class _Request:
     """One request's pieces: to be begun (`todo`), in flight, read, or with the threads."""
 
-    number = 0  # given by the context
-
     def __init__(
         self,
         context: _Context,
@@ -236,17 +190,33 @@ class _Request:
     ):
         self.context, self.crew, self.file, self.plan = context, crew, file, plan
         self.targets, self.scrap = targets, scrap  # also keeps their memory alive
-        self.length = plan.end - plan.start
-        self.at_once = LONG_AT_ONCE if self.length.mean() >= LONG_BYTES else context.depth
-        self.vectors, self.control = control_blocks(file.fd, plan, scrap)
-        self.pointers = self.control.ctypes.data + np.arange(len(self.control)) * self.control.itemsize
-        self.unread = np.ones(len(plan.start), bool)  # and not handed over
-        self.handed = np.zeros(len(plan.start), bool)
+        self.number = next(context.numbers) & 0x7FFFFFFF  # shares an int64 with a piece's
+        # Unread pieces are not known to have been read, nor handed over. Every one in flight is one of them.
+        self.left, self.alike = len(plan.start), plan.nbytes if isinstance(plan, Alike) else 0
+        self.nbytes = self.left * self.alike or int(self.length.sum())
+        self.at_once = LONG_AT_ONCE if self.nbytes >= LONG_BYTES * self.left else context.depth
+        self.places = places(plan, scrap)
         self.jobs: list[Job] = []
         self.in_flight, self.given_up = 0, False
-        usable = plan.aligned if file.align > 1 else np.zeros(len(plan.start), bool)
-        self.todo = np.flatnonzero(usable)
-        self._odd = np.flatnonzero(~usable)
+        self.todo, self._odd = np.arange(self.left), _NONE
+        if file.align == 1 or isinstance(plan, Alike) and not plan.alike:
+            self.todo, self._odd = _NONE, self.todo  # not to be read directly
+        elif not isinstance(plan, Alike):
+            self.todo, self._odd = np.flatnonzero(plan.aligned), np.flatnonzero(~plan.aligned)
+
+    @cached_property
+    def unread(self) -> np.ndarray:
+        """Which pieces are unread, where some are; when all have been read only `left` says so."""
+        return np.ones(len(self.plan.start), bool)
+
+    @cached_property
+    def handed(self) -> np.ndarray:
+        """Which pieces were handed over, where any was."""
+        return np.zeros(len(self.plan.start), bool)
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        return self.plan.end - self.plan.start
 
     def begin(self) -> None:
         if len(self._odd):
@@ -257,7 +227,9 @@ class _Request:
     def restart(self) -> None:
         """Nothing is in flight any more: what is not known to have been read is to be read again."""
         self.in_flight = 0
-        self.todo = _NONE if self.given_up else np.flatnonzero(self.unread)
+        unread = np.flatnonzero(self.unread) if self.left else _NONE
+        self.left = len(unread)
+        self.todo = _NONE if self.given_up else unread
         for job in self.jobs:
             if not job.over:
                 self.crew.start(job)  # which an interrupt may have prevented
@@ -270,15 +242,25 @@ class _Request:
         self.jobs.append(job)
         self.crew.start(job)
         self.handed[which] = True
-        self.unread[which] = False
+        self._read(which)
 
-    def note(self, which: np.ndarray, results: np.ndarray) -> None:
-        """These pieces have ended, with so many bytes or a negative error number."""
-        self.in_flight -= len(which)
+    def note(self, events: np.ndarray) -> None:
+        """These reads have ended, with so many bytes or a negative error number."""
+        self.in_flight -= len(events)
+        results = events[:, 2]
+        if self.alike and len(events) == self.left == np.count_nonzero(results == self.alike):
+            self.left = 0
+            return
+        which = events[:, 0] & 0xFFFFFFFF
         whole = results == self.length[which]
-        self.unread[which[whole]] = False
+        self._read(which[whole])
         if not whole.all():
             self.hand_over(which[~whole])  # they read on, or tell what is wrong
+
+    def _read(self, which: np.ndarray) -> None:
+        """These pieces are no longer unread."""
+        self.unread[which] = False
+        self.left = int(np.count_nonzero(self.unread))
 
     @property
     def failed(self) -> bool:
@@ -286,22 +268,30 @@ class _Request:
 
     @property
     def over(self) -> bool:
-        return not self.in_flight and not len(self.todo) and all(job.over for job in self.jobs)
+        return not (self.in_flight or len(self.todo) or self.jobs and not all(job.over for job in self.jobs))
 
     def wait(self) -> ReadReport:
         if os.getpid() == self.context.pid:
             self.context.finish(self)
         elif not self.over:
             raise ReadError(FORKED)
+        nbytes = self.nbytes
+        if self.jobs:
+            nbytes = int(self.length[~self.handed].sum()) + self._join()
+        if self.left:
+            raise given_up(self.file, int(self.plan.start[0]))
+        return ReadReport(nbytes, len(self.plan.start))
+
+    def _join(self) -> int:
+        """Wait for the threads; returns the bytes that they asked for."""
         for job in self.jobs:
             job.join()
         errors = {k: error for job in self.jobs for k, error in job.errors.items()}
         if errors:
             raise errors[min(errors)]
-        if self.unread.any() or any(job.skipped for job in self.jobs):
+        if any(job.skipped for job in self.jobs):
             raise given_up(self.file, int(self.plan.start[0]))
-        nbytes = int(self.length[~self.handed].sum()) + sum(job.bytes for job in self.jobs)
-        return ReadReport(nbytes, len(self.length))
+        return sum(job.bytes for job in self.jobs)
 
     def ended(self) -> bool:
         if os.getpid() != self.context.pid:
@@ -317,30 +307,6 @@ class _Request:
         self.todo = _NONE
         for job in self.jobs:
             job.give_up()
-
-
-def control_blocks(fd: int, plan: Pieces, scrap: memoryview) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors (m, 2), the kernel's control blocks (n,)) of a plan's pieces; the blocks point into the vectors."""
-    count = np.diff(plan.first)
-    control = np.zeros(len(count), _CONTROL_BLOCK)
-    control["data"] = np.arange(len(count))
-    control["fd"] = fd
-    control["offset"] = plan.start
-    if len(count) == len(plan.address):  # no piece has two segments
-        control["buffer"], control["nbytes"] = plan.address, plan.segments.nbytes
-        return _NONE, control
-    offset, nbytes = plan.segments.offset, plan.segments.nbytes
-    gap = np.zeros(len(offset), np.int64)  # before each segment; of a piece's first it does not matter
-    gap[1:] = offset[1:] - offset[:-1] - nbytes[:-1]
-    place = np.cumsum(1 + (gap > 0)) - 1
-    vectors = np.empty((place[-1] + 1, 2), np.int64)
-    vectors[place, 0], vectors[place, 1] = plan.address, nbytes
-    gaps = np.flatnonzero(gap > 0)
-    vectors[place[gaps] - 1, 0], vectors[place[gaps] - 1, 1] = np.frombuffer(scrap, np.uint8).ctypes.data, gap[gaps]
-    begin, end = place[plan.first[:-1]], place[plan.first[1:] - 1] + 1
-    control["opcode"] = _PREADV
-    control["buffer"], control["nbytes"] = vectors.ctypes.data + begin * vectors.itemsize * 2, end - begin
-    return vectors, control
 
 
 class AioReader(PreadReader):

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..errors import FormatError
@@ -49,7 +50,7 @@ class Layout:
     def bundle_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    @property
+    @cached_property
     def stride(self) -> int:
         return -(-self.bundle_bytes // ALIGN) * ALIGN
 

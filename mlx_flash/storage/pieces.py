@@ -20,6 +20,9 @@ PAGE = 4096
 # A read may name at most IOV_MAX = 1024 buffers, and each segment may need one more for the gap before it.
 MAX_SEGMENTS = 512
 SCAN_BUNDLES = 32
+# Where fewer than one in FEW has a near neighbour, each is a read of its own: finding out which reads to merge takes
+# longer than the reads that are saved, and the kernel joins what lies side by side by itself.
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,35 @@ class Pieces:
         return Lists(*(c.tolist() for c in (*columns, self.first, self.start, self.end, self.aligned)))
 
 
+class Alike(Pieces):
+    """Pieces of one segment of `nbytes` each, of one target, all aligned or none: a token needs thousands of them.
+    What only threads ask for is made when they do."""
+
+    def __init__(self, start: np.ndarray, memory: np.ndarray, base: int, nbytes: int, alike: bool):
+        self.__dict__.update(start=start, address=memory + base, nbytes=nbytes, alike=alike, _memory=memory)
+
+    nbytes: int
+    alike: bool
+    _memory: np.ndarray
+
+    @cached_property
+    def segments(self) -> Segments:
+        target, nbytes = np.zeros(len(self.start), np.int64), np.full(len(self.start), self.nbytes)
+        return Segments(self.start, target, self._memory, nbytes)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        return np.arange(len(self.start) + 1)
+
+    @cached_property
+    def end(self) -> np.ndarray:
+        return self.start + self.nbytes
+
+    @cached_property
+    def aligned(self) -> np.ndarray:
+        return np.full(len(self.start), self.alike)
+
+
 class Lists(NamedTuple):
     """The columns of Segments, then those of Pieces."""
 
@@ -93,21 +125,62 @@ def check_request(
         raise ValueError(f"ids {ids.shape} and rows {rows.shape} must be two lists of the same length")
     if ids.size and (ids.dtype.kind not in "iu" or rows.dtype.kind not in "iu"):
         raise ValueError(f"ids and rows must be integers, not {ids.dtype} and {rows.dtype}")
-    chosen = sorted((target for target in targets if target.nbytes), key=lambda target: target.offset)
-    at = 0
+    chosen, at, stride = [target for target in targets if target.nbytes], 0, layout.stride
+    if len(chosen) > 1:
+        chosen.sort(key=lambda target: target.offset)
     for target in chosen:
-        if target.offset < at or target.offset + target.nbytes > layout.stride:
-            end = target.offset + target.nbytes
-            raise ValueError(f"target [{target.offset}, {end}) overlaps another or the stride of {layout.stride}")
-        at = target.offset + target.nbytes
+        end = target.offset + target.nbytes
+        if target.offset < at or end > stride:
+            raise ValueError(f"target [{target.offset}, {end}) overlaps another or the stride of {stride}")
+        at = end
+    wide_ids, wide_rows = ids.astype(np.int64, copy=False), rows.astype(np.int64, copy=False)
     if ids.size:
-        capacity = min((len(target.rows) for target in chosen), default=0) if chosen else int(rows.max()) + 1
-        if ids.min() < 0 or ids.max() >= layout.count or rows.min() < 0 or rows.max() >= capacity:
+        capacity = min(len(target.rows) for target in chosen) if chosen else int(rows.max()) + 1
+        # As unsigned numbers negative ones are too large.
+        if wide_ids.view(np.uint64).max() >= layout.count or wide_rows.view(np.uint64).max() >= capacity:
             raise ValueError(
                 f"ids {ids.min()}..{ids.max()} of {layout.count} bundles, "
                 f"rows {rows.min()}..{rows.max()} of {capacity}: out of range"
             )
-    return ids.astype(np.int64, copy=False), rows.astype(np.int64, copy=False), chosen
+    return wide_ids, wide_rows, chosen
+
+
+def plan_reads(
+    layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target], merging: Merging, align: int
+) -> Pieces:
+    """The reads of a checked request that asks for something."""
+    found = _one_target(layout.stride, ids, rows, targets[0], merging, align) if len(targets) == 1 else None
+    if found is None:
+        found = pieces(segments(layout, ids, rows, targets), targets, merging, align, is_scan(ids))
+    return found
+
+
+def _one_target(
+    stride: int, ids: np.ndarray, rows: np.ndarray, target: Target, merging: Merging, align: int
+) -> Pieces | None:
+    """The reads of what a decoded token asks of a layer, and of a run of whole records, in a few steps: ascending ids,
+    one target, few neighbours or nothing else. None for other requests."""
+    nbytes, pitch, odd = target.nbytes, target.pitch, align - 1
+    begin, address = DATA_START + target.offset, target.address
+    if nbytes > merging.piece_bytes or (stride | pitch | nbytes) & odd:
+        return None  # long, or not all aligned alike
+    aligned = not (begin | address) & odd
+    step = ids[1:] - ids[:-1]
+    near = np.count_nonzero(step <= (merging.gap + nbytes) // stride)
+    if near * FEW < len(ids):
+        if near and step.min() < 0:
+            return None
+        offset, memory = ids * stride, rows * pitch
+        offset += begin
+        return Alike(offset, memory, address, nbytes, aligned)
+    if nbytes != stride or pitch != stride or (step != 1).any() or (rows[1:] - rows[:-1] != 1).any():
+        return None
+    skip = np.arange(0, len(ids) * stride, merging.piece_bytes)
+    length = np.minimum(merging.piece_bytes, len(ids) * stride - skip)
+    start, memory = skip + (begin + int(ids[0]) * stride), skip + int(rows[0]) * stride
+    found = Segments(start, np.zeros(len(skip), np.int64), memory, length)
+    alike = np.full(len(skip), aligned)
+    return Pieces(found, memory + address, np.arange(len(skip) + 1), start, start + length, alike)
 
 
 def is_scan(ids: np.ndarray) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import ReadError, UsageError
 from .layout import DATA_START
-from .pieces import PAGE, Merging, Pieces, check_request, is_scan, pieces, segments
+from .pieces import PAGE, Merging, Pieces, check_request, plan_reads
 from .protocol import Done, LayerFile, Pending, ReadReport, Target
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -340,8 +340,7 @@ class PreadReader:
             except OSError as error:
                 at = DATA_START + int(ids.min()) * layout.stride
                 return Done(read_error(self.files[layer], layer, at, error.strerror or str(error)))
-        found = segments(layout, ids, rows, wanted)
-        return self._begin(file, pieces(found, wanted, self.merging, file.align, is_scan(ids)), wanted)
+        return self._begin(file, plan_reads(layout, ids, rows, wanted, self.merging, file.align), wanted)
 
     def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:
         """Start to read."""

@@ -38,9 +38,14 @@ class Target:
         ):
             raise ValueError(f"a target's rows must be contiguous and apart, not of strides {rows.strides}")
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return int(self.rows.shape[1])
+
+    @cached_property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        return int(self.rows.strides[0])
 
     @cached_property
     def address(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mlx_flash.errors import ReadError, UsageError
-from mlx_flash.storage import aio, pread
+from mlx_flash.storage import aio, aio_calls, pread
 from mlx_flash.storage.layout import DATA_START, Layout, Part
 from mlx_flash.storage.reader import AioReader, LayerFile, Merging, Target
 
@@ -52,28 +52,28 @@ def wide(tmp_path):
     return made
 
 
-class Watched(aio._Kernel):
+class Watched(aio.Kernel):
     """The kernel, noting what it is asked for; `act(name, call)` may do something else than `call`."""
 
     act = staticmethod(lambda name, call: call())
 
     def __init__(self):
         super().__init__()
-        self.asked, self.in_flight, self.deepest = [], 0, 0
+        self.asked, self.waits, self.in_flight, self.deepest = [], [], 0, 0
 
     def setup(self, events, context):
         return self.act("setup", lambda: super(Watched, self).setup(events, context))
 
-    def submit(self, context, pointers):
-        self.asked.append(len(pointers))
-        taken = self.act("submit", lambda: super(Watched, self).submit(context, pointers))
+    def submit(self, context, count, pointers):
+        self.asked.append(count)
+        taken = self.act("submit", lambda: super(Watched, self).submit(context, count, pointers))
         self.in_flight += max(0, taken)
         self.deepest = max(self.deepest, self.in_flight)
         return taken
 
-    def events(self, context, at_least, into):
-        self.into = into
-        got = self.act("events", lambda: super(Watched, self).events(context, at_least, into))
+    def events(self, context, at_least, most, into):
+        self.waits.append(at_least)
+        got = self.act("events", lambda: super(Watched, self).events(context, at_least, most, into))
         self.in_flight -= max(0, got)
         return got
 
@@ -85,7 +85,7 @@ class Watched(aio._Kernel):
 @pytest.fixture
 def kernel(monkeypatch):
     """Every reader's kernel is a `Watched`; yields the class."""
-    monkeypatch.setattr(aio, "_Kernel", Watched)
+    monkeypatch.setattr(aio, "Kernel", Watched)
     monkeypatch.setattr(Watched, "act", staticmethod(lambda name, call: call()))
     return Watched
 
@@ -129,6 +129,15 @@ def test_a_request_is_one_call(file, kernel):
         found = reader._context.kernel
         report = check(reader, 0, file[1], IDS[:200], ROWS[:200], [(0, 2048, 2048, 0)], 200)
         assert found.asked == [report.reads]
+
+
+def test_a_request_that_is_longer_than_the_queue_takes_few_calls(wide, kernel):
+    """Half of what may be in flight stays in flight while the thread sleeps."""
+    with AioReader([wide[0]], depth=64, merging=NOTHING) as reader:
+        found = reader._context.kernel
+        report = check(reader, 0, wide[1], IDS, ROWS, [(0, 16384, 16384, 0)], 300)
+        assert found.asked[0] == 64 and sum(found.asked) == report.reads
+        assert all(32 <= waited <= 64 for waited in found.waits[:-1]) and len(found.waits) <= 1 + -(-(1200 - 64) // 32)
 
 
 def test_long_reads_are_begun_two_at_a_time(wide, kernel):
@@ -188,10 +197,10 @@ def test_a_kernel_that_takes_little(file, kernel, monkeypatch):
     def act(name, call):
         return -errno.EINTR if name in ("submit", "events") and rng.random() < 0.2 else call()
 
-    def few(self, context, pointers):
+    def few(self, context, count, pointers):
         if self.in_flight and rng.random() < 0.3:
             return -errno.EAGAIN
-        return real(self, context, pointers[: rng.randint(1, 9)])
+        return real(self, context, min(count, rng.randint(1, 9)), pointers)
 
     real = kernel.submit
     monkeypatch.setattr(kernel, "submit", few)
@@ -230,23 +239,20 @@ def spoil(kernel, monkeypatch, bundle, result):
     def act(name, call):
         got = call()
         if name == "events":
-            for event in watched.into[: max(0, got)]:
-                block = np.frombuffer((aio.ctypes.c_char * 64).from_address(int(event[1])), aio._CONTROL_BLOCK)[0]
-                if block["offset"] == DATA_START + bundle * 2048 and not spoiled:
-                    aio.ctypes.memset(
-                        int(block["buffer"]) + max(0, result), 0xEE, int(block["nbytes"]) - max(0, result)
-                    )
-                    event[2] = result
-                    spoiled.append(bundle)
+            for context in aio._contexts:
+                for event in context.events[: max(0, got)]:
+                    request, piece = context.requests.get(int(event[0]) >> 32), int(event[0]) & 0xFFFFFFFF
+                    if request is None:
+                        continue
+                    plan = request.plan
+                    if plan.start[piece] == DATA_START + bundle * 2048 and not spoiled:
+                        missing = int(plan.end[piece] - plan.start[piece]) - max(0, result)
+                        place = int(plan.address[plan.first[piece]]) + max(0, result)
+                        aio.ctypes.memset(place, 0xEE, missing)
+                        event[2] = result
+                        spoiled.append(bundle)
         return got
 
-    def remember(self):
-        nonlocal watched
-        real(self)
-        watched = self
-
-    watched, real = None, kernel.__init__
-    monkeypatch.setattr(kernel, "__init__", remember)
     monkeypatch.setattr(kernel, "act", staticmethod(act))
     return spoiled
 
@@ -257,6 +263,50 @@ def test_what_ended_short_is_read_on(file, kernel, monkeypatch, result):
     with AioReader([file[0]], merging=NOTHING) as reader:
         report = check(reader, 0, file[1], APART, ROWS[:150], [(0, 2048, 2048, 0)], 150)
         assert spoiled and report.bytes == 150 * 2048 and report.reads == 150
+
+
+@pytest.mark.parametrize("bundle", [0, 120, 298])
+def test_what_ended_short_among_many_that_did_not(file, kernel, monkeypatch, bundle):
+    """In whichever of several batches."""
+    spoiled = spoil(kernel, monkeypatch, bundle, 512)
+    with AioReader([file[0]], merging=NOTHING, depth=16) as reader:
+        report = check(reader, 0, file[1], APART, ROWS[:150], [(0, 2048, 2048, 0)], 150)
+        assert spoiled and report.bytes == 150 * 2048 and report.reads == 150
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_while_it_is_noted_what_was_read(file, kernel, monkeypatch, at):
+    """1: the whole ones; 2: the one that threads are to read on."""
+    calls = []
+
+    def read(request, which):
+        calls.append(which)
+        if len(calls) != at:
+            return real(request, which)
+        request.unread[which] = False
+        raise KeyboardInterrupt
+
+    real = aio._Request._read
+    spoil(kernel, monkeypatch, 40, 512)
+    monkeypatch.setattr(aio._Request, "_read", read)
+    with AioReader([file[0]], merging=NOTHING) as reader:
+        slab = page_aligned(150, 2048)
+        pending = submit(reader, slab, APART)
+        with pytest.raises(KeyboardInterrupt):
+            pending.wait()
+        assert pending.wait().reads == 150
+        np.testing.assert_array_equal(slab, file[1][APART])
+
+
+def test_requests_of_all_kinds_in_turn(file):
+    """What the kernel is told of one must not be left over for the next."""
+    whole, gate = [(0, 2048, 2048, 0)], spans_of(ALIGNED, "gate")
+    kinds = [(APART, whole), (APART, gate), (IDS[:100], spans_of(ALIGNED, "gate", "down")), (np.arange(290), whole)]
+    with no_preadv(), AioReader([file[0]], merging=Merging(512, 9, 8192)) as reader:
+        for first in kinds:
+            for second in kinds:
+                for ids, spans in (first, second):
+                    check(reader, 0, file[1], ids, ROWS[: len(ids)], spans, 300)
 
 
 def test_an_interrupt_before_threads_know_what_to_read_on(file, kernel, monkeypatch):
@@ -285,11 +335,11 @@ def test_a_disk_error_is_told_when_nothing_is_in_flight(file, kernel, monkeypatc
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, buffers, offset)
 
-    def submit_later(self, context, pointers):
+    def submit_later(self, context, count, pointers):
         if spoiled:
             failed.wait(5)
             time.sleep(0.01)
-        return real_submit(self, context, pointers)
+        return real_submit(self, context, count, pointers)
 
     real, real_submit = os.preadv, kernel.submit
     spoiled = spoil(kernel, monkeypatch, 40, -errno.EIO)
@@ -408,7 +458,7 @@ def test_what_a_system_call_returned_may_be_lost(wide, kernel, monkeypatch, name
 class Interrupt:
     """Raises KeyboardInterrupt at one line or bytecode run by the package's readers, the `at`-th; counts them."""
 
-    FILES = (aio.__file__, pread.__file__)
+    FILES = (aio.__file__, aio_calls.__file__, pread.__file__)
 
     def __init__(self, at):
         self.at, self.count = at, 0
@@ -585,9 +635,9 @@ print(status, under_way.wait().reads, submit(reader, slab).wait().reads, np.arra
 @pytest.mark.parametrize(("name", "value"), [("machine", "riscv64"), ("platform", "darwin")])
 def test_other_systems_have_none(monkeypatch, name, value):
     if name == "machine":
-        monkeypatch.setattr(aio.platform, "machine", lambda: value)
+        monkeypatch.setattr(aio_calls.platform, "machine", lambda: value)
     else:
-        monkeypatch.setattr(aio.sys, "platform", value)
+        monkeypatch.setattr(aio_calls.sys, "platform", value)
     before = len(aio._contexts)
     with pytest.raises(OSError):
         AioReader([])

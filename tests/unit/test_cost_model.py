@@ -409,7 +409,6 @@ def test_a_measured_plan_needs_no_more_memory(calibrated: Path, monkeypatch: pyt
         after = decide(calibrated, config(select=select)).costs
         use(monkeypatch, lambda path: None)
         assert after.smallest <= before.smallest
-        assert after.smallest < before.smallest or select != "predictor", "look-ahead that cannot pay takes nothing"
 
 
 def test_a_damaged_probe_stops_nobody(

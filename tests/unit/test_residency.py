@@ -336,3 +336,11 @@ def test_slots_that_are_being_filled_are_kept(
     check_consistent(residency)
     for each in (ahead, plan):
         disk.check(residency, each)
+
+
+def test_what_has_no_slot_keeps_none() -> None:
+    """A plan's own slots may be given, with -1 for what overflowed."""
+    residency = Residency(9, 2)
+    run(residency, {0, 1})
+    assert len(residency.plan(np.array([5, 6]), keep=np.array([-1, -1])).loads) == 2
+    assert len(residency.plan(np.array([5, 6]), keep=np.array([-1, 0])).loads) == 1

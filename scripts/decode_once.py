@@ -1,0 +1,115 @@
+"""One contestant of `measure_decode_3b.py`: a prompt and fixed tokens on a flash checkpoint, one JSON object on stdout.
+
+    python scripts/decode_once.py --model FLASH --select predictor --memory 2.84GB [--trace FILE] [--tokens 16] ...
+
+With a trace its ids replace what the predictors name, and count as fired: on random weights half of the gates would be
+negative, and the work half of what it is in a model that fires so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx_flash
+from mlx_flash.measure.replay import Replay
+from mlx_flash.measure.trace import Trace
+
+
+def replay_trace(model: Any, path: str, recall: float, precision: float) -> None:
+    """Let the trace name the neurons, and count what it names as fired."""
+    replay = Replay(Trace.load(path), recall, precision)
+    model.flash.shared.override, model.flash.shared.override_guess = replay.ids, replay.guess
+    for layer in model.layers:
+        layer.ffn.decode_spec = replace(layer.ffn.decode_spec, activation="silu")
+
+
+def seconds_each(steps: Iterator[Any], count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        next(steps)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's (Linux); 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--select", required=True)
+    parser.add_argument("--memory", required=True)
+    parser.add_argument("--look-ahead", default="auto")
+    parser.add_argument("--trace")
+    parser.add_argument("--recall", type=float, default=0.95)
+    parser.add_argument("--precision", type=float, default=0.95)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=4)
+    parser.add_argument("--length", type=int, default=0, help="pretend that so many tokens went before")
+    parser.add_argument("--again", action="store_true", help="pass the prompt twice, and time the second")
+    parser.add_argument("--warm", type=int, default=40, help="tokens before timing: look-ahead times itself in 24")
+    parser.add_argument("--tokens", type=int, default=16)
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    model, _ = mlx_flash.load(
+        args.model,
+        memory=args.memory,
+        select=args.select,
+        backend="numpy",
+        max_context=args.context,
+        look_ahead=args.look_ahead,
+    )
+    load_s = time.perf_counter() - begin
+    if args.trace:
+        replay_trace(model, args.trace, args.recall, args.precision)
+    run = model.flash
+    ids = [5 + k % 1000 for k in range(args.prompt)]
+    if args.again:
+        next(run.forced(model, ids, []))
+        run.stats.reset()
+    steps = run.forced(model, ids, [100 + k for k in range(args.warm + args.tokens)])
+    prefill_s = seconds_each(steps, 1)[0]
+    prefill_read = run.stats.bytes_read
+    seconds_each(steps, args.warm)
+    if args.length:  # what the KV cache holds does not matter for the time
+        model._cache.length = max(1, args.length - args.tokens)
+    run.stats.reset()
+    cpu = time.process_time()
+    found = seconds_each(steps, args.tokens) if args.tokens else [0.0]
+    count, stats = len(found), run.stats
+    print(
+        json.dumps(
+            {
+                "s_per_token": statistics.median(found),
+                "cpu_s_per_token": (time.process_time() - cpu) / count,
+                "bytes_per_token": stats.bytes_read / count,
+                "reads_per_token": stats.reads / count,
+                "waited_s_per_token": stats.wait_s / count,
+                "prefill_s": prefill_s,
+                "prefill_bytes": prefill_read,
+                "load_s": load_s,
+                "anonymous_bytes": anonymous_bytes(),
+                "budget_bytes": run.plan.memory.total_bytes,
+                "predicted_s_per_token": run.plan.prediction.total_s if run.plan.prediction else 0.0,
+            }
+        )
+    )
+    run.close()
+
+
+if __name__ == "__main__":
+    main()
