@@ -46,6 +46,9 @@ class FFNSpec:
         return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
 
 
+Fired = Callable[[], np.ndarray]  # -> (n,) bool
+
+
 @dataclass(frozen=True)
 class Widths:
     """What prefill scratch depends on, in items: the largest over the layers."""
@@ -72,9 +75,10 @@ class FFNPass(Protocol):
         """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not
         zero for any token, ascending, int32."""
 
-    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> np.ndarray | None:
-        """Compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before it
-        `slab` holds the leading part too. Returns which of them fired, (n,) bool, where that costs nothing."""
+    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> Fired | None:
+        """Begin to compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before
+        it `slab` holds the leading part too. Returns what tells, once `down` has been called, which of them fired; None
+        where that would cost something."""
 
     def down(self) -> None:
         """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may

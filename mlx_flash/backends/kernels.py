@@ -6,7 +6,7 @@ that depends on nothing but the ids (DESIGN 2). Knows arrays, rows and blocks; n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol
 
@@ -50,6 +50,20 @@ class Kernels(Protocol):
         acts[1](second[r] . x), or 1 without `second`. first, second (count, n), alike in dtype and strides; x (n,) and
         bias (len(rows),) fp32; acts: "relu", "silu" or "".
         """
+
+    def begin_neurons(
+        self,
+        first: np.ndarray | None,
+        second: np.ndarray | None,
+        rows: np.ndarray | None,
+        x: np.ndarray,
+        *,
+        given: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> Callable[[], np.ndarray]:
+        """The same, begun: what is returned gives the result. The arguments must stay as they are until then."""
 
     def add_blocks(
         self,

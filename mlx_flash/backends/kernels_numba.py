@@ -7,7 +7,8 @@ rows are checked here; the arithmetic is in `kernels_llvm`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,10 @@ class KernelSet:
         self._workers.run(compiled.dots, tasks, KINDS[w.dtype], _address(w), w.strides[0], chosen, _address(x), n, out)
         return out
 
-    def neurons(
+    def neurons(self, *parts: Any, **options: Any) -> np.ndarray:
+        return self.begin_neurons(*parts, **options)()
+
+    def begin_neurons(
         self,
         first: np.ndarray | None,
         second: np.ndarray | None,
@@ -94,11 +98,11 @@ class KernelSet:
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
-    ) -> np.ndarray:
+    ) -> Callable[[], np.ndarray]:
         parts = [part for part in (first, second) if part is not None]
         if not parts:
             assert given is not None
-            return given
+            return lambda: given
         _check_rows(*parts)
         w, n = parts[0], parts[0].shape[1]
         if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
@@ -107,12 +111,12 @@ class KernelSet:
         chosen = _chosen(rows, len(w))
         h = np.empty(len(w) if rows is None else len(chosen), np.float32)
         if not len(h):
-            return h
+            return lambda: h
         for values in (given, bias):
             if values is not None and (values.shape != h.shape or values.dtype != np.float32):
                 raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
         tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h))
-        self._workers.run(
+        finish = self._workers.start(
             compiled.neurons,
             tasks,
             KINDS[w.dtype],
@@ -128,8 +132,14 @@ class KernelSet:
             np.float32(cutoff),
             h,
             np.empty_like(h),
+            keep=(parts, x),
         )
-        return h
+
+        def result() -> np.ndarray:
+            finish()
+            return h
+
+        return result
 
     def add_blocks(
         self,

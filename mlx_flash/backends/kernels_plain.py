@@ -5,7 +5,8 @@ No BLAS here: its order changes with the number of rows. `einsum` adds up each r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,10 @@ class KernelSet:
             kept = np.flatnonzero(lead)
             lead[kept] *= activate(acts[1], self.dots(second, kept if rows is None else rows[kept], x))
         return lead
+
+    def begin_neurons(self, *parts: Any, **options: Any) -> Callable[[], np.ndarray]:
+        h = self.neurons(*parts, **options)
+        return lambda: h
 
     def add_blocks(
         self,

@@ -1,4 +1,4 @@
-"""Bundles in MLX arrays and the arithmetic on them, on whatever device MLX runs. Needs mlx; knows no model or file.
+"""The arithmetic on bundles in MLX arrays, on whatever device MLX runs. Needs mlx; knows no model or file.
 
 Every product has a shape that the selection alone decides (blocks of ids, groups of selected ids), never where rows lie
 or how many are resident: on one device the same bits come out at every budget (DESIGN 2). Run on Linux CPU only; what
@@ -7,8 +7,9 @@ is said of Metal was read off MLX's source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,16 +17,15 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..storage.layout import Layout
-from ..storage.reader import Target
 from .base import BLOCK, FFNSpec, Widths
+from .mlx_slab import DTYPES, SCALAR_ROWS, Found, Lagging, MlxSlab, gather, is_run, padded, pieces, slab_bytes, window
 
 Unary = Callable[[mx.array], mx.array]
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-STORAGE = {4: mx.uint32, 2: mx.uint16}
-PAGE = 16384  # Metal rounds an allocation up to this
-SCALAR_ROWS = 64  # selected rows are padded to whole groups of this many, so that a row's product has one shape
-PIECE = 8 * BLOCK  # rows gathered at once in decode: bounds the copy that a gather makes
+# One token's terms summed by one product: for 256 rows MLX's CPU takes up to twice as long in bfloat16. Layers of fewer
+# than MANY neurons keep blocks of 256, as there each operation costs more than what it computes.
+DOWN_ROWS, MANY = 64, 4 * BLOCK
+PIECE = 8 * BLOCK  # rows gathered at once in decode, twice: bounds the copy that a gather makes
 LAZY_BYTES = 32 << 20  # temporaries that prefill leaves to MLX before it waits for them
 FUSED_HEAD_DIMS = (64, 80, 128)  # attention without a matrix of scores, on a GPU
 
@@ -54,75 +54,36 @@ def available() -> bool:
     return bool(mx.metal.is_available() or mx.cuda.is_available())
 
 
-class MlxSlab:
-    """One contiguous array per part, shape (rows, length); `targets` write through its memory.
-
-    unfinished: for a slab of gate rows, what the layer's last pass left to be evaluated (see MlxPass.gate).
-    """
-
-    def __init__(self, layout: Layout, rows: int, parts: Sequence[str]):
-        self.rows = rows
-        self.nbytes = slab_bytes(layout, rows, parts)
-        self.parts: dict[str, mx.array] = {}
-        self.unfinished: list[mx.array] = []
-        targets = []
-        for name in parts:
-            part = layout.part(name)
-            dtype = DTYPES[part.dtype]
-            if rows == 0:
-                self.parts[name] = mx.zeros((0, part.length), dtype)
-                targets.append(Target(layout.offset(name), np.empty((0, part.nbytes), np.uint8)))
-                continue
-            # Integers: the buffer protocol has no bfloat16. Viewed whole, once: a view of a slice would copy.
-            raw = mx.zeros((rows, part.length), STORAGE[dtype.size])
-            typed = raw.view(dtype)
-            mx.eval(raw, typed)
-            memory = np.frombuffer(raw, np.uint8)  # type: ignore[call-overload]
-            self.parts[name] = typed
-            targets.append(Target(layout.offset(name), memory.reshape(rows, part.nbytes)))
-        self.targets = tuple(targets)
-
-
-def slab_bytes(layout: Layout, rows: int, parts: Sequence[str]) -> int:
-    """Bytes that a slab's arrays take, each rounded up to whole pages as Metal does."""
-    return sum(-(-rows * layout.part(name).nbytes // PAGE) * PAGE for name in parts)
-
-
-@dataclass
-class Found:
-    """Selected ids whose scalars are on their way: h (T, at least n), its first n columns for ids (n,)."""
-
-    ids: np.ndarray
-    slab: MlxSlab
-    rows: np.ndarray
-    scalars: mx.array
-
-
 @dataclass
 class Sum:
     """The terms added so far. One token: a list of partials, summed at the end in one operation of fixed shape;
     more tokens: a running sum, so that a prompt's partials are not all alive at once."""
 
-    partials: list[mx.array] = field(default_factory=list)  # each (n, 1, d) float32
-    running: mx.array | None = None  # (T, d) float32
+    partials: list[mx.array] = field(default_factory=list)  # each (n, 1, d), n blocks' sums
+    running: mx.array | None = None  # (1, T, d) float32
 
-    def add(self, partial: mx.array) -> None:
-        """partial (n, T, d); n > 1 for one token only."""
-        partial = partial.astype(mx.float32)
-        if partial.shape[1] == 1:
-            self.partials.append(partial)
+    def add(self, terms: mx.array) -> None:
+        """terms (n, T, d), each the sum of a block; n > 1 for one token only."""
+        if terms.shape[1] == 1:
+            self.partials.append(terms)
         else:
-            self.running = partial[0] if self.running is None else self.running + partial[0]
+            terms = terms.astype(mx.float32)
+            self.running = terms if self.running is None else self.running + terms
 
     def arrays(self) -> list[mx.array]:
         return self.partials + ([] if self.running is None else [self.running])
 
     def total(self, shape: tuple[int, ...]) -> mx.array:
+        """float32, as many items as `shape`; of that shape where there are no terms."""
         if self.running is not None:
             return self.running
         if not self.partials:
             return mx.zeros(shape, mx.float32)
-        return mx.concatenate(self.partials).sum(axis=0)
+        if [len(terms) for terms in self.partials] == [1, 1]:  # one operation instead of three, in the same order
+            return self.partials[0].astype(mx.float32) + self.partials[1].astype(mx.float32)
+        whole = self.partials[0] if len(self.partials) == 1 else mx.concatenate(self.partials)
+        whole = whole.astype(mx.float32)
+        return whole if len(whole) == 1 else whole.sum(axis=0, keepdims=True)
 
 
 class MlxPass:
@@ -138,26 +99,25 @@ class MlxPass:
         self._shape, self._dtype = x.shape, x.dtype
         # MLX casts the operands of a product to a common type: of x and a slab only x may be the one that is cast.
         dtype = DTYPES[spec.layout.parts[0].dtype]
-        self._x = x.reshape(-1, x.shape[-1]).astype(dtype)  # (T, d)
+        self._x = x.reshape(1, -1, x.shape[-1]).astype(dtype)  # (1, T, d)
+        self._tokens: int = self._x.shape[1]
+        self._one_token = self._tokens == 1
+        self._down_rows = DOWN_ROWS if self._one_token and spec.layout.count >= MANY else BLOCK
         self._sum = Sum()
         self._next_id = 0
         self._lazy_bytes = 0
-        self._gates: mx.array | None = None  # (T, count)
+        self._gates: mx.array | None = None  # (1, T, count)
         self._gate_slab: MlxSlab | None = None
         self._found: list[Found] = []
-        self._rest: tuple[mx.array, mx.array] | None = None  # h (T, m), down rows (m, d) of an unfilled group
-
-    @property
-    def _one_token(self) -> bool:
-        return self._x.shape[0] == 1
+        self._rest: tuple[mx.array, mx.array] | None = None  # h (1, T, m), down rows (1, m, d) of an unfilled group
+        self._rest_in_place = False  # the rows are a slab's own
 
     def gate(self, slab: MlxSlab) -> np.ndarray:
         """Ids (n,) int32, ascending, that fire for any token; `slab` holds the first part of all `count` bundles."""
         spec = self._spec
-        name, count = spec.first, spec.layout.count
-        product = self._x @ slab.parts[name][:count].T
+        product = self._x @ slab.view(spec.first, 0, 1, spec.layout.count, across=True)
         self._gates = self._lead(product, spec.up_bias)
-        fires = mx.any(self._gates != 0, axis=0)
+        fires = mx.any(self._gates != 0, axis=(0, 1))
         # After this the caller overwrites slots, so nothing may still read them. When mlx-lm generates, x comes from
         # a token that was sampled from the last pass's output, which is therefore done although mlx-lm runs one step
         # ahead: `unfinished` costs nothing. It is not so when a caller feeds known tokens without evaluating (x of
@@ -171,29 +131,74 @@ class MlxPass:
         """Start computing h of `ids` (n,), which lie in `rows` (n,) of `slab`."""
         if not len(ids):
             return
-        pieces = []
-        for begin, end in _pieces(len(ids), PIECE if self._one_token else SCALAR_ROWS):
-            index = _padded(rows[begin:end])
-            if self._gates is not None:
-                scalars = mx.take(self._gates, _padded(ids[begin:end]), axis=1)
-            else:
-                bias = self._spec.up_bias
-                bias = None if bias is None else mx.take(bias, _padded(ids[begin:end]))
-                scalars = self._lead(self._selected(slab, self._spec.first, index), bias)
-            if self._spec.second is not None:
-                scalars = scalars * self._follows(self._selected(slab, self._spec.second, index))
-            pieces.append(scalars)
-            if end < len(ids) and self._one_token:
-                mx.eval(scalars)  # so many rows are copied piece by piece, not all at once
-        found = Found(ids, slab, rows, pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1))
-        mx.async_eval(found.scalars)  # runs while the caller waits for a read
-        self._found.append(found)
+        run = self._one_token and is_run(rows)
+        where = window(rows, run, slab.rows) if self._one_token else None
+        if where is None:
+            scalars = self._gathered_scalars(ids, slab, rows)
+        else:
+            scalars = self._scalars_in_place(ids, slab, rows - where[0], *where)
+        self._found.append(Found(ids, slab, rows, scalars, run))
+        # Runs while the caller waits for a read. Where `prompt` or `static` have all their rows in a prefix of the
+        # slots nothing is read, and a step stays one graph from the first layer to the last.
+        whole_step = run and self._gates is None and (len(ids) < slab.rows or len(ids) == self._spec.layout.count)
+        if not whole_step:
+            mx.async_eval(scalars)
 
-    def _selected(self, slab: MlxSlab, part: str, index: mx.array) -> mx.array:
-        """x times the rows `index` (n,) of a part, (T, n), in groups of one shape."""
+    def _gathered_scalars(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray) -> mx.array:
+        """h (1, T, at least n), of copies of the rows."""
+        made: list[mx.array] = []
+        lagging = Lagging()
+        for begin, end in pieces(len(ids), PIECE if self._one_token else SCALAR_ROWS):
+            products = partial(self._selected, slab, mx.array(padded(rows[begin:end])))
+            made.append(self._scalars(padded(ids[begin:end]), products))
+            if end < len(ids) and self._one_token:
+                lagging.start([made[-1]])
+        return made[0] if len(made) == 1 else mx.concatenate(made, axis=2)
+
+    def _scalars_in_place(self, ids: np.ndarray, slab: MlxSlab, columns: np.ndarray, low: int, high: int) -> mx.array:
+        """h (1, 1, n), from the products of all the rows low..high, of which `columns` (n,) are wanted."""
+        index = None if is_run(columns) else mx.array(columns.astype(np.uint32))
+
+        def product(name: str) -> mx.array:
+            products = self._in_window(slab, name, low, high)
+            return products[..., : len(ids)] if index is None else mx.take(products, index, axis=2)
+
+        return self._scalars(ids, product)
+
+    def _scalars(self, ids: np.ndarray, product: Callable[[str], mx.array]) -> mx.array:
+        """h of ids (n,), where `product(part)` gives x . row of theirs, (1, T, n)."""
+        spec, bias = self._spec, self._spec.up_bias
+        if self._gates is None and spec.first == "gate" and not spec.cutoff:
+            return self._activation.times(product("gate"), product("up"))
+        index = mx.array(ids.astype(np.uint32))
+        if self._gates is not None:
+            scalars = mx.take(self._gates, index, axis=2)
+        else:
+            bias = None if bias is None else mx.take(bias, index)
+            scalars = self._lead(product(spec.first), bias)
+        return scalars if spec.second is None else scalars * self._follows(product(spec.second))
+
+    def _selected(self, slab: MlxSlab, index: mx.array, part: str) -> mx.array:
+        """x times copies of the rows `index` (n,) of a part, (1, T, n), in groups of one shape."""
         taken = mx.take(slab.parts[part], index, axis=0)
-        groups = taken.reshape(-1, SCALAR_ROWS, taken.shape[-1])
-        return self._products(groups).swapaxes(0, 1).reshape(len(self._x), -1)
+        return self._joined(self._x @ taken.reshape(-1, SCALAR_ROWS, taken.shape[-1]).swapaxes(1, 2))
+
+    def _in_window(self, slab: MlxSlab, part: str, low: int, high: int) -> mx.array:
+        """x times the rows low..high of a part where they lie, (1, 1, at least high - low), in groups of that shape."""
+        groups = -(-(high - low) // SCALAR_ROWS)
+        if low + groups * SCALAR_ROWS <= slab.rows:
+            return self._joined(self._x @ slab.view(part, low, groups, SCALAR_ROWS, across=True))
+        # The slab ends within a group: its last rows, of which some have been in the group before.
+        whole, last = (groups - 1) * SCALAR_ROWS, slab.rows - SCALAR_ROWS
+        end = (self._x @ slab.view(part, last, 1, SCALAR_ROWS, across=True))[..., low + whole - last :]
+        if not whole:
+            return end
+        begin = self._joined(self._x @ slab.view(part, low, groups - 1, SCALAR_ROWS, across=True))
+        return mx.concatenate([begin, end], axis=2)
+
+    def _joined(self, products: mx.array) -> mx.array:
+        """(n, T, m) as (1, T, n * m)."""
+        return (products if self._one_token else products.swapaxes(0, 1)).reshape(1, self._tokens, -1)
 
     def _lead(self, product: mx.array, bias: mx.array | None) -> mx.array:
         """What the leading part's products become: activation, unless it is the second part's, and cut."""
@@ -212,17 +217,21 @@ class MlxPass:
         found, self._found = self._found, []
         if not found:
             return
-        ids = np.concatenate([each.ids for each in found])
+        ids = found[0].ids if len(found) == 1 else np.concatenate([each.ids for each in found])
         order = np.argsort(ids)
         self._follow(int(ids[order[0]]), int(ids[order[-1]]) + 1)
-        starts = np.cumsum([0] + [each.scalars.shape[1] for each in found[:-1]])
+        if len(found) == 1 and found[0].run and self._rest is None and order[0] == 0 and is_run(order):
+            self._add_run(found[0].scalars[..., : len(ids)], found[0].slab, int(found[0].rows[0]))
+            return
+        starts = np.cumsum([0] + [each.scalars.shape[2] for each in found[:-1]])
         columns = np.concatenate([start + np.arange(len(each.ids)) for start, each in zip(starts, found, strict=True)])
-        scalars = found[0].scalars if len(found) == 1 else mx.concatenate([f.scalars for f in found], axis=1)
-        scalars = mx.take(scalars, mx.array(columns[order].astype(np.uint32)), axis=1)
-        for begin, end in _pieces(len(ids), PIECE if self._one_token else BLOCK):
-            self._add_selected(scalars[:, begin:end], _gather(found, order[begin:end]))
+        scalars = found[0].scalars if len(found) == 1 else mx.concatenate([f.scalars for f in found], axis=2)
+        scalars = mx.take(scalars, mx.array(columns[order].astype(np.uint32)), axis=2)
+        lagging = Lagging()
+        for begin, end in pieces(len(ids), PIECE if self._one_token else BLOCK):
+            self._add_selected(scalars[..., begin:end], gather(found, order[begin:end])[None])
             if end < len(ids) and self._one_token:
-                self.settle()
+                lagging.start(self._unfinished())
 
     def dense(self, slab: MlxSlab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         """Add ids `first_id..first_id+count` from consecutive rows, one product per BLOCK ids (one token: batched)."""
@@ -235,28 +244,29 @@ class MlxPass:
         if count % BLOCK:
             found.append(self._add_blocks(slab, first_row + whole * BLOCK, first_id + whole * BLOCK, 1, count % BLOCK))
         if h is not None:
-            h[...] = np.array(mx.concatenate(found, axis=1).astype(mx.float32))
+            h[...] = np.array(mx.concatenate([self._joined(some) for some in found], axis=2)[0].astype(mx.float32))
 
     def settle(self) -> None:
         """When it returns, nothing pending reads any slab."""
+        if self._rest_in_place and self._rest is not None:
+            scalars, down = self._rest
+            self._rest = scalars, mx.take(down, mx.arange(down.shape[1]), axis=1)
+        self._rest_in_place = False
         mx.eval(self._unfinished())
         self._lazy_bytes = 0
 
     def result(self) -> mx.array:
         """The FFN's output, shape and dtype of x."""
-        if self._rest is not None:
-            scalars, down = self._rest
-            self._sum.add(scalars[None] @ down[None])
-            self._rest = None
+        self._add_rest()
         if self._gate_slab is not None:
             self._gate_slab.unfinished = self._unfinished()
-        total = self._sum.total(self._x.shape)
+        total = self._sum.total(self._shape)
         if self._spec.down_bias is not None:
             total = total + self._spec.down_bias.astype(mx.float32)
         return total.astype(self._dtype).reshape(self._shape)
 
     def _unfinished(self) -> list[mx.array]:
-        return self._sum.arrays() + [each.scalars for each in self._found] + list(self._rest or ())
+        return [*self._sum.arrays(), *(each.scalars for each in self._found), *(self._rest or ())]
 
     def _follow(self, first_id: int, end_id: int) -> None:
         # Terms out of order would give other bits, silently.
@@ -264,82 +274,66 @@ class MlxPass:
             raise ValueError(f"ids are added in ascending order: {first_id} came after {self._next_id - 1}")
         self._next_id = end_id
 
-    def _products(self, blocks: mx.array) -> mx.array:
-        """blocks (n, m, d) -> x . row, (n, T, m).
-
-        x stands on the left and is broadcast: the other way round MLX folds n into the rows of one product, whose
-        kernel then depends on n. For T > 1 on Metal the kernel depends on n in any case: callers pass n = 1.
-        """
-        return self._x[None] @ blocks.swapaxes(1, 2)
-
     def _add_blocks(self, slab: MlxSlab, row: int, first_id: int, blocks: int, length: int) -> mx.array:
-        """Add `blocks` times `length` ids that begin at `row`; returns their scalars (T, blocks * length)."""
+        """Add `blocks` times `length` ids that begin at `row`; returns their scalars (blocks, T, length)."""
         rows = blocks * length
 
-        def part(name: str) -> mx.array:
-            return slab.parts[name][row : row + rows].reshape(blocks, length, -1)
+        def product(name: str) -> mx.array:
+            # x stands on the left and is broadcast: the other way round MLX folds the blocks into the rows of one
+            # product, whose kernel then depends on their number. For T > 1 on Metal it does in any case: `blocks` is 1.
+            return self._x @ slab.view(name, row, blocks, length, across=True)
 
         if self._spec.gated and not self._spec.cutoff:
-            scalars = self._activation.times(self._products(part("gate")), self._products(part("up")))
+            scalars = self._activation.times(product("gate"), product("up"))
         else:
             bias = self._spec.up_bias
             bias = None if bias is None else bias[first_id : first_id + rows].reshape(blocks, 1, length)
-            scalars = self._lead(self._products(part(self._spec.first)), bias)
+            scalars = self._lead(product(self._spec.first), bias)
             if self._spec.second is not None:
-                scalars = scalars * self._follows(self._products(part(self._spec.second)))
-        self._sum.add(scalars @ part("down"))
-        self._lazy_bytes += _block_bytes(self._x.shape[1], self._x.dtype.size, len(self._x))
-        if not self._one_token and self._lazy_bytes > LAZY_BYTES:
+                scalars = scalars * self._follows(product(self._spec.second))
+        if self._one_token:
+            self._add_run(scalars.reshape(1, 1, rows), slab, row)
+            self._add_rest()
+            return scalars
+        self._sum.add(scalars @ slab.view("down", row, blocks, length))
+        self._lazy_bytes += _block_bytes(self._x.shape[2], self._x.dtype.size, self._tokens)
+        if self._lazy_bytes > LAZY_BYTES:
             self.settle()
-        return scalars.swapaxes(0, 1).reshape(len(self._x), rows)
+        return scalars
+
+    def _add_run(self, scalars: mx.array, slab: MlxSlab, row: int) -> None:
+        """One token's h (1, 1, n) times the slab's rows row..: the groups of `_add_selected`, nothing is copied."""
+        count = scalars.shape[2]
+        groups, whole = count // self._down_rows, count - count % self._down_rows
+        if groups:
+            left = scalars[..., :whole].reshape(groups, 1, -1)
+            self._sum.add(left @ slab.view("down", row, groups, self._down_rows))
+        if whole < count:
+            self._rest = scalars[..., whole:], slab.view("down", row + whole, 1, count - whole)
+            self._rest_in_place = True
+
+    def _add_rest(self) -> None:
+        if self._rest is not None:
+            self._sum.add(self._rest[0] @ self._rest[1])
+            self._rest = None
 
     def _add_selected(self, scalars: mx.array, down: mx.array) -> None:
-        """h (T, n) times rows (n, d), by groups of BLOCK consecutive selected ids; keeps what fills no group.
+        """h (1, T, n) times rows (1, n, d), by groups of so many consecutive selected ids; keeps what fills no group.
 
         The groups run on through several `down`s, so they do not depend on how the ids were dealt out to them.
         """
         if self._rest is not None:
-            scalars = mx.concatenate([self._rest[0], scalars], axis=1)
-            down = mx.concatenate([self._rest[1], down])
-        groups = scalars.shape[1] // BLOCK
-        whole = groups * BLOCK
+            scalars = mx.concatenate([self._rest[0], scalars], axis=2)
+            down = mx.concatenate([self._rest[1], down], axis=1)
+        rows, count = self._down_rows, scalars.shape[2]
+        groups, whole = count // rows, count - count % rows
         step = max(groups, 1) if self._one_token else 1
         for group in range(0, groups, step):
-            part = slice(group * BLOCK, (group + step) * BLOCK)
-            left = scalars[:, part].reshape(len(self._x), step, BLOCK).swapaxes(0, 1)
-            self._sum.add(left @ down[part].reshape(step, BLOCK, -1))
-        self._rest = (scalars[:, whole:], down[whole:]) if whole < scalars.shape[1] else None
-
-
-def _pieces(count: int, step: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, count, step):
-        yield begin, min(begin + step, count)
-
-
-def _padded(index: np.ndarray) -> mx.array:
-    """Indices (n,) as uint32, the first one repeated up to whole groups of SCALAR_ROWS."""
-    padded = np.full(-(-len(index) // SCALAR_ROWS) * SCALAR_ROWS, index[0], np.uint32)
-    padded[: len(index)] = index
-    return mx.array(padded)
-
-
-def _gather(found: list[Found], order: np.ndarray) -> mx.array:
-    """Down rows (n, d) of positions `order` in the concatenation of `found`."""
-    rows = np.concatenate([each.rows for each in found]).astype(np.uint32)[order]
-    slabs = list({id(each.slab): each.slab for each in found}.values())
-    if len(slabs) == 1:
-        return mx.take(slabs[0].parts["down"], mx.array(rows), axis=0)
-    source = np.concatenate([np.full(len(e.ids), slabs.index(e.slab)) for e in found])[order]
-    # Slab by slab, then back into the order of ids.
-    by_slab = np.argsort(source, kind="stable")
-    taken = [
-        mx.take(slab.parts["down"], mx.array(rows[source == number]), axis=0)
-        for number, slab in enumerate(slabs)
-        if (source == number).any()
-    ]
-    if len(taken) == 1:
-        return taken[0]
-    return mx.take(mx.concatenate(taken), mx.array(np.argsort(by_slab).astype(np.uint32)), axis=0)
+            part = slice(group * rows, (group + step) * rows)
+            left = scalars[..., part].reshape(self._tokens, step, rows).swapaxes(0, 1)
+            self._sum.add(left @ down[:, part].reshape(step, rows, -1))
+        self._rest = (scalars[..., whole:], down[:, whole:]) if whole < count else None
+        self._rest_in_place = False
 
 
 def _block_bytes(dim: int, item: int, tokens: int) -> int:
@@ -396,12 +390,11 @@ class MlxBackend:
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """An upper bound of what a prefill of `chunk` tokens takes beyond weights, slabs and KV cache: temporaries
         as if fp32, and the freed buffers that MLX keeps. A decoding step's copies of selected rows are covered too."""
-        dim, chunk = widths.dim, min(chunk, context)
-        block = _block_bytes(dim, 4, chunk)
+        dim, chunk, block = widths.dim, min(chunk, context), _block_bytes(widths.dim, 4, min(chunk, context))
         ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + block)
         fused = available() and widths.head_dim in FUSED_HEAD_DIMS
         item = layout.parts[0].nbytes // layout.parts[0].length
         scores = 0 if fused else 2 * item * widths.heads * chunk * context
         activations = 4 * chunk * (5 * dim + 5 * widths.qkv_rows)
-        copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts[-2:])
+        copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts)  # two pieces at once
         return max(max(ffn, scores) + activations, copies) + cache_limit_bytes(dim)

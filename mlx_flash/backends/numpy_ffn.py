@@ -6,11 +6,12 @@ Knows slabs only by `part(name)`; neither files nor residency.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 
-from .base import BLOCK, FFNSpec
+from .base import BLOCK, FFNSpec, Fired
 from .kernels import Kernels, widen
 
 
@@ -48,6 +49,25 @@ class FFNInput:
         return self.y
 
 
+class Term:
+    """Ids whose scalars are being computed: `down` (., d) holds their last part, in `rows`. Once finished only those
+    that fired are left."""
+
+    def __init__(self, ids: np.ndarray, down: np.ndarray, rows: np.ndarray, begun: Callable[[], np.ndarray]):
+        self.ids, self.down, self.rows, self._begun = ids, down, rows, begun
+
+    def finish(self) -> None:
+        self.h = self._begun()
+        self._fired = self.h != 0
+        if not self._fired.all():
+            kept = np.flatnonzero(self._fired)
+            self.ids, self.rows, self.h = self.ids[kept], self.rows[kept], self.h[kept]
+
+    def fired(self) -> np.ndarray:
+        """Which fired, (n,) bool, once finished."""
+        return self._fired
+
+
 class DecodePass(FFNInput):
     """One token. A neuron whose activation is zero adds exactly nothing, so `gate` and `dense` give the same bits:
     both are the same dot products and the same sums over the same neurons."""
@@ -56,47 +76,41 @@ class DecodePass(FFNInput):
         super().__init__(spec, x)
         self.kernels, self.x, self.out = kernels, self.x[0], self.y[0]
         self.active: np.ndarray | None = None
-        self.terms: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []  # ids, down rows, rows, h
+        self.terms: list[Term] = []
 
-    def _neurons(self, slab: Rows, rows: np.ndarray | None, bias: np.ndarray | None, lead_only: bool = False) -> Any:
-        second = None if self.second is None or lead_only else slab.part(self.second)
-        cutoff = self.spec.cutoff
-        return self.kernels.neurons(
-            slab.part(self.first), second, rows, self.x, bias=bias, acts=self.acts, cutoff=cutoff
-        )
+    def _options(self, bias: np.ndarray | None) -> dict[str, Any]:
+        return {"bias": bias, "acts": self.acts, "cutoff": self.spec.cutoff}
 
     def gate(self, slab: Rows) -> np.ndarray:
-        self.active = self._neurons(slab, None, self.bias, lead_only=True)
+        self.active = self.kernels.neurons(slab.part(self.first), None, None, self.x, **self._options(self.bias))
         return np.flatnonzero(self.active).astype(np.int32)
 
-    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> np.ndarray:
+    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> Fired:
+        second = None if self.second is None else slab.part(self.second)
         if self.active is not None:
-            second = None if self.second is None else slab.part(self.second)
-            h = self.kernels.neurons(None, second, rows, self.x, given=self.active[ids], acts=self.acts)
+            given = self.active[ids]
+            begun = self.kernels.begin_neurons(None, second, rows, self.x, given=given, acts=self.acts)
         else:
-            h = self._neurons(slab, rows, None if self.bias is None else self.bias[ids])
-        fired = h != 0
-        if not fired.all():
-            kept = np.flatnonzero(fired)
-            ids, rows, h = ids[kept], rows[kept], h[kept]
-        self.terms.append((ids, slab.part("down"), rows, h))
-        return fired
+            options = self._options(None if self.bias is None else self.bias[ids])
+            begun = self.kernels.begin_neurons(slab.part(self.first), second, rows, self.x, **options)
+        term = Term(ids, slab.part("down"), rows, begun)
+        self.terms.append(term)
+        return term.fired
 
     def down(self) -> None:
         terms, self.terms = self.terms, []
-        if len(terms) == 1:
-            ids, down, rows, h = terms[0]
-            if (ids[1:] > ids[:-1]).all():
-                self._add([down], None, rows, h, ids)
-                return
-        if not terms:
-            return
-        ids = np.concatenate([term[0] for term in terms])
-        order = np.argsort(ids, kind="stable")
-        source = np.repeat(np.arange(len(terms)), [len(term[0]) for term in terms])[order]
-        rows = np.concatenate([term[2] for term in terms])[order]
-        h = np.concatenate([term[3] for term in terms])[order]
-        self._add([term[1] for term in terms], source, rows, h, ids[order])
+        for term in terms:
+            term.finish()
+        if len(terms) == 1 and (terms[0].ids[1:] > terms[0].ids[:-1]).all():
+            term = terms[0]
+            self._add([term.down], None, term.rows, term.h, term.ids)
+        elif terms:
+            ids = np.concatenate([term.ids for term in terms])
+            order = np.argsort(ids, kind="stable")
+            source = np.repeat(np.arange(len(terms)), [len(term.ids) for term in terms])[order]
+            rows = np.concatenate([term.rows for term in terms])[order]
+            h = np.concatenate([term.h for term in terms])[order]
+            self._add([term.down for term in terms], source, rows, h, ids[order])
 
     def _add(
         self, sources: list[np.ndarray], source: np.ndarray | None, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
@@ -112,17 +126,8 @@ class DecodePass(FFNInput):
         bias = None if self.bias is None else self.bias[first_id : first_id + count]
         here = slice(first_row, first_row + count)
         second = None if self.second is None else slab.part(self.second)[here]
-        scalars = self.kernels.dense(
-            slab.part(self.first)[here],
-            second,
-            slab.part("down")[here],
-            self.x,
-            self.out,
-            BLOCK,
-            bias=bias,
-            acts=self.acts,
-            cutoff=self.spec.cutoff,
-        )
+        first, down = slab.part(self.first)[here], slab.part("down")[here]
+        scalars = self.kernels.dense(first, second, down, self.x, self.out, BLOCK, **self._options(bias))
         if h is not None:
             h[0] = scalars
 

@@ -20,7 +20,7 @@ TASK_BYTES = 1 << 16  # less work than this for each of two threads is done befo
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
 DEFAULT_THREADS = 8  # memory is the limit: more threads than this add little
 
-Job = tuple[Callable[..., int], tuple[Any, ...]]
+Job = tuple[Callable[..., int], tuple[Any, ...], Any]  # kernel, its arguments, what must stay in memory meanwhile
 
 
 def available_cores() -> int:
@@ -62,16 +62,29 @@ class Workers:
         The kernel, which lets go of the interpreter's lock, takes the next task by adding 1 to state[0], adds 1 to
         state[1] when it has done it, and returns state[1] when no task is left; both atomically.
         """
-        state = np.zeros(2, np.int64)
-        job: Job = (kernel, (state, tasks, *arguments))
+        self.start(kernel, tasks, *arguments, alone=alone)()
+
+    def start(
+        self, kernel: Callable[..., int], tasks: int, *arguments: Any, alone: bool = False, keep: Any = None
+    ) -> Callable[[], None]:
+        """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
+        which takes part and returns when all is done. keep: held in memory as long as a helper may use it."""
+        job: Job = (kernel, (np.zeros(2, np.int64), tasks, *arguments), keep)
         try:
             if tasks > 1 and not alone and self._count > 1:
                 Workers._job = job
                 for helper in range(min(self._count, tasks) - 1):
                     self._rouse(helper)
-            self._finish(job, tasks)
         except BaseException:
             self._finish(job, tasks)  # on Ctrl-C too: helpers would go on with arrays that the caller uses again
+            raise
+        return lambda: self._complete(job, tasks)
+
+    def _complete(self, job: Job, tasks: int) -> None:
+        try:
+            self._finish(job, tasks)
+        except BaseException:
+            self._finish(job, tasks)
             raise
 
     @staticmethod

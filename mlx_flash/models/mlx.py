@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
@@ -165,21 +165,24 @@ def steps(
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
-    prompt = mx.array(list(prompt_ids), mx.int32)
+    reply = _Reply(model, prefill_chunk)
     with _wired(model):
-        if model.flash.plan.all_resident and model.flash.plan.exact:
-            # mlx-lm's loop is one step ahead of the token it gives: the GPU never waits for Python.
-            ahead = generate_step(
-                prompt, model, max_tokens=max_tokens, sampler=sampler, prefill_step_size=prefill_chunk
-            )
-            yield from (int(token) for token, _ in ahead)
-        else:
-            yield from _steps_in_turn(model, prompt, max_tokens, sampler, prefill_chunk)
+        loop = _steps_ahead if _never_reads(model.flash.plan) else _steps_in_turn
+        yield from loop(reply, mx.array(list(prompt_ids), mx.int32), max_tokens, sampler)
+
+
+def _never_reads(plan: Any) -> bool:
+    """Whether decoding reads nothing, but for what it may read once."""
+    if plan.exact or plan.all_resident:
+        return bool(plan.all_resident)
+    if plan.selection.name not in ("prompt", "static") or plan.config.reselect is not None:
+        return False
+    slots = zip(plan.memory.capacities, plan.costs.counts, strict=True)
+    return all(capacity >= round(plan.selection.fraction * count) for capacity, count in slots)
 
 
 class _Reply:
-    """One reply's KV cache; one step after the other: where steps read, a step ahead would delay each token by the
-    next one's reads."""
+    """One reply's KV cache."""
 
     def __init__(self, model: nn.Module, prefill_chunk: int):
         self.model, self.chunk, self.cache = model, prefill_chunk, make_prompt_cache(model)
@@ -198,26 +201,51 @@ class _Reply:
                 mx.clear_cache()
         return self._logits(prompt, decoding=False) if prompt.size else logits
 
-    def decode(self, token: int) -> mx.array:  # -> (1, vocab)
-        return self._logits(mx.array([token], mx.int32), decoding=True)
+    def decode(self, token: mx.array) -> mx.array:  # (1,) -> (1, vocab)
+        return self._logits(token, decoding=True)
 
     def _logits(self, ids: mx.array, decoding: bool) -> mx.array:
         with mx.stream(generation_stream), self.model.flash.phase(decoding):
             return self.model(ids[None], cache=self.cache)[:, -1, :]
 
 
-def _steps_in_turn(
-    model: nn.Module, prompt: mx.array, max_tokens: int, sampler: Callable[[mx.array], mx.array], chunk: int
-) -> Iterator[int]:
-    reply = _Reply(model, chunk)
-    logits = reply.prefill(prompt)
+Sampler = Callable[[mx.array], mx.array]
+
+
+def _sample(logits: mx.array, sampler: Sampler) -> mx.array:
+    """logits (1, vocab) -> the token (1,), begun but not waited for."""
+    with mx.stream(generation_stream):
+        token = sampler(logits - mx.logsumexp(logits, keepdims=True))
+        mx.async_eval(token)
+    return token
+
+
+def _steps_ahead(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+    """Each step is begun before the token that it follows is given: the GPU never waits for Python. Not the first one,
+    which may read what it selects."""
+    token = _sample(reply.prefill(prompt), sampler)
+    yield _as_int(token)
+    if max_tokens > 1:
+        token = _sample(reply.decode(token), sampler)
+    for made in range(2, max_tokens + 1):
+        following = _sample(reply.decode(token), sampler) if made < max_tokens else token
+        yield _as_int(token)
+        token = following
+
+
+def _steps_in_turn(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+    """Where steps read, a step ahead would delay each token by the next one's reads."""
+    token = _sample(reply.prefill(prompt), sampler)
     for made in range(1, max_tokens + 1):
-        with mx.stream(generation_stream):
-            token = sampler(logits - mx.logsumexp(logits, keepdims=True)).item()
-        assert isinstance(token, int)
-        yield token
+        yield _as_int(token)
         if made < max_tokens:
-            logits = reply.decode(token)
+            token = _sample(reply.decode(token), sampler)
+
+
+def _as_int(token: mx.array) -> int:
+    found = token.item()
+    assert isinstance(found, int)
+    return found
 
 
 def forced(
@@ -228,7 +256,7 @@ def forced(
     logits = reply.prefill(mx.array(list(prompt_ids), mx.int32))
     yield np.array(logits[0].astype(mx.float32))
     for token in next_ids:
-        yield np.array(reply.decode(token)[0].astype(mx.float32))
+        yield np.array(reply.decode(mx.array([token], mx.int32))[0].astype(mx.float32))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backends.base import BLOCK, FFNPass, FFNSpec, Slab
+from ..backends.base import BLOCK, FFNPass, FFNSpec, Fired, Slab
 from ..casting import RAW, to_float32
 from ..residency.residency import Plan, Residency
 from ..residency.rows import clip_targets, copy_rows
@@ -167,41 +167,45 @@ class SparseSelector(ABC):
         if len(plan.loads):
             self._settle()  # what they hold may not have been used yet
         self.residency.evict(plan)
-        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
-        spans = list(overflow_spans(ids, plan.overflow))
-        if spans:
-            self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
-        elif self.look_ahead is not None:
-            self.look_ahead.guess(self.layer + 1, x)
-        fired: np.ndarray | None = np.ones(len(ids), bool)
-        # Hits are computed while misses are read: h_i needs no other neuron.
         here, late = plan.hits, plan.loads
         if self._ahead is not None:
             coming = self._ahead.mask[slots[here]]
             here, late = here[~coming], np.concatenate([here[coming], late])
-        if not spans:
-            fired = self._scalars(work, plan, here, fired)
+        if len(plan.overflow):
+            return self._add_spans(work, plan)
+        # Hits are computed while misses are read, and while what follows is planned: h_i needs no other neuron.
+        found = [self._scalars(work, plan, here)]
+        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
+        if self.look_ahead is not None:
+            self.look_ahead.guess(self.layer + 1, x)
         self._finish_ahead()
         pending.wait()
-        if not spans:
-            fired = self._scalars(work, plan, late, fired)
-            work.down()
+        found.append(self._scalars(work, plan, late))
+        work.down()
+        return which_fired(len(ids), found)
+
+    def _add_spans(self, work: FFNPass, plan: Plan) -> np.ndarray | None:
+        """The same where there are not enough slots: some of the ids pass through staging, in order."""
+        ids, slots = plan.ids, plan.slots
+        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
+        spans, found = list(overflow_spans(ids, plan.overflow)), []
+        self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
+        self._finish_ahead()
+        pending.wait()
         for span in spans:
-            fired = self._scalars(work, plan, span.resident(slots), fired)
+            found.append(self._scalars(work, plan, span.resident(slots)))
             _, staging = self.shared.stream.take()
             work.scalars(ids[span.overflow], staging, np.arange(len(span.overflow)))
             work.down()
             work.settle()
             self.shared.stream.release(staging)
-        return fired
+        return which_fired(len(ids), found)
 
-    def _scalars(self, work: FFNPass, plan: Plan, positions: np.ndarray, fired: np.ndarray | None) -> np.ndarray | None:
-        if len(positions):
-            found = work.scalars(plan.ids[positions], self.slab, plan.slots[positions])
-            if found is None or fired is None:
-                return None
-            fired[positions] = found
-        return fired
+    def _scalars(self, work: FFNPass, plan: Plan, positions: np.ndarray) -> tuple[np.ndarray, Fired | None]:
+        """Begin to compute what lies in slots: the ids at these positions."""
+        if not len(positions):
+            return positions, lambda: np.empty(0, bool)
+        return positions, work.scalars(plan.ids[positions], self.slab, plan.slots[positions])
 
     def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
         """Bundles without a slot, but for the part that is resident."""
@@ -251,6 +255,17 @@ class SparseSelector(ABC):
             loaded = rows[np.searchsorted(ids, plan.ids[plan.loads])]
             copy_rows(staging.targets, loaded, self.slab.targets, plan.slots[plan.loads])
             self.residency.place(plan)
+
+
+def which_fired(count: int, found: Sequence[tuple[np.ndarray, Fired | None]]) -> np.ndarray | None:
+    """(count,) bool, from what is known of some positions each; all others count as fired. None where a part is not
+    known."""
+    fired = np.ones(count, bool)
+    for positions, which in found:
+        if which is None:
+            return None
+        fired[positions] = which()
+    return fired
 
 
 def top(values: np.ndarray, fraction: float) -> np.ndarray:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 mx = pytest.importorskip("mlx.core")
 
 from mlx_flash.backends.base import BLOCK, FFNSpec, Widths  # noqa: E402
-from mlx_flash.backends.mlx import LAZY_BYTES, PAGE, MlxBackend, MlxPass, MlxSlab, available  # noqa: E402
+from mlx_flash.backends.mlx import LAZY_BYTES, MlxBackend, MlxPass, available  # noqa: E402
+from mlx_flash.backends.mlx_slab import PAGE, MlxSlab  # noqa: E402
 from mlx_flash.errors import ConfigError  # noqa: E402
 from mlx_flash.storage.layout import Layout, Part  # noqa: E402
 
