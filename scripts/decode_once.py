@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4)
     parser.add_argument("--length", type=int, default=0, help="pretend that so many tokens went before")
     parser.add_argument("--again", action="store_true", help="pass the prompt twice, and time the second")
-    parser.add_argument("--warm", type=int, default=40, help="tokens before timing: look-ahead times itself in 24")
+    parser.add_argument("--warm", type=int, default=28, help="tokens before timing: look-ahead times itself in 24")
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
     begin = time.perf_counter()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from ..storage.layout import ALIGN, Layout
+from ..storage.pinned import anonymous
 from ..storage.reader import Target
 from . import kernels
 from .base import BLOCK, FFNSpec, Widths
@@ -40,19 +41,6 @@ def _pages(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _anonymous(nbytes: int) -> np.ndarray:
-    """Page-aligned zeroed bytes that belong to this process alone, in huge pages where the system has them."""
-    if not nbytes:
-        return np.empty(0, np.uint8)
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
 class Slab:
     """`rows` bundles, `row_bytes` apart, in one page-aligned block.
 
@@ -64,7 +52,7 @@ class Slab:
         begin, length = _range(layout, parts)
         self.row_bytes = -(-length // ALIGN) * ALIGN
         self.nbytes = _pages(rows * self.row_bytes)
-        memory = _anonymous(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
+        memory = anonymous(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
         whole = len(parts) == len(layout.parts)
         self.targets = (Target(begin, memory if whole else memory[:, :length]),)
         self._views: dict[str, np.ndarray] = {}

@@ -20,7 +20,16 @@ TASK_BYTES = 1 << 16  # less work than this for each of two threads is done befo
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
 DEFAULT_THREADS = 8  # memory is the limit: more threads than this add little
 
-Job = tuple[Callable[..., int], tuple[Any, ...], Any]  # kernel, its arguments, what must stay in memory meanwhile
+
+class Job:
+    """A call's kernel, its arguments, and what must stay in memory while it runs."""
+
+    def __init__(self, kernel: Callable[..., int], arguments: tuple[Any, ...], keep: Any):
+        self.kernel, self.arguments, self.keep = kernel, arguments, keep
+
+    def work(self) -> int:
+        """Take part; returns how many tasks are done."""
+        return self.kernel(*self.arguments)
 
 
 def available_cores() -> int:
@@ -69,7 +78,7 @@ class Workers:
     ) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
         which takes part and returns when all is done. keep: held in memory as long as a helper may use it."""
-        job: Job = (kernel, (np.zeros(2, np.int64), tasks, *arguments), keep)
+        job = Job(kernel, (np.zeros(2, np.int64), tasks, *arguments), keep)
         try:
             if tasks > 1 and not alone and self._count > 1:
                 Workers._job = job
@@ -89,8 +98,9 @@ class Workers:
 
     @staticmethod
     def _finish(job: Job, tasks: int) -> None:
-        while job[0](*job[1]) < tasks:
+        while job.work() < tasks:
             time.sleep(0)
+        job.keep = None  # the newest job stays known
 
     def _rouse(self, helper: int) -> None:
         if helper == len(self._wake):
@@ -107,4 +117,4 @@ class Workers:
             wake.acquire()
             job = Workers._job  # the newest: one that is over has no task left
             if job is not None:
-                job[0](*job[1])
+                job.work()

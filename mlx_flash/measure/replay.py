@@ -6,7 +6,7 @@ traces. Replaying one gives reads and sums their true pattern. It shows mechanis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -54,21 +54,31 @@ class Replay:
     def __init__(self, trace: Trace, recall: float = 0.95, precision: float = 0.95, seed: int = 0):
         self.trace, self.recall, self.precision = trace, recall, precision
         self._at = [0] * len(trace.counts)
-        self._rng = np.random.default_rng(seed)
+        # All of them now: drawing them is no part of what is measured.
+        draw = np.random.default_rng(seed).random
+        self._guesses = [
+            [_guess(ids, count, recall, precision, draw) for ids in tokens]
+            for count, tokens in zip(trace.counts, trace.ids, strict=True)
+        ]
 
     def ids(self, layer: int) -> np.ndarray:
         """What the next token asks of this layer, ascending int32."""
-        found = self._next(layer)
+        found = self.trace.ids[layer][self._token(layer)]
         self._at[layer] += 1
         return found
 
     def guess(self, layer: int) -> np.ndarray:
         """What is guessed of the layer's next token, ascending."""
-        true, count = self._next(layer), self.trace.counts[layer]
-        right = true[self._rng.random(len(true)) < self.recall]
-        wrong = self._rng.integers(0, count, round(len(right) * (1 / self.precision - 1)))
-        return np.union1d(right, wrong)
+        return self._guesses[layer][self._token(layer)]
 
-    def _next(self, layer: int) -> np.ndarray:
-        tokens = self.trace.ids[layer]
-        return tokens[self._at[layer] % len(tokens)]
+    def _token(self, layer: int) -> int:
+        return self._at[layer] % self.trace.tokens
+
+
+def _guess(
+    ids: np.ndarray, count: int, recall: float, precision: float, draw: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """A share `recall` of ids, and so many of the others that `precision` of all is right."""
+    right = ids[draw(len(ids)) < recall]
+    wrong = (draw(round(len(right) * (1 / precision - 1))) * count).astype(np.int32)
+    return np.union1d(right, wrong)

@@ -102,11 +102,10 @@ class LookAhead:
         of the others as may take the place of resident ones."""
         layer, residency = selector.layer, selector.residency
         logits = self.predictors[layer](x)
-        if self.shared.override_guess is not None:
-            logits = np.full(len(logits), -1, np.float32)
-            logits[self.shared.override_guess(layer)] = 1
-        margin = 0.0 if self.shared.override_guess is not None else self.margins[layer]
-        likely = np.flatnonzero(logits > margin)
+        if self.shared.override_guess is None:
+            likely = np.flatnonzero(logits > self.margins[layer])
+        else:
+            likely = self.shared.override_guess(layer)
         missing = np.flatnonzero(residency.slot_of[likely] < 0)
         most = residency.capacity // GUESS_SHARE
         if len(missing) > most:

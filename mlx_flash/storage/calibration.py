@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import FlashError, FormatError, ReadError, SpaceError
 from .checkpoint import Checkpoint
 from .header import read_header, read_metadata
+from .pinned import anonymous
 from .writer import CONFIG, config_bytes, sync_folder
 
 VERSION = 1
@@ -132,7 +133,7 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
         if info.dtype != tag or not fits:
             raise _bad(path, f"has layer {layer}'s {name} as {info.dtype} {list(info.shape)}, the model needs {tag} "
                              f"{['any' if n is None else n for n in shape]}")  # fmt: skip
-        value = np.frombuffer(data[info.offset : info.offset + info.nbytes], ARRAY_DTYPES[tag]).reshape(info.shape)
+        value = data[info.offset : info.offset + info.nbytes].view(ARRAY_DTYPES[tag]).reshape(info.shape)
         if not np.isfinite(value).all():
             raise _bad(path, f"has values in layer {layer}'s {name} that are not numbers")
         return value
@@ -237,11 +238,19 @@ def _replace(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> np.ndarray:
+    """All bytes of a file; predictors are used where they lie."""
     try:
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            data = anonymous(os.fstat(file.fileno()).st_size)
+            done = 0
+            while done < len(data) and (count := file.readinto(data[done:].data)):
+                done += count
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
+    if done < len(data):
+        raise ReadError(f"cannot read {path}: it ends after {done} of {len(data)} bytes")
+    return data
 
 
 def _bad(path: Path, problem: str) -> FormatError:

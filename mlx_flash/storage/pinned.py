@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ from .layout import TensorInfo
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ALIGN = 64  # a cache line, and the widest vector load
 PIECE = 64 << 20
+
+
+def anonymous(nbytes: int) -> np.ndarray:
+    """Page-aligned zeroed bytes that belong to this process alone, in huge pages where the system has them: weights
+    are read in long rows, and looking up small pages takes as long as the rows."""
+    if not nbytes:
+        return np.empty(0, np.uint8)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def lock_memory(array: np.ndarray) -> bool:
@@ -49,7 +64,7 @@ def load_tensors(
             raise FormatError(f"{path}: {name!r} is {info.dtype} {list(info.shape)}, the config asks for {list(shape)}")
         places[name] = total
         total += -(-info.nbytes // ALIGN) * ALIGN
-    memory = np.frombuffer(mmap.mmap(-1, max(total, 1)), np.uint8)
+    memory = anonymous(total)
     lock_memory(memory)
     tensors = {}
     for name, at in places.items():

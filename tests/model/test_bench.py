@@ -322,7 +322,7 @@ def test_a_checkpoint_is_measured(
     assert picture.exists() == bench_report.can_draw()
     named = [len(ids) for ids, *_ in replay_for(plan_run(flash, mlx_flash.FlashConfig())).trace.ids]
     assert [layer.asked for layer in demands[0].layers] == [layer.fired for layer in demands[0].layers] == named
-    assert {(layer.recall, layer.precision) for layer in demands[0].layers} == {(0.95, 0.9)}
+    assert {(layer.recall, layer.precision) for layer in demands[0].layers} == {(0.95, 0.95)}
     rows = list(csv.DictReader((tmp_path / "found.csv").open()))
     assert tuple(rows[0]) == COLUMNS
     assert {row["what"] for row in rows} == {
