@@ -65,6 +65,7 @@ class LookAhead:
         self.trial = Trial() if mode == "auto" else None
         # Weakly: a cycle would keep their slabs in memory after the model is dropped.
         self.layers: dict[int, weakref.ref[SparseSelector]] = {}
+        self._last: weakref.ref[SparseSelector] | None = None  # whose bundles were guessed last
         self._begin = 0.0
 
     def add(self, selector: SparseSelector) -> None:
@@ -96,6 +97,12 @@ class LookAhead:
         likely = self._likely(selector, x)
         if len(likely):
             self.shared.stats.guessed += selector.read_ahead(likely)
+            self._last = self.layers[layer]
+
+    def go_on(self) -> None:
+        """While a layer computes: what did not fit the disk's queue when it was guessed is begun."""
+        if self._last is not None and (selector := self._last()) is not None:
+            selector.ahead_ended()
 
     def _likely(self, selector: SparseSelector, x: Any) -> np.ndarray:
         """Ids that the layer will probably ask for, ascending: those that are resident, so that they stay, and as many

@@ -115,6 +115,10 @@ class SparseSelector(ABC):
         self.residency.place(plan)
         return len(slots)
 
+    def ahead_ended(self) -> bool:
+        """Whether all that is being read ahead has come; reads that wait for their turn go on."""
+        return self._ahead is not None and self._ahead.pending.ended()
+
     def forget_ahead(self) -> None:
         """What was being read ahead may not have come."""
         if self._ahead is not None:
@@ -133,7 +137,7 @@ class SparseSelector(ABC):
         work = shared.backend.ffn(self.decode_spec, x)
         ids = self.choose(x, work)
         right = self._guessed_right(ids)
-        if self._ahead is not None and self._ahead.pending.ended():
+        if self.ahead_ended():
             self._finish_ahead()
         plan = self.residency.plan(ids, keep=None if self._ahead is None else self._ahead.slots)
         if shared.recorder is not None:
@@ -181,6 +185,8 @@ class SparseSelector(ABC):
         self._finish_ahead()
         pending.wait()
         found.append(self._scalars(work, plan, late))
+        if self.look_ahead is not None:
+            self.look_ahead.go_on()
         work.down()
         return which_fired(len(ids), found)
 
