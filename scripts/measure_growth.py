@@ -49,8 +49,8 @@ LLAMA_7B = {
     "hidden_act": "relu",
     "tie_word_embeddings": False,
 }
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the FFN that is resident
-LENGTHS = (1, 256, 512, 1024, 2047)
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)  # of the FFN that is resident
+LENGTHS = (1, 512, 1024, 2047)
 CONTEXT = 512
 COLUMNS = ("machine", "curve", "model", "selector", "resident_share", "context", "budget_bytes", "s_per_token",
            "bytes_read_per_token", "anonymous_bytes")  # fmt: skip

@@ -20,10 +20,14 @@ from . import kernels
 from .base import BLOCK, FFNSpec, Widths
 from .numpy_ffn import DecodePass
 from .numpy_prefill import TILE_COLUMNS, PrefillPass
+from .numpy_prefill import TILE_ROWS as PREFILL_ROWS
 from .products import Scratch, Tiles
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 TILE_ROWS = 256  # of weights, widened for one product
+# A budget must not depend on how many cores a machine has: what further threads take counts as the libraries', as
+# BLAS's own buffers do.
+COUNTED_THREADS = 2
 
 
 def _range(layout: Layout, parts: Sequence[str]) -> tuple[int, int]:
@@ -222,11 +226,11 @@ class NumpyBackend:
 
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache; `layout` is not looked
-        at, everything is fp32 here. BLAS's own buffers belong to the libraries."""
-        dim, tokens, threads = widths.dim, min(chunk, context), self.tiles.threads
+        at, everything is fp32 here. BLAS's own buffers, and those of more than two threads, belong to the libraries."""
+        dim, tokens = widths.dim, min(chunk, context)
         wide = 4 * max(TILE_ROWS * max(dim, widths.qkv_rows), context * widths.head_dim)
-        products = 4 * tokens * (TILE_ROWS + TILE_COLUMNS + context + 3 * widths.head_dim)
-        ffn = 4 * tokens * (widths.intermediate + 4 * BLOCK + 2 * dim)
+        products = 4 * tokens * (PREFILL_ROWS + min(TILE_COLUMNS, dim) + context + 3 * widths.head_dim)
+        ffn = 4 * tokens * (2 * BLOCK + 2 * dim)
         activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows) + 2 * tokens * tokens
         rotations = 8 * context * widths.head_dim
-        return threads * (wide + products) + ffn + activations + rotations + (1 << 20)
+        return COUNTED_THREADS * (wide + products) + ffn + activations + rotations + (1 << 20)

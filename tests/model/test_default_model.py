@@ -30,13 +30,13 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlx_flash.convert(SOURCE, tmp_path_factory.mktemp("default") / "flash")
 
 
-def check_against_trainer(path: Path, backend: str, select: str) -> None:
+def check_against_trainer(path: Path, backend: str, select: str, most: int | None = None) -> None:
     for memory in three_budgets(path, backend, select):
         model, _ = mlx_flash.load(path, backend=backend, select=select, memory=memory)
         for length in LENGTHS:
-            prompt, reply = GOLDEN[f"prompt_{length}"].tolist(), GOLDEN[f"reply_{length}"].tolist()
+            prompt, reply = GOLDEN[f"prompt_{length}"].tolist(), GOLDEN[f"reply_{length}"].tolist()[:most]
             got = list(model.flash.steps(model, prompt, len(reply), Sampling()))
-            wanted = list(zip(reply, GOLDEN[f"margins_{length}"].tolist(), strict=True))
+            wanted = list(zip(reply, GOLDEN[f"margins_{length}"].tolist()[:most], strict=True))
             assert_equal_tokens(got, wanted, f"{backend} {select} {memory} prompt {length}")
         model.flash.close()
 
@@ -54,7 +54,7 @@ def test_numpy_tokens_equal_the_trainers(fp32: Path, bf16: Path, select: str) ->
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_mlx_tokens_equal_the_trainers(fp32: Path, select: str) -> None:
     pytest.importorskip("mlx_lm", reason="the mlx backend")
-    check_against_trainer(fp32, "mlx", select)
+    check_against_trainer(fp32, "mlx", select, most=24)  # MLX's CPU kernels are slow
 
 
 def test_the_trainers_tokens_are_mlx_lms(tmp_path: Path, relu_in_mlx_lm: None) -> None:  # noqa: F811

@@ -299,8 +299,7 @@ def prefill(backend: NumpyBackend, widths: Widths, tokens: int, context: int, dt
     qkv, o = (np.zeros((rows, d), module.DTYPES[dtype]) for rows in (3 * heads * hd, d))
     cache = [backend.new_cache(heads, context, hd, dtype) for _ in range(2)]
     network = Network(1, d, widths.intermediate, dtype)
-    everything = np.arange(network.count)
-    slab, gate = network.full(), network.load(network.slab(network.count, ("gate",)), everything, everything)
+    slab = network.full()
     table, cos = stored(random(network.rng, 10, d), dtype), np.ones((tokens, hd // 2), np.float32)
     tracemalloc.start()
     x = backend.embed(table, np.arange(tokens) % 10)
@@ -313,12 +312,6 @@ def prefill(backend: NumpyBackend, widths: Widths, tokens: int, context: int, dt
     y = backend.attend(q, cache[0], cache[1], context - tokens)
     x = x + backend.linear(y.reshape(tokens, -1), o[:, : heads * hd])
     h = backend.rms_norm(x, table[0], 1e-6)
-    step = backend.ffn(network.spec, h)
-    ids = step.gate(gate)
-    assert len(ids)
-    step.scalars(ids, slab, ids)
-    step.down()
-    x = x + step.result()
     step = backend.ffn(network.spec, h)
     step.dense(slab, 0, 0, network.count)
     x = x + step.result()
@@ -338,6 +331,7 @@ def test_prefill_stays_within_the_scratch_that_the_budget_was_told(
     dtype: str, widths: Widths, tokens: int, context: int
 ) -> None:
     backend = NumpyBackend()
+    backend.threads = 2
     layout = Network(1, widths.dim, widths.intermediate, dtype).spec.layout
     stated = backend.prefill_scratch_bytes(layout, widths, tokens, context)
     try:
