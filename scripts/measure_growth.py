@@ -77,7 +77,7 @@ def make(name: str, work: Path) -> Path:
 
 def budget(folder: Path, selector: str, share: float, context: int) -> int:
     """The smallest budget, and slots for so much of the FFN; everything at 1."""
-    found = inspect_model(folder / "flash", FlashConfig("1TB", context, "numpy", selector, look_ahead="off"))
+    found = inspect_model(folder / "flash", FlashConfig("1000GB", context, "numpy", selector, look_ahead="off"))
     if share == 1:
         return int(found["everything_resident_bytes"]) + (64 << 20)
     return int(found["smallest_budget_bytes"] + share * found["ffn_bytes"]) + (32 << 20)
