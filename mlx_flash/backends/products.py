@@ -6,8 +6,8 @@ a core; and its sums depend on how many there are. Tiles do neither. Knows array
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -50,7 +50,6 @@ class Tiles:
         self.threads = min(available_cores(), DEFAULT_THREADS)
         self.scratch = Scratch()  # the calling thread's, and what outlives a task
         self._others: list[Scratch] = []
-        self._pool: ThreadPoolExecutor | None = None
         self._blas: ThreadpoolController | None = None
 
     @contextmanager
@@ -69,22 +68,33 @@ class Tiles:
             for k in numbers:
                 task(scratch, k)
 
-        others = self._start(work, min(self.threads, count) - 1)
+        # Not a pool of futures: an interrupt while these are waited for can leave a lock of theirs taken for ever.
+        errors: list[BaseException] = []
+        threads = [self._thread(work, number, errors) for number in range(min(self.threads, count) - 1)]
         try:
+            for thread in threads:
+                thread.start()
             work(self.scratch)
-        finally:
-            for _ in numbers:  # after an error or Ctrl-C: nothing more is begun
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            for _ in numbers:  # nothing more is begun
                 pass
-            wait(others)
-        for other in others:
-            other.result()
+            # A thread may be within its last task: what it writes to must not be used again.
+            self.scratch, self._others = Scratch(), []
+            raise
+        if errors:
+            raise errors[0]
 
-    def _start(self, work: Callable[[Scratch], None], count: int) -> list[Future[None]]:
-        if count < 1:
-            return []
-        if self._pool is None or len(self._others) < count:
-            if self._pool is not None:
-                self._pool.shutdown()
-            self._pool = ThreadPoolExecutor(count, thread_name_prefix="products")
-            self._others += [Scratch() for _ in range(count - len(self._others))]
-        return [self._pool.submit(work, self._others[k]) for k in range(count)]
+    def _thread(self, work: Callable[[Scratch], None], number: int, errors: list[BaseException]) -> threading.Thread:
+        if number == len(self._others):
+            self._others.append(Scratch())
+        scratch = self._others[number]
+
+        def run() -> None:
+            try:
+                work(scratch)
+            except BaseException as error:  # raised where the products were asked for
+                errors.append(error)
+
+        return threading.Thread(target=run, name=f"products-{number}", daemon=True)
