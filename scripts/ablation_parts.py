@@ -21,6 +21,7 @@ import psutil
 
 from mlx_flash.backends.base import BLOCK
 from mlx_flash.backends.numpy import NumpyBackend
+from mlx_flash.measure import replay
 from mlx_flash.models.read_config import read_spec
 from mlx_flash.residency.budget import STAGING_BLOCKS, split_slots
 from mlx_flash.residency.policy import LRU
@@ -138,23 +139,11 @@ def write_geometry(geometry: Geometry, folder: Path, seed: int) -> list[LayerFil
 
 
 def synthetic_layer(count: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For one layer of `count` neurons, token by token: the ids a predictor names and those of them that fire.
-
-    Of the neurons that were named last 1, 2, 3, 4 and more tokens ago, fixed numbers are named again, so that every
-    token, from the first, has the statistics of AGES; which ones is left to chance, evenly over the layer.
-    """
-    sizes = [round(share * count) for share in AGES]
-    again = [size - older for size, older in zip(sizes, sizes[1:], strict=False)] + [sizes[-1]]
-    age = np.repeat(np.arange(1, len(AGES) + 1, dtype=np.int8), [*sizes[:-1], count - sum(sizes[:-1])])
-    age = rng.permutation(age)
-    while True:
-        shuffled = rng.permutation(count)
-        by_age = age[shuffled]
-        named = np.concatenate([shuffled[by_age == j][:number] for j, number in enumerate(again, 1)])
-        age = np.minimum(age + 1, len(AGES)).astype(np.int8)
-        age[named] = 1
-        firing = rng.permutation(named)[: round(FIRING * count)]
-        yield np.sort(named).astype(np.int32), np.sort(firing).astype(np.int32)
+    """For one layer of `count` neurons, token by token: the ids a predictor names (see replay.py, with AGES), and those
+    of them that fire, by chance."""
+    firing = np.random.default_rng(rng.integers(1 << 62))  # another stream: what is named does not depend on it
+    for named in replay.synthetic_layer(count, AGES, rng):
+        yield named, np.sort(firing.permutation(named)[: round(FIRING * count)])
 
 
 def synthetic_trace(counts: Sequence[int], tokens: int, seed: int) -> tuple[list[Token], float]:

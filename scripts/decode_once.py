@@ -64,15 +64,9 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=28, help="tokens before timing: look-ahead times itself in 24")
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
+    config = mlx_flash.FlashConfig(args.memory, args.context, "numpy", args.select, look_ahead=args.look_ahead)
     begin = time.perf_counter()
-    model, _ = mlx_flash.load(
-        args.model,
-        memory=args.memory,
-        select=args.select,
-        backend="numpy",
-        max_context=args.context,
-        look_ahead=args.look_ahead,
-    )
+    model, _ = mlx_flash.load(args.model, config)
     load_s = time.perf_counter() - begin
     if args.trace:
         replay_trace(model, args.trace, args.recall, args.precision)
