@@ -75,10 +75,14 @@ class FFNPass(Protocol):
         """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not
         zero for any token, ascending, int32."""
 
-    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray) -> Fired | None:
+    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray, late: np.ndarray | None = None) -> Fired | None:
         """Begin to compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before
         it `slab` holds the leading part too. Returns what tells, once `down` has been called, which of them fired; None
-        where that would cost something."""
+        where that would cost something.
+
+        late: with a pass's first ids, which then ascend: all that `scalars` will be given before `down`. Blocks that
+        wait for none of these may be summed up at once.
+        """
 
     def down(self) -> None:
         """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may

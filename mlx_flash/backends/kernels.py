@@ -32,6 +32,12 @@ class Kernels(Protocol):
     def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         """`w[r] . x` for r in `rows` (None: all). w (count, n), x (n,) fp32 -> (len(rows),) fp32."""
 
+    def low_rank(
+        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """x (n,) fp32 -> `step * (b @ (a @ x)) + bias`, (count,) fp32. a (r, n), b (count, r), alike in dtype; bias
+        (count,) fp32. The arrays must stay as they are."""
+
     def neurons(
         self,
         first: np.ndarray | None,
@@ -62,8 +68,15 @@ class Kernels(Protocol):
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
+        down: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
+        sums: np.ndarray | None = None,
     ) -> Callable[[], np.ndarray]:
-        """The same, begun: what is returned gives the result. The arguments must stay as they are until then."""
+        """The same, begun: what is returned gives the result. The arguments must stay as they are until then.
+
+        With `down` (count, d), alike in dtype and strides, it also writes what `add_blocks` would have summed up for
+        the scalars spans[b, 0] to spans[b, 1]: sums[b] (d,) fp32. spans (blocks, 2) integers; sums (blocks, d) fp32.
+        """
 
     def add_blocks(
         self,
@@ -73,12 +86,14 @@ class Kernels(Protocol):
         h: np.ndarray,
         starts: np.ndarray,
         y: np.ndarray,
+        others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Add to y (d,) fp32, for each block b ascending, the sum over i in starts[b]..starts[b+1], ascending, of
         `h[i] * sources[source[i]][rows[i]]`. A block's sum starts from zero.
 
         sources: weight arrays (., d); source (None: the first), rows (m,) integers; h (m,) fp32; starts (blocks + 1,)
-        integers.
+        integers. others: sums (n, d) of more blocks, from `begin_neurons`, and which of them are these blocks, whose
+        sums are replaced; all n are added.
         """
 
     def dense(

@@ -19,6 +19,8 @@ from . import kernels_emit
 from .kernels_emit import FLOAT32, add_4_rows, add_row, dot, dot_4, fetch_add, store
 
 SHORT_BYTES = 1024  # of a row: below, folding its sums takes longer than adding them up
+NO_ROWS = np.empty(0, np.int64)
+PATIENCE = 20000  # times a thread asks whether the others are done: some 200 microseconds
 RELU, SILU = 1, 2  # activations; 0: none
 # Numba's disk cache looks at a function's own file only: what that file is built on goes into the functions' names.
 BUILT_ON = hashlib.sha256(Path(kernels_emit.__file__).read_bytes()).hexdigest()[:8]
@@ -63,6 +65,18 @@ def act(kind, value):  # type: ignore[no-untyped-def]
     return value
 
 
+@_jit(nogil=True)
+def finished(done, tasks):  # type: ignore[no-untyped-def]
+    """How many tasks are done, once all are or a while has passed: asking again from Python takes several times as long
+    as another thread's last task."""
+    count = fetch_add(done, 0)
+    for _ in range(PATIENCE):
+        if count >= tasks:
+            break
+        count = fetch_add(done, 0)
+    return count
+
+
 # Each kernel with `state` takes tasks from it (see `workers`) until none is left and returns how many are done.
 
 
@@ -73,7 +87,7 @@ def dots(state, tasks, kind, w, stride, rows, x, n, out):  # type: ignore[no-unt
     while True:
         task = fetch_add(taken, 1)
         if task >= tasks:
-            return fetch_add(done, 0)
+            return finished(done, tasks)
         begin, end = count * task // tasks, count * (task + 1) // tasks
         if len(rows) or stride < SHORT_BYTES:
             row_dots(kind, w, stride, rows, begin, end, x, n, out)
@@ -84,17 +98,80 @@ def dots(state, tasks, kind, w, stride, rows, x, n, out):  # type: ignore[no-unt
 
 
 @_jit(nogil=True)
-def neurons(  # type: ignore[no-untyped-def]
-    state, tasks, kind, first, second, stride, rows, x, n, bias, given, acts, cutoff, h, follow
+def low_rank(  # type: ignore[no-untyped-def]
+    state, tasks, first, kind, a, a_stride, rank, b, b_stride, count, x, n, step, bias, z, out
 ):
-    """h[i] = lead[i] * follow[i] of row i (rows[i], unless rows is empty): lead is `given` or from the rows at `first`,
-    follow from those at `second` (0: none), left out where lead is zero. acts: of the two."""
-    taken, done, count = state.ctypes.data, state[1:].ctypes.data, len(h)
+    """out = step * (b . z) + bias for z = a . x: the first `first` tasks are rows of a (rank, n), the others rows of b
+    (count, rank), which wait for z"""
+    taken, done, at = state.ctypes.data, state[1:].ctypes.data, z.ctypes.data
     while True:
         task = fetch_add(taken, 1)
         if task >= tasks:
-            return fetch_add(done, 0)
-        begin, end = count * task // tasks, count * (task + 1) // tasks
+            return finished(done, tasks)
+        if task < first:
+            for i in range(rank * task // first, rank * (task + 1) // first):
+                row = a + i * a_stride
+                z[i] = dot(kind, row, row + a_stride if i + 1 < rank else row, x, n)
+        else:
+            while fetch_add(done, 0) < first:  # whoever took those is at work on them
+                pass
+            begin, end = count * (task - first) // (tasks - first), count * (task + 1 - first) // (tasks - first)
+            row_dots(kind, b, b_stride, NO_ROWS, begin, end, at, rank, out)
+            for i in range(begin, end):
+                out[i] = step * out[i] + bias[i]
+        fetch_add(done, 1)
+
+
+@_jit(nogil=True)
+def add_terms(kind, y, n, down, stride, rows, h, begin, end):  # type: ignore[no-untyped-def]
+    """Add h[i] times row i (rows[i], unless rows is empty) of `down` to the n fp32 at y for begin <= i < end, but for
+    the zeros, four at a time."""
+    a = b = c = found = 0
+    p = q = r = np.float32(0)
+    for i in range(begin, end):
+        if h[i] == 0:
+            continue
+        row = down + (rows[i] if len(rows) else i) * stride
+        if found == 0:
+            a, p = row, h[i]
+        elif found == 1:
+            b, q = row, h[i]
+        elif found == 2:
+            c, r = row, h[i]
+        else:
+            add_4_rows(kind, y, n, a, b, c, row, p, q, r, h[i])
+        found = (found + 1) % 4
+    if found > 0:
+        add_row(kind, y, n, a, a, p)
+    if found > 1:
+        add_row(kind, y, n, b, b, q)
+    if found > 2:
+        add_row(kind, y, n, c, c, r)
+
+
+@_jit(nogil=True)
+def neurons(  # type: ignore[no-untyped-def]
+    state, tasks, kind, first, second, stride, rows, x, n, bias, given, acts, cutoff, h, follow, spans, down, sums
+):
+    """h[i] = lead[i] * follow[i] of row i (rows[i], unless rows is empty): lead is `given` or from the rows at `first`,
+    follow from those at `second` (0: none), left out where lead is zero. acts: of the two. The last tasks, one for each
+    of `spans`, wait for all h and sum up: sums[b] = the terms spans[b, 0] to spans[b, 1], with the rows at `down`"""
+    taken, done, count = state.ctypes.data, state[1:].ctypes.data, len(h)
+    parts, width = tasks - len(spans), sums.shape[1]
+    while True:
+        task = fetch_add(taken, 1)
+        if task >= tasks:
+            return finished(done, tasks)
+        if task >= parts:
+            block = task - parts
+            sums[block] = 0
+            while fetch_add(done, 0) < parts:  # whoever took those is at work on them
+                pass
+            y = sums[block].ctypes.data
+            add_terms(kind, y, width, down, stride, rows, h, spans[block, 0], spans[block, 1])
+            fetch_add(done, 1)
+            continue
+        begin, end = count * task // parts, count * (task + 1) // parts
         if len(given):
             h[begin:end] = given[begin:end]
         else:
@@ -129,7 +206,7 @@ def records(  # type: ignore[no-untyped-def]
     while True:
         task = fetch_add(taken, 1)
         if task >= tasks:
-            return fetch_add(done, 0)
+            return finished(done, tasks)
         sums[task] = 0
         y = sums[task].ctypes.data
         for i in range(task * block, min(count, (task + 1) * block)):
@@ -149,18 +226,19 @@ def records(  # type: ignore[no-untyped-def]
 
 
 @_jit(nogil=True)
-def tiles(state, tasks, kind, rows, h, starts, across, sums):  # type: ignore[no-untyped-def]
-    """sums[b] = the sum of block b; a task is one of `across` column ranges of one block. rows: addresses"""
+def tiles(state, tasks, kind, rows, h, starts, across, which, sums):  # type: ignore[no-untyped-def]
+    """sums[which[b]] = the sum of block b; a task is one of `across` column ranges of one block. rows: addresses"""
     taken, done, d = state.ctypes.data, state[1:].ctypes.data, sums.shape[1]
     item = 4 if kind == FLOAT32 else 2
     while True:
         task = fetch_add(taken, 1)
         if task >= tasks:
-            return fetch_add(done, 0)
+            return finished(done, tasks)
         block, tile = task // across, task % across
         first, last = d * tile // across, d * (tile + 1) // across
-        y, n, at = sums[block, first:].ctypes.data, last - first, first * item
-        sums[block, first:last] = 0
+        into = which[block]
+        y, n, at = sums[into, first:].ctypes.data, last - first, first * item
+        sums[into, first:last] = 0
         i, end = starts[block], starts[block + 1]
         while i + 4 <= end:
             a, b, c, e = rows[i] + at, rows[i + 1] + at, rows[i + 2] + at, rows[i + 3] + at
@@ -186,7 +264,7 @@ def scores(state, tasks, kind, q, size, keys, head_stride, stride, group, out): 
     while True:
         head = fetch_add(taken, 1)
         if head >= tasks:
-            return fetch_add(done, 0)
+            return finished(done, tasks)
         key = keys + head // group * head_stride
         for i in range(out.shape[1]):
             row = key + i * stride
@@ -201,7 +279,7 @@ def weigh(state, tasks, kind, weights, values, head_stride, stride, group, out):
     while True:
         head = fetch_add(taken, 1)
         if head >= tasks:
-            return fetch_add(done, 0)
+            return finished(done, tasks)
         out[head] = 0
         y, row, p, i = out[head].ctypes.data, values + head // group * head_stride, weights[head], 0
         while i + 4 <= length:

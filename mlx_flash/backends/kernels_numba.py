@@ -26,6 +26,7 @@ KINDS = {
 ACTS = {"": 0, "relu": compiled.RELU, "silu": compiled.SILU}
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 _NONE = np.empty(0, np.float32)
+_NO_SPANS, _NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
 
 
 def _address(array: np.ndarray) -> int:
@@ -52,6 +53,12 @@ def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
     if compiled.outside(chosen, count):
         raise IndexError(f"rows {chosen.min()}..{chosen.max()} of {count}")
     return chosen
+
+
+def _within(spans: np.ndarray, count: int) -> bool:
+    """Whether all spans (blocks, 2) int64 lie within 0..count."""
+    begin, end = spans[:, 0], spans[:, 1]
+    return bool((begin >= 0).all() and (begin <= end).all() and (end <= count).all())
 
 
 class KernelSet:
@@ -84,6 +91,26 @@ class KernelSet:
         self._workers.run(compiled.dots, tasks, KINDS[w.dtype], _address(w), w.strides[0], chosen, _address(x), n, out)
         return out
 
+    def low_rank(
+        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        _check_rows(a, b)
+        (rank, n), count = a.shape, len(b)
+        if a.dtype != b.dtype or b.shape != (count, rank) or bias.shape != (count,) or not rank * count:
+            raise ValueError(f"a {a.dtype} {a.shape}, b {b.dtype} {b.shape}, bias {bias.shape}")
+        bias, z = np.ascontiguousarray(bias, np.float32), np.empty(rank, np.float32)
+        weights = KINDS[a.dtype], _address(a), a.strides[0], rank, _address(b), b.strides[0], count
+
+        def found(x: np.ndarray) -> np.ndarray:
+            _check_input(x, n)
+            out, tasks = np.empty(count, np.float32), self._workers.tasks
+            first = tasks(a.nbytes, rank)
+            run = compiled.low_rank, first + tasks(b.nbytes, count), first
+            self._workers.run(*run, *weights, _address(x), n, np.float32(step), bias, z, out)
+            return out
+
+        return found
+
     def neurons(self, *parts: Any, **options: Any) -> np.ndarray:
         return self.begin_neurons(*parts, **options)()
 
@@ -98,13 +125,16 @@ class KernelSet:
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
+        down: np.ndarray | None = None,
+        spans: np.ndarray = _NO_SPANS,
+        sums: np.ndarray = _NO_SUMS,
     ) -> Callable[[], np.ndarray]:
-        parts = [part for part in (first, second) if part is not None]
+        parts = [part for part in (first, second, down) if part is not None]
         if not parts:
             assert given is not None
             return lambda: given
         _check_rows(*parts)
-        w, n = parts[0], parts[0].shape[1]
+        w, n = parts[0], len(x)
         if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
             raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
         _check_input(x, n)
@@ -115,7 +145,9 @@ class KernelSet:
         for values in (given, bias):
             if values is not None and (values.shape != h.shape or values.dtype != np.float32):
                 raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
-        tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h))
+        if down is not None and (sums.shape != (len(spans), down.shape[1]) or not _within(spans, len(h))):
+            raise ValueError(f"sums {sums.shape} of {len(spans)} spans over {len(h)} scalars")
+        tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h)) + len(spans)
         finish = self._workers.start(
             compiled.neurons,
             tasks,
@@ -132,6 +164,9 @@ class KernelSet:
             np.float32(cutoff),
             h,
             np.empty_like(h),
+            spans,
+            0 if down is None else _address(down),
+            sums,
             keep=(parts, x),
         )
 
@@ -149,6 +184,7 @@ class KernelSet:
         h: np.ndarray,
         starts: np.ndarray,
         y: np.ndarray,
+        others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         _check_rows(*sources)
         if len({w.dtype for w in sources}) != 1 or any(w.shape[1:] != y.shape for w in sources):
@@ -161,9 +197,11 @@ class KernelSet:
         blocks, d, itemsize = len(starts) - 1, len(y), sources[0].itemsize
         # Few blocks (one, when blocks are streamed) are cut into columns as well, 256 and more.
         tasks = self._workers.tasks(len(rows) * d * itemsize, blocks * max(1, d // 256))
-        across = -(-tasks // blocks)
+        across = -(-tasks // max(1, blocks))
         with self._lock:
-            sums = self._blocks(blocks, d)
+            sums, which = (self._blocks(blocks, d), np.arange(blocks)) if others is None else others
+            if len(which) != blocks or sums.shape[1] != d or compiled.outside(which, len(sums)):
+                raise ValueError(f"{blocks} blocks as {which} of {sums.shape}")
             self._workers.run(
                 compiled.tiles,
                 blocks * across,
@@ -172,6 +210,7 @@ class KernelSet:
                 np.array(h, np.float32),
                 np.array(starts, np.int64),
                 across,
+                which,
                 sums,
             )
             compiled.fold(sums, y)

@@ -31,6 +31,17 @@ class KernelSet:
             np.einsum("ij,j->i", scratch[: end - begin], x, out=out[begin:end])
         return out
 
+    def low_rank(
+        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        def found(x: np.ndarray) -> np.ndarray:
+            out = self.dots(b, None, self.dots(a, None, x))
+            out *= np.float32(step)
+            out += bias
+            return out
+
+        return found
+
     def neurons(
         self,
         first: np.ndarray | None,
@@ -58,8 +69,21 @@ class KernelSet:
             lead[kept] *= activate(acts[1], self.dots(second, kept if rows is None else rows[kept], x))
         return lead
 
-    def begin_neurons(self, *parts: Any, **options: Any) -> Callable[[], np.ndarray]:
+    def begin_neurons(
+        self,
+        *parts: Any,
+        down: np.ndarray | None = None,
+        spans: np.ndarray | None = None,
+        sums: np.ndarray | None = None,
+        **options: Any,
+    ) -> Callable[[], np.ndarray]:
         h = self.neurons(*parts, **options)
+        if down is not None:
+            assert spans is not None and sums is not None
+            rows = np.arange(len(h)) if parts[2] is None else parts[2]
+            for (begin, end), total in zip(spans, sums, strict=True):
+                kept = np.arange(begin, end)[h[begin:end] != 0]
+                _sum_rows([down], np.zeros(len(kept), np.int64), rows[kept], h[kept], total)
         return lambda: h
 
     def add_blocks(
@@ -70,20 +94,15 @@ class KernelSet:
         h: np.ndarray,
         starts: np.ndarray,
         y: np.ndarray,
+        others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         source = np.zeros(len(rows), np.int64) if source is None else source
-        scratch = np.empty((int(np.max(np.diff(starts), initial=0)), len(y)), np.float32)
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
-            block = scratch[: end - begin]
-            for index, w in enumerate(sources):
-                mine = np.flatnonzero(source[begin:end] == index)
-                wide = np.empty((len(mine), len(y)), np.float32)
-                widen(w[rows[begin:end][mine]], wide)
-                block[mine] = wide
-            # Row by row: elementwise over d, so neither alignment nor the number of rows changes the order.
-            total = np.zeros_like(y)
-            for weight, row in zip(h[begin:end], block, strict=True):
-                total += weight * row
+        blocks = len(starts) - 1
+        sums, which = (np.empty((blocks, len(y)), np.float32), np.arange(blocks)) if others is None else others
+        for block, into in enumerate(which):
+            here = slice(starts[block], starts[block + 1])
+            _sum_rows(sources, source[here], rows[here], h[here], sums[into])
+        for total in sums:
             y += total
 
     def dense(
@@ -130,3 +149,19 @@ class KernelSet:
             scores /= scores.sum(axis=1, keepdims=True)
             np.einsum("rl,ld->rd", scores, wide[1], out=out[head])
         return out.reshape(q.shape)
+
+
+def _sum_rows(
+    sources: Sequence[np.ndarray], source: np.ndarray, rows: np.ndarray, h: np.ndarray, total: np.ndarray
+) -> None:
+    """total (d,) = the sum of h[i] * sources[source[i]][rows[i]]."""
+    wide = np.empty((len(rows), len(total)), np.float32)
+    for index, w in enumerate(sources):
+        mine = np.flatnonzero(source == index)
+        found = np.empty((len(mine), len(total)), np.float32)
+        widen(w[rows[mine]], found)
+        wide[mine] = found
+    # Row by row: elementwise over d, so neither alignment nor the number of rows changes the order.
+    total[:] = 0
+    for weight, row in zip(h, wide, strict=True):
+        total += weight * row

@@ -127,7 +127,7 @@ class MlxPass:
         slab.unfinished, self._gate_slab = [], slab
         return np.flatnonzero(np.array(fires)).astype(np.int32)
 
-    def scalars(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray) -> None:
+    def scalars(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray, late: np.ndarray | None = None) -> None:
         """Start computing h of `ids` (n,), which lie in `rows` (n,) of `slab`."""
         if not len(ids):
             return

@@ -18,7 +18,7 @@ from ..storage.pinned import anonymous
 from ..storage.reader import Target
 from . import kernels
 from .base import BLOCK, FFNSpec, Widths
-from .numpy_ffn import DecodePass
+from .numpy_ffn import BlockSums, DecodePass
 from .numpy_prefill import TILE_COLUMNS, PrefillPass
 from .numpy_prefill import TILE_ROWS as PREFILL_ROWS
 from .products import Scratch, Tiles
@@ -82,6 +82,7 @@ class NumpyBackend:
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)
         self.tiles = Tiles()
+        self._sums = BlockSums()
 
     @property
     def threads(self) -> int:
@@ -103,7 +104,7 @@ class NumpyBackend:
     def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass:
         """Begin one FFN on x (T, d)."""
         if len(x) == 1:
-            return DecodePass(self.kernels, spec, x)
+            return DecodePass(self.kernels, spec, x, self._sums)
         return PrefillPass(self.tiles, spec, x)
 
     def predictor(
@@ -111,13 +112,13 @@ class NumpyBackend:
     ) -> Callable[[np.ndarray], np.ndarray]:
         """See `base.Backend.predictor`."""
 
+        low_rank = self.kernels.low_rank(a, b, step, bias)
+
         def logits(x: np.ndarray) -> np.ndarray:
             tokens = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-            found = self.kernels.dots(b, None, self.kernels.dots(a, None, tokens[0]))
+            found = low_rank(tokens[0])
             for token in tokens[1:]:
-                np.maximum(found, self.kernels.dots(b, None, self.kernels.dots(a, None, token)), out=found)
-            found *= np.float32(step)
-            found += bias
+                np.maximum(found, low_rank(token), out=found)
             return found
 
         return logits

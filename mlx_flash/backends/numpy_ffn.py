@@ -7,12 +7,14 @@ Knows slabs only by `part(name)`; neither files nor residency.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .base import BLOCK, FFNSpec, Fired
 from .kernels import Kernels, widen
+
+_NO_IDS = np.empty(0, np.int64)
 
 
 class Rows(Protocol):
@@ -49,9 +51,29 @@ class FFNInput:
         return self.y
 
 
+class BlockSums:
+    """Memory for the sums of one pass's blocks, used by one pass after the other."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.float32)
+        self._finish: Callable[[], Any] | None = None
+
+    def take(self, blocks: int, d: int) -> np.ndarray:
+        """(blocks, d) fp32 of any values."""
+        if self._finish is not None:
+            self._finish()  # a pass that was cut short may still be writing
+            self._finish = None
+        if self._memory.size < blocks * d:
+            self._memory = np.empty(blocks * d, np.float32)
+        return self._memory[: blocks * d].reshape(blocks, d)
+
+    def used_until(self, finish: Callable[[], Any]) -> None:
+        """What was taken is being written to until `finish` has returned."""
+        self._finish = finish
+
+
 class Term:
-    """Ids whose scalars are being computed: `down` (., d) holds their last part, in `rows`. Once finished only those
-    that fired are left."""
+    """Ids (n,) whose scalars are being computed: `down` (., d) holds their last part, in `rows`."""
 
     def __init__(self, ids: np.ndarray, down: np.ndarray, rows: np.ndarray, begun: Callable[[], np.ndarray]):
         self.ids, self.down, self.rows, self._begun = ids, down, rows, begun
@@ -59,24 +81,53 @@ class Term:
     def finish(self) -> None:
         self.h = self._begun()
         self._fired = self.h != 0
-        if not self._fired.all():
-            kept = np.flatnonzero(self._fired)
-            self.ids, self.rows, self.h = self.ids[kept], self.rows[kept], self.h[kept]
 
     def fired(self) -> np.ndarray:
         """Which fired, (n,) bool, once finished."""
         return self._fired
+
+    def left(self, of: np.ndarray | None = None) -> Term:
+        """Those that fired (and are marked in `of`), once finished."""
+        wanted = self._fired if of is None else self._fired & of
+        if wanted.all():
+            return self
+        kept = wanted.nonzero()[0]
+        found = Term(self.ids[kept], self.down, self.rows[kept], self._begun)
+        found.h = self.h[kept]
+        return found
+
+
+def _in_order(terms: list[Term]) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
+    """Which term, row, scalar and id, by ascending ids; which term is None where there is one alone."""
+    if len(terms) == 1 and (terms[0].ids[1:] > terms[0].ids[:-1]).all():
+        return None, terms[0].rows, terms[0].h, terms[0].ids
+    ids = np.concatenate([_NO_IDS, *(term.ids for term in terms)])
+    order = np.argsort(ids, kind="stable")
+    source = np.repeat(np.arange(len(terms)), [len(term.ids) for term in terms])[order]
+    rows = np.concatenate([_NO_IDS, *(term.rows for term in terms)])[order]
+    h = np.concatenate([np.empty(0, np.float32), *(term.h for term in terms)])[order]
+    return source, rows, h, ids[order]
+
+
+class Begun(NamedTuple):
+    """Sums (blocks, d) of the blocks from `first` that are being made; those of `lacking` (n,) still want terms."""
+
+    first: int
+    lacking: np.ndarray
+    sums: np.ndarray
 
 
 class DecodePass(FFNInput):
     """One token. A neuron whose activation is zero adds exactly nothing, so `gate` and `dense` give the same bits:
     both are the same dot products and the same sums over the same neurons."""
 
-    def __init__(self, kernels: Kernels, spec: FFNSpec, x: np.ndarray):
+    def __init__(self, kernels: Kernels, spec: FFNSpec, x: np.ndarray, memory: BlockSums | None = None):
         super().__init__(spec, x)
         self.kernels, self.x, self.out = kernels, self.x[0], self.y[0]
+        self.memory = memory or BlockSums()
         self.active: np.ndarray | None = None
         self.terms: list[Term] = []
+        self._begun: Begun | None = None
 
     def _options(self, bias: np.ndarray | None) -> dict[str, Any]:
         return {"bias": bias, "acts": self.acts, "cutoff": self.spec.cutoff}
@@ -85,41 +136,56 @@ class DecodePass(FFNInput):
         self.active = self.kernels.neurons(slab.part(self.first), None, None, self.x, **self._options(self.bias))
         return np.flatnonzero(self.active).astype(np.int32)
 
-    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> Fired:
-        second = None if self.second is None else slab.part(self.second)
+    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> Fired:
+        first, second, down = None, None if self.second is None else slab.part(self.second), slab.part("down")
         if self.active is not None:
-            given = self.active[ids]
-            begun = self.kernels.begin_neurons(None, second, rows, self.x, given=given, acts=self.acts)
+            options: dict[str, Any] = {"given": self.active[ids], "acts": self.acts}
         else:
-            options = self._options(None if self.bias is None else self.bias[ids])
-            begun = self.kernels.begin_neurons(slab.part(self.first), second, rows, self.x, **options)
-        term = Term(ids, slab.part("down"), rows, begun)
+            first, options = slab.part(self.first), self._options(None if self.bias is None else self.bias[ids])
+        if late is None:
+            begun = self.kernels.begin_neurons(first, second, rows, self.x, **options)
+        else:
+            sums, spans = self._begin_sums(ids, late)
+            begun = self.kernels.begin_neurons(
+                first, second, rows, self.x, **options, down=down, spans=spans, sums=sums
+            )
+            self.memory.used_until(begun)
+        term = Term(ids, down, rows, begun)
         self.terms.append(term)
         return term.fired
 
+    def _begin_sums(self, ids: np.ndarray, late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for the sums of all blocks, and which of `ids` each consists of: none where it waits for late ones."""
+        first, end = int(ids[0]) // BLOCK, int(ids[-1]) // BLOCK + 1
+        if len(late):
+            first, end = min(first, int(late.min()) // BLOCK), max(end, int(late.max()) // BLOCK + 1)
+        lacking = np.unique(late // BLOCK) - first
+        edges = ids.searchsorted(np.arange(first, end + 1) * BLOCK)
+        spans = np.stack([edges[:-1], edges[1:]], 1)
+        spans[lacking, 1] = spans[lacking, 0]
+        self._begun = Begun(first, lacking, self.memory.take(end - first, len(self.out)))
+        return self._begun.sums, spans
+
     def down(self) -> None:
         terms, self.terms = self.terms, []
+        begun, self._begun = self._begun, None
         for term in terms:
             term.finish()
-        if len(terms) == 1 and (terms[0].ids[1:] > terms[0].ids[:-1]).all():
-            term = terms[0]
-            self._add([term.down], None, term.rows, term.h, term.ids)
-        elif terms:
-            ids = np.concatenate([term.ids for term in terms])
-            order = np.argsort(ids, kind="stable")
-            source = np.repeat(np.arange(len(terms)), [len(term.ids) for term in terms])[order]
-            rows = np.concatenate([term.rows for term in terms])[order]
-            h = np.concatenate([term.h for term in terms])[order]
-            self._add([term.down for term in terms], source, rows, h, ids[order])
-
-    def _add(
-        self, sources: list[np.ndarray], source: np.ndarray | None, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
-    ) -> None:
-        """Add the terms of `ids`, ascending, block by block; source as in `Kernels.add_blocks`."""
-        if len(ids):
-            edges = np.arange(ids[0] // BLOCK + 1, ids[-1] // BLOCK + 1) * BLOCK
-            starts = np.concatenate([[0], np.searchsorted(ids, edges), [len(ids)]])
-            self.kernels.add_blocks(sources, source, rows, h, starts, self.out)
+        if begun is None:
+            terms = [term.left() for term in terms]
+        else:
+            lacks = np.zeros(len(begun.sums), bool)
+            lacks[begun.lacking] = True
+            terms = [terms[0].left(lacks[terms[0].ids // BLOCK - begun.first]), *(term.left() for term in terms[1:])]
+        source, rows, h, ids = _in_order(terms)
+        if begun is not None:
+            edges, others = (begun.first + begun.lacking) * BLOCK, (begun.sums, begun.lacking)
+        elif len(ids):
+            edges, others = np.arange(ids[0] // BLOCK, ids[-1] // BLOCK + 1) * BLOCK, None
+        else:
+            return
+        starts = np.append(ids.searchsorted(edges), len(ids))
+        self.kernels.add_blocks([term.down for term in terms], source, rows, h, starts, self.out, others)
 
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         check_whole_blocks(first_id, count, self.spec.layout.count)

@@ -40,7 +40,7 @@ class PrefillPass(FFNInput):
         self.tiles.each(-(-count // TILE_ROWS), tile)
         return np.flatnonzero(active.any(axis=0)).astype(np.int32)
 
-    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray) -> None:
+    def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> None:
         self.terms.append((np.asarray(ids), slab, np.asarray(rows)))
 
     def down(self) -> None:

@@ -177,8 +177,9 @@ class SparseSelector(ABC):
             here, late = here[~coming], np.concatenate([here[coming], late])
         if len(plan.overflow):
             return self._add_spans(work, plan)
-        # Hits are computed while misses are read, and while what follows is planned: h_i needs no other neuron.
-        found = [self._scalars(work, plan, here)]
+        # Hits are computed while misses are read, and while what follows is planned: h_i needs no other neuron, and
+        # a block's sum none of another block.
+        found = [self._scalars(work, plan, here, ids[late])]
         pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
         if self.look_ahead is not None:
             self.look_ahead.guess(self.layer + 1, x)
@@ -207,11 +208,13 @@ class SparseSelector(ABC):
             self.shared.stream.release(staging)
         return which_fired(len(ids), found)
 
-    def _scalars(self, work: FFNPass, plan: Plan, positions: np.ndarray) -> tuple[np.ndarray, Fired | None]:
-        """Begin to compute what lies in slots: the ids at these positions."""
+    def _scalars(
+        self, work: FFNPass, plan: Plan, positions: np.ndarray, late: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Fired | None]:
+        """Begin to compute what lies in slots: the ids at these positions; `late` ids come after them."""
         if not len(positions):
             return positions, lambda: np.empty(0, bool)
-        return positions, work.scalars(plan.ids[positions], self.slab, plan.slots[positions])
+        return positions, work.scalars(plan.ids[positions], self.slab, plan.slots[positions], late)
 
     def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
         """Bundles without a slot, but for the part that is resident."""
