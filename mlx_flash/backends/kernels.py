@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+NO_SPANS, NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
+
 
 class Kernels(Protocol):
     """One set of kernels; results are bit-identical within a set, for Numba also at every number of threads.
@@ -69,8 +71,8 @@ class Kernels(Protocol):
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
         down: np.ndarray | None = None,
-        spans: np.ndarray | None = None,
-        sums: np.ndarray | None = None,
+        spans: np.ndarray = NO_SPANS,
+        sums: np.ndarray = NO_SUMS,
     ) -> Callable[[], np.ndarray]:
         """The same, begun: what is returned gives the result. The arguments must stay as they are until then.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels_llvm as compiled
-from .kernels import add_dense
+from .kernels import NO_SPANS, NO_SUMS, add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
 from .workers import Workers
 
@@ -25,8 +25,6 @@ KINDS = {
 }
 ACTS = {"": 0, "relu": compiled.RELU, "silu": compiled.SILU}
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
-_NONE = np.empty(0, np.float32)
-_NO_SPANS, _NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
 
 
 def _address(array: np.ndarray) -> int:
@@ -88,7 +86,8 @@ class KernelSet:
         if not len(out):
             return out
         tasks = self._workers.tasks(len(out) * n * w.itemsize, len(out))
-        self._workers.run(compiled.dots, tasks, KINDS[w.dtype], _address(w), w.strides[0], chosen, _address(x), n, out)
+        chosen_at = 0 if rows is None else chosen
+        self._workers.run(compiled.dots, tasks, KINDS[w.dtype], w, w.strides[0], chosen_at, len(out), x, n, out)
         return out
 
     def low_rank(
@@ -99,14 +98,14 @@ class KernelSet:
         if a.dtype != b.dtype or b.shape != (count, rank) or bias.shape != (count,) or not rank * count:
             raise ValueError(f"a {a.dtype} {a.shape}, b {b.dtype} {b.shape}, bias {bias.shape}")
         bias, z = np.ascontiguousarray(bias, np.float32), np.empty(rank, np.float32)
-        weights = KINDS[a.dtype], _address(a), a.strides[0], rank, _address(b), b.strides[0], count
+        weights = KINDS[a.dtype], a, a.strides[0], rank, b, b.strides[0], count
 
         def found(x: np.ndarray) -> np.ndarray:
             _check_input(x, n)
             out, tasks = np.empty(count, np.float32), self._workers.tasks
             first = tasks(a.nbytes, rank)
             run = compiled.low_rank, first + tasks(b.nbytes, count), first
-            self._workers.run(*run, *weights, _address(x), n, np.float32(step), bias, z, out)
+            self._workers.run(*run, *weights, x, n, np.float32(step), bias, z, out)
             return out
 
         return found
@@ -126,8 +125,8 @@ class KernelSet:
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
         down: np.ndarray | None = None,
-        spans: np.ndarray = _NO_SPANS,
-        sums: np.ndarray = _NO_SUMS,
+        spans: np.ndarray = NO_SPANS,
+        sums: np.ndarray = NO_SUMS,
     ) -> Callable[[], np.ndarray]:
         parts = [part for part in (first, second, down) if part is not None]
         if not parts:
@@ -152,22 +151,24 @@ class KernelSet:
             compiled.neurons,
             tasks,
             KINDS[w.dtype],
-            0 if first is None else _address(first),
-            0 if second is None else _address(second),
+            0 if first is None else first,
+            0 if second is None else second,
             w.strides[0],
-            chosen,
-            _address(x),
+            0 if rows is None else chosen,
+            len(h),
+            x,
             n,
-            _NONE if bias is None else np.ascontiguousarray(bias),
-            _NONE if given is None else np.ascontiguousarray(given),
-            (ACTS[acts[0]], ACTS[acts[1]]),
+            0 if bias is None else np.ascontiguousarray(bias),
+            0 if given is None else np.ascontiguousarray(given),
+            ACTS[acts[0]],
+            ACTS[acts[1]],
             np.float32(cutoff),
             h,
             np.empty_like(h),
+            len(spans),
             spans,
-            0 if down is None else _address(down),
+            0 if down is None else down,
             sums,
-            keep=(parts, x),
         )
 
         def result() -> np.ndarray:
@@ -210,8 +211,9 @@ class KernelSet:
                 np.array(h, np.float32),
                 np.array(starts, np.int64),
                 across,
-                which,
+                np.array(which, np.int64),
                 sums,
+                d,
             )
             compiled.fold(sums, y)
 
@@ -247,14 +249,16 @@ class KernelSet:
                 compiled.records,
                 blocks,
                 KINDS[first.dtype],
-                _address(first),
-                0 if second is None else _address(second),
-                _address(down),
+                first,
+                0 if second is None else second,
+                down,
                 first.strides[0],
-                _address(x),
+                len(first),
+                x,
                 first.shape[1],
-                _NONE if bias is None else np.ascontiguousarray(bias, np.float32),
-                (ACTS[acts[0]], ACTS[acts[1]]),
+                0 if bias is None else np.ascontiguousarray(bias, np.float32),
+                ACTS[acts[0]],
+                ACTS[acts[1]],
                 np.float32(cutoff),
                 block,
                 h,
@@ -298,11 +302,11 @@ class KernelSet:
         weights, out = np.empty((heads, length), np.float32), np.empty((heads, size), np.float32)
         kind, group, run = KINDS[keys.dtype], heads // kv_heads, self._workers.run
         alone = self._workers.tasks(heads * length * size * keys.itemsize, heads) == 1
-        (head_stride, stride, _), at = keys.strides, _address
-        run(compiled.scores, heads, kind, at(q), size, at(keys), head_stride, stride, group, weights, alone=alone)
+        head_stride, stride, _ = keys.strides
+        run(compiled.scores, heads, kind, q, size, keys, head_stride, stride, group, length, weights, alone=alone)
         weights *= np.float32(size**-0.5)
         weights -= weights.max(axis=1, keepdims=True)
         np.exp(weights, out=weights)
         weights /= weights.sum(axis=1, keepdims=True)
-        run(compiled.weigh, heads, kind, weights, at(values), head_stride, stride, group, out, alone=alone)
+        run(compiled.weigh, heads, kind, weights, length, values, head_stride, stride, group, size, out, alone=alone)
         return out

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import activate, add_dense, narrow, widen
+from .kernels import NO_SPANS, NO_SUMS, activate, add_dense, narrow, widen
 
 ROWS = 256  # widened at a time
 
@@ -73,13 +73,12 @@ class KernelSet:
         self,
         *parts: Any,
         down: np.ndarray | None = None,
-        spans: np.ndarray | None = None,
-        sums: np.ndarray | None = None,
+        spans: np.ndarray = NO_SPANS,
+        sums: np.ndarray = NO_SUMS,
         **options: Any,
     ) -> Callable[[], np.ndarray]:
         h = self.neurons(*parts, **options)
         if down is not None:
-            assert spans is not None and sums is not None
             rows = np.arange(len(h)) if parts[2] is None else parts[2]
             for (begin, end), total in zip(spans, sums, strict=True):
                 kept = np.arange(begin, end)[h[begin:end] != 0]

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from .cores import default_threads
 from .kernels import widen
-from .workers import DEFAULT_THREADS, available_cores
 
 
 class Scratch:
@@ -47,7 +47,7 @@ class Tiles:
     """Runs tasks on `threads` threads, the calling one among them. Each has a scratch memory of its own."""
 
     def __init__(self) -> None:
-        self.threads = min(available_cores(), DEFAULT_THREADS)
+        self.threads = default_threads()
         self.scratch = Scratch()  # the calling thread's, and what outlives a task
         self._others: list[Scratch] = []
         self._blas: ThreadpoolController | None = None

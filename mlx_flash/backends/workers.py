@@ -1,6 +1,7 @@
 """Threads that help with one kernel call: whoever is awake takes the next task, and nobody waits for a thread that
 has not begun.
 
+Helpers live in compiled code and never touch Python's interpreter, which whoever called the kernel needs meanwhile.
 Not Numba's own pool: its calls end when every thread has shown up, which takes milliseconds where another process
 holds a core; and it aborts the process, or spins, where readers' threads work beside it. Knows no arithmetic.
 """
@@ -10,44 +11,109 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
 
+from . import workers_llvm as compiled
+from .cores import default_threads
+from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS
+
 TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
-DEFAULT_THREADS = 8  # memory is the limit: more threads than this add little
+MOST_HELPERS = 63
+
+
+def pages(items: int) -> np.ndarray:
+    """Zeros (items,) int64 that begin at a multiple of 64 bytes."""
+    memory = np.zeros(items + 8, np.int64)
+    skip = -memory.ctypes.data % 64 // 8
+    return memory[skip : skip + items]
+
+
+class Board:
+    """Where jobs are put up, and the helpers' places: one for all, never freed, as helpers look at it at any time."""
+
+    def __init__(self) -> None:
+        self.jobs = pages(JOBS * JOB_ITEMS).reshape(JOBS, JOB_ITEMS)
+        self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
+        self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
+        self.free = deque(range(JOBS))
+        self._started = 0
+        self._lock = threading.Lock()
+
+    def hire(self, count: int) -> int:
+        """See to it that so many helpers live; returns how many do: none where the system has no pipes to sleep on."""
+        if count > self._started and os.name == "posix":
+            with self._lock, suppress(OSError, RuntimeError):  # no more pipes or threads: fewer helpers
+                while self._started < min(count, MOST_HELPERS):
+                    mine = self.helpers[self._started]
+                    mine[1], mine[2] = os.pipe()
+                    os.set_blocking(int(mine[2]), False)
+                    arguments = self.at, self.helpers_at + self._started * mine.nbytes
+                    name = f"kernel-{self._started}"
+                    threading.Thread(target=compiled.serve, args=arguments, daemon=True, name=name).start()
+                    self._started += 1
+        return min(count, self._started)
 
 
 class Job:
-    """A call's kernel, its arguments, and what must stay in memory while it runs."""
+    """A call's kernel and arguments, put up on the board. Arrays stay in memory while a helper may use them."""
 
-    def __init__(self, kernel: Callable[..., int], arguments: tuple[Any, ...], keep: Any):
-        self.kernel, self.arguments, self.keep = kernel, arguments, keep
+    keep: tuple[Any, ...] | None
 
-    def work(self) -> int:
-        """Take part; returns how many tasks are done."""
-        return self.kernel(*self.arguments)
+    def __init__(self, board: Board, kernel: int, tasks: int, arguments: tuple[Any, ...]):
+        self.board, self.tasks, self.keep = board, tasks, arguments
+        self.place: int | None = None
+        with suppress(IndexError):
+            self.place = board.free.popleft()
+        # With every place taken it is done by the caller alone, in a place of its own.
+        self.row = pages(JOB_ITEMS) if self.place is None else board.jobs[self.place]
+        self.at = int(self.row.ctypes.data)
+        self.row[DONE] = tasks  # until it begins, for `finish`
+        self.row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
+
+    def finish(self) -> None:
+        """Take part, and return when all is done; a second call does nothing."""
+        try:
+            self._finish()
+        except BaseException:
+            self._finish()  # on Ctrl-C too: helpers would go on with arrays that the caller uses again
+            raise
+
+    def _finish(self) -> None:
+        while self.keep is not None and not compiled.finish(self.at, self.tasks):
+            time.sleep(0)
+        if self.keep is not None:
+            self.keep = None
+            if self.place is not None:
+                self.board.free.append(self.place)
+
+    def __del__(self) -> None:
+        self._finish()
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def as_item(argument: Any) -> int:
+    """A number, or an array's address, as a kernel gets it."""
+    if isinstance(argument, np.ndarray):
+        address: int = argument.__array_interface__["data"][0]
+        return address
+    if isinstance(argument, np.float32):
+        return int(argument.view(np.int32))
+    return int(argument)
 
 
 class Workers:
     """`count` threads, the calling one among them. Helpers are started when they are first needed; they never end, so
     all Workers of a process share them."""
 
-    _wake: ClassVar[list[threading.Lock]] = []  # one per helper; held while it sleeps
-    _job: ClassVar[Job | None] = None
+    _board: ClassVar[Board | None] = None
 
     def __init__(self) -> None:
-        self._count = min(available_cores(), DEFAULT_THREADS)
+        self._count = default_threads()
 
     @property
     def count(self) -> int:
@@ -65,56 +131,21 @@ class Workers:
             return 1
         return max(1, min(most, nbytes // TASK_BYTES, self._count * TASKS_PER_THREAD))
 
-    def run(self, kernel: Callable[..., int], tasks: int, *arguments: Any, alone: bool = False) -> None:
-        """Do tasks 0..tasks-1 of `kernel(state, tasks, *arguments)`.
-
-        The kernel, which lets go of the interpreter's lock, takes the next task by adding 1 to state[0], adds 1 to
-        state[1] when it has done it, and returns state[1] when no task is left; both atomically.
-        """
+    def run(self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False) -> None:
+        """Do tasks 0..tasks-1 of a kernel made by `task_kernel`; arguments are integers, np.float32 and arrays."""
         self.start(kernel, tasks, *arguments, alone=alone)()
 
     def start(
-        self, kernel: Callable[..., int], tasks: int, *arguments: Any, alone: bool = False, keep: Any = None
+        self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False
     ) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
-        which takes part and returns when all is done. keep: held in memory as long as a helper may use it."""
-        job = Job(kernel, (np.zeros(2, np.int64), tasks, *arguments), keep)
-        try:
-            if tasks > 1 and not alone and self._count > 1:
-                Workers._job = job
-                for helper in range(min(self._count, tasks) - 1):
-                    self._rouse(helper)
-        except BaseException:
-            self._finish(job, tasks)  # on Ctrl-C too: helpers would go on with arrays that the caller uses again
-            raise
-        return lambda: self._complete(job, tasks)
-
-    def _complete(self, job: Job, tasks: int) -> None:
-        try:
-            self._finish(job, tasks)
-        except BaseException:
-            self._finish(job, tasks)
-            raise
-
-    @staticmethod
-    def _finish(job: Job, tasks: int) -> None:
-        while job.work() < tasks:
-            time.sleep(0)
-        job.keep = None  # the newest job stays known
-
-    def _rouse(self, helper: int) -> None:
-        if helper == len(self._wake):
-            lock = threading.Lock()
-            self._wake.append(lock)
-            threading.Thread(target=self._help, args=(lock,), daemon=True, name=f"kernel-{helper}").start()
-        elif self._wake[helper].locked():
-            with suppress(RuntimeError):  # another thread's call has just done so
-                self._wake[helper].release()
-
-    @staticmethod
-    def _help(wake: threading.Lock) -> None:
-        while True:
-            wake.acquire()
-            job = Workers._job  # the newest: one that is over has no task left
-            if job is not None:
-                job.work()
+        which takes part and returns when all is done."""
+        board = Workers._board
+        if board is None:
+            board = Workers._board = Board()
+        job = Job(board, compiled.address_of(kernel), tasks, arguments)
+        helpers = 0
+        if tasks > 1 and not alone and self._count > 1 and job.place is not None:
+            helpers = board.hire(min(self._count, tasks) - 1)
+        compiled.begin(job.at, tasks, board.helpers_at, helpers)
+        return job.finish

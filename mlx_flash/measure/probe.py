@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..backends.workers import available_cores
+from ..backends.cores import available_cores
 from ..machine import KERNELS, Machine, ReadRate, device_of, host_name
 from .probe_kernels import kernel_rates, layer_seconds
 from .probe_reads import (

@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 
 from ..backends.base import FFNSpec
+from ..backends.cores import default_threads
 from ..backends.numpy import DTYPES, NumpyBackend
-from ..backends.workers import Workers
 from ..convert import convert
 from ..load import load
 from ..random_model import make_random
@@ -73,7 +73,7 @@ def _summing() -> Callable[[np.ndarray], Any]:
 
 def memory_work(memory: np.ndarray) -> Work:
     """Read all of it with as many threads as kernels use."""
-    total, threads = _summing(), Workers().count
+    total, threads = _summing(), default_threads()
     numbers = memory[: len(memory) // 4 * 4].view(np.int64)
     pieces = np.array_split(numbers, 8 * threads)
 
@@ -206,7 +206,7 @@ class Busy:
 def kernel_rates(seconds: float, rounds: int, announce: Callable[[str], None]) -> dict[str, float]:
     """By Machine.kernels' names, and "memory" and "matmul"; `announce` is told when they cannot be trusted."""
     memory, backend = big_memory(), NumpyBackend()
-    reading = Busy(memory_work(memory), Workers().count)
+    reading = Busy(memory_work(memory), default_threads())
     works: dict[str, Work] = {"memory": reading}
     works |= {f"linear.{dtype}": linear_work(backend, memory, dtype) for dtype in DTYPES}
     works |= {f"rows.{dtype}": rows_work(backend, memory, dtype) for dtype in DTYPES}

@@ -185,6 +185,56 @@ def test_calls_from_two_python_threads_do_not_disturb_each_other() -> None:
     assert not wrong
 
 
+@both_sets
+def test_a_low_rank_product_is_that_of_its_factors(name: str) -> None:
+    rng, kernel = np.random.default_rng(8), SETS[name]
+    for dtype in (np.int8, np.float32):
+        a, b = (rng.integers(-127, 128, shape).astype(dtype) for shape in ((24, 3000), (501, 24)))
+        x, bias = random(rng, 3000), random(rng, 501)
+        predict, exact = kernel.low_rank(a, b, 1e-3, bias), 1e-3 * (b.astype(np.float64) @ (a @ x.astype(np.float64)))
+        results = set()
+        for threads in (1, 2, 5):
+            kernel.threads = threads
+            results.add(predict(x).tobytes())
+            np.testing.assert_allclose(predict(x), exact + bias, rtol=1e-5, atol=1e-4 * np.abs(exact).max())
+        assert len(results) == 1
+
+
+@needs_numba
+def test_low_rank_factors_that_do_not_fit_are_refused() -> None:
+    a, b = np.ones((24, 30), np.float32), np.ones((501, 23), np.float32)
+    with pytest.raises(ValueError, match=r"\(501, 23\)"):
+        SETS["numba"].low_rank(a, b, 1.0, np.zeros(501, np.float32))
+
+
+@both_sets
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+def test_blocks_that_wait_for_nothing_are_summed_at_once(name: str, dtype: str, gated: bool) -> None:
+    """Some terms begun with their sums, the others later: the bits of all at once."""
+    kernel, rng, (count, d) = SETS[name], np.random.default_rng(9), (1100, 70)
+    records = stored(rng.normal(size=(count, 3 * d)) / 8, dtype)
+    first, second, down = records[:, :d], records[:, d : 2 * d] if gated else None, records[:, 2 * d :]
+    x, options = random(rng, d), {"acts": ("relu", ""), "cutoff": 0.05}
+    for threads in (1, 2, 5):
+        kernel.threads = threads
+        ids = np.flatnonzero(rng.random(count) < 0.3)
+        y, z, late = np.zeros(d, np.float32), np.zeros(d, np.float32), (ids // BLOCK == 1) | (ids // BLOCK == 3)
+        h = kernel.neurons(first, second, ids, x, **options)
+        kernel.add_blocks([down], None, ids, h, blocks_of(ids), y)
+        begins = np.searchsorted(ids, np.arange(6) * BLOCK)
+        spans = np.stack([begins[:-1], begins[1:]], 1)
+        spans[[1, 3], 1] = spans[[1, 3], 0]
+        sums = np.full((5, d), np.nan, np.float32)
+        finish = kernel.begin_neurons(first, second, ids, x, **options, down=down, spans=spans, sums=sums)
+        assert finish().tobytes() == h.tobytes()
+        starts, which = np.array([0, (ids[late] // BLOCK == 1).sum(), late.sum()]), np.array([1, 3])
+        kernel.add_blocks([down], None, ids[late], h[late], starts, z, (sums, which))
+        assert z.tobytes() == y.tobytes()
+    kernel.add_blocks([down], None, ids[:0], h[:0], np.array([0]), z := np.zeros(d, np.float32), (sums, which[:0]))
+    assert z.tobytes() == y.tobytes()
+
+
 @needs_numba
 def test_numba_set_refuses_what_compiled_code_would_take_on_trust() -> None:
     kernel, x = SETS["numba"], np.ones(8, np.float32)
@@ -208,17 +258,17 @@ def test_numba_set_refuses_what_compiled_code_would_take_on_trust() -> None:
 
 @needs_numba
 def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_flash.backends import kernels_llvm
+    from mlx_flash.backends import workers_llvm
 
-    real = kernels_llvm.numba.njit
+    real = workers_llvm.numba.njit
 
     def no_locator(cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return real(**options)
 
-    monkeypatch.setattr(kernels_llvm.numba, "njit", no_locator)
-    compiled = kernels_llvm._jit(nogil=True)(lambda x: x + 1)
+    monkeypatch.setattr(workers_llvm.numba, "njit", no_locator)
+    compiled = workers_llvm.jit(lambda x: x + 1)
     assert compiled.signatures == []
     assert compiled(2) == 3
 
@@ -226,27 +276,38 @@ def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monke
 @needs_numba
 @pytest.mark.parametrize("hardware", [None, False])
 def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
     from mlx_flash.backends import kernels_emit, kernels_llvm
 
     if hardware is not None:  # compile as for a processor that cannot convert
         monkeypatch.setattr(kernels_emit, "HALF_IN_HARDWARE", hardware)
-        for kernel in ("dots", "store_rows"):
-            compiled = kernels_llvm.numba.njit(getattr(kernels_llvm, kernel).py_func)
-            monkeypatch.setattr(kernels_llvm, kernel, compiled)
+    dot, store_rows = kernels_emit.dot, numba.njit(kernels_llvm.store_rows.py_func)
+
+    @numba.njit
+    def products(w, n, x, out):  # type: ignore[no-untyped-def]
+        for i in range(len(out)):
+            out[i] = dot(kernels_emit.FLOAT16, w + 2 * n * i, w + 2 * n * i, x, n)
+
+    def dots(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+        out = np.empty(len(w), np.float32)
+        products(w.ctypes.data, w.shape[1], x.ctypes.data, out)
+        return out
+
     every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 1)
     one = np.ones(1, np.float32)
-    assert np.array_equal(SETS["numba"].dots(every, None, one)[:, None], every.astype(np.float32), equal_nan=True)
+    assert np.array_equal(dots(every, one)[:, None], every.astype(np.float32), equal_nan=True)
     lanes = every[np.isfinite(every)].reshape(-1, 16)
     for lane in range(16):
         x = np.eye(16, dtype=np.float32)[lane]
-        assert np.array_equal(SETS["numba"].dots(lanes, None, x), lanes[:, lane].astype(np.float32))
+        assert np.array_equal(dots(lanes, x), lanes[:, lane].astype(np.float32))
     # Back again, also what lies half way between two of them and a hair to either side.
     exact = np.sort(lanes.ravel().astype(np.float32))
     between = (exact[1:] / 2 + exact[:-1] / 2).astype(np.float32)
     values = np.concatenate([exact, between, np.nextafter(between, -1e9), np.nextafter(between, 1e9), [7e4, np.inf]])
     values = values.astype(np.float32)[:, None]
     got = np.empty(values.shape, np.float16)
-    SETS["numba"].store(values, got)
+    store_rows(kernels_emit.FLOAT16, values, got.ctypes.data, got.strides[0])
     with np.errstate(over="ignore"):
         assert np.array_equal(got, values.astype(np.float16))
 
@@ -267,31 +328,71 @@ def test_widening_is_exact_and_narrowing_rounds_to_nearest_even() -> None:
     assert half.tolist() == [1.0, 1 + 2**-9, np.inf]
 
 
-def test_workers_do_each_task_once_and_do_not_wait_for_a_helper_that_sleeps() -> None:
-    crew, lock, seen = workers.Workers(), threading.Lock(), []
+@pytest.fixture(scope="module")
+def counting():
+    """A kernel that counts how often each task is done, and takes a while over it."""
+    from mlx_flash.backends.kernels_emit import fetch_add
+    from mlx_flash.backends.workers_llvm import integers, task_kernel
 
-    def kernel(state: np.ndarray, tasks: int, slow: float) -> int:
-        if slow and threading.current_thread() is not threading.main_thread():
-            time.sleep(slow)  # held up before it has taken anything
-        while True:
-            with lock:
-                task, state[0] = int(state[0]), state[0] + 1
-            if task >= tasks:
-                return int(state[1])
-            time.sleep(0.001)
-            with lock:
-                seen.append((task, threading.current_thread().name))
-                state[1] += 1
+    @task_kernel
+    def count(p, task):  # type: ignore[no-untyped-def]
+        seen = integers(integers(p, 3)[1], integers(p, 1)[0])
+        for _ in range(integers(p, 3)[2]):
+            fetch_add(seen.ctypes.data + 8 * task, 0)
+        seen[task] += 1
 
-    crew.count = 3
-    crew.run(kernel, 40, 0)
-    assert sorted(task for task, _ in seen) == list(range(40)) and len({thread for _, thread in seen}) > 1
-    seen.clear()
-    begin = time.perf_counter()
-    crew.run(kernel, 5, 2.0)
-    assert time.perf_counter() - begin < 1 and {thread for _, thread in seen} == {"MainThread"}
+    return count
+
+
+@needs_numba
+def test_workers_do_each_task_once_whoever_helps(counting) -> None:
+    crew = workers.Workers()
+    for count in (1, 2, 4):
+        crew.count = count
+        for tasks in (1, 2, 7, 100):
+            seen = np.zeros(tasks, np.int64)
+            crew.run(counting, tasks, seen, 1000)
+            assert seen.tolist() == [1] * tasks
     with pytest.raises(ValueError, match="0 threads"):
         crew.count = 0
+
+
+@needs_numba
+def test_helpers_do_what_was_begun_while_the_caller_does_something_else(counting) -> None:
+    crew, seen = workers.Workers(), np.zeros(50, np.int64)
+    crew.count = 2
+    finish = crew.start(counting, 50, seen, 1000)
+    end = time.monotonic() + 10
+    while not seen.all() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert seen.all()
+    finish()
+    finish()
+    assert seen.tolist() == [1] * 50
+
+
+@needs_numba
+def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
+    """Begun and finished in another order, forgotten ones among them; every place is free again."""
+    crew, all_seen, finishes = workers.Workers(), [np.zeros(9, np.int64) for _ in range(40)], []
+    crew.count = 3
+    for seen in all_seen:
+        finishes.append(crew.start(counting, 9, seen, 100))
+    del finishes[::3]
+    for finish in finishes[::-1]:
+        finish()
+    assert all(seen.tolist() == [1] * 9 for seen in all_seen)
+    assert sorted(workers.Workers._board.free) == list(range(workers.JOBS))
+
+
+@needs_numba
+def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no helper ever woke up."""
+    crew, seen = workers.Workers(), np.zeros(30, np.int64)
+    crew.count = 2
+    monkeypatch.setattr(workers.Board, "hire", lambda self, count: 0)
+    crew.run(counting, 30, seen, 1000)
+    assert seen.tolist() == [1] * 30
 
 
 @both_sets

@@ -1,0 +1,220 @@
+"""The compiled half of `workers`: jobs on a board in shared memory, and threads that take tasks from them.
+
+A job's place on the board is used again and again, and helpers look at it at any time. So a thread reads what the job
+is only once it holds a ticket, and there are no tickets unless all else is written; whoever put the job up returns only
+when every ticket's task is done. Importing compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import kernels_emit
+from .kernels_emit import fetch_add
+
+# A job's place, in items of 8 bytes: tickets left and tasks done, in lines of their own as all threads write to them,
+# then the kernel's address, the number of tasks and the kernel's arguments.
+JOBS, JOB_ITEMS, DONE, PARAMETERS = 16, 64, 8, 16
+# A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, and room for what it reads.
+HELPER_ITEMS = 8
+ITEM = 8  # bytes
+PATIENCE = 20000  # times that a thread asks whether the others are done: some 100 microseconds
+VIGIL = 300  # times that a helper looks for the next job before it sleeps
+
+# Numba's disk cache looks at a function's own file only: what that file is built on goes into the functions' names.
+_SOURCES = (Path(kernels_emit.__file__), Path(__file__))
+BUILT_ON = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:8]
+_INT = ir.IntType(64)
+
+
+def _compiled(make: Callable[..., Any], function: Any, **options: Any) -> Any:
+    """`function` compiled, cached on disk where some folder can be written."""
+    try:
+        return make(cache=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # no locator: the install and the home are read-only
+        return make(error_model="numpy", **options)(function)
+
+
+def jit(function: Any) -> Any:
+    """`numba.njit` for what does not need the interpreter."""
+    function.__qualname__ += f"-{BUILT_ON}"
+    return _compiled(numba.njit, function, nogil=True)
+
+
+def task_kernel(function: Any) -> Any:
+    """Marks a kernel: `kernel(p, task)` does one task; at address p lie the number of tasks and the call's arguments,
+    all int64. Compiled when first used."""
+    function.__qualname__ += f"-{BUILT_ON}"
+    return function
+
+
+@cache
+def address_of(kernel: Any) -> int:
+    """The address of a kernel's machine code."""
+
+    def make(**options: Any) -> Any:
+        return numba.cfunc(types.void(types.int64, types.int64), **options)
+
+    compiled = _compiled(make, kernel)
+    _alive.append(compiled)
+    return int(compiled.address)
+
+
+_alive: list[Any] = []
+
+
+def _pointer_to(item: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(item)(types.int64), generate
+
+    return pointer
+
+
+_floats_at, _integers_at = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
+@jit
+def floats(address, n):  # type: ignore[no-untyped-def]
+    """The n fp32 at an address."""
+    return numba.carray(_floats_at(address), n)
+
+
+@jit
+def integers(address, n):  # type: ignore[no-untyped-def]
+    """The n int64 at an address."""
+    return numba.carray(_integers_at(address), n)
+
+
+@intrinsic
+def _load(typing: Any, address: Any) -> Any:
+    """The int64 at an address that other threads write to."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(arguments[0], _INT.as_pointer()), "seq_cst", ITEM)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _exchange(typing: Any, address: Any, value: Any) -> Any:
+    """Write the int64 at an address; returns what was there before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.inttoptr(arguments[0], _INT.as_pointer())
+        return builder.atomic_rmw("xchg", at, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _call(typing: Any, kernel: Any, parameters: Any, task: Any) -> Any:
+    """Call the kernel at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kernel, *rest = arguments
+        kind = ir.FunctionType(ir.VoidType(), [_INT, _INT])
+        builder.call(builder.inttoptr(kernel, kind.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+def _system_call(name: str) -> Any:
+    """The C library's `name(file, address, count)`: "read" or "write"."""
+
+    @intrinsic
+    def call(typing: Any, file: Any, address: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            file, address, count = arguments
+            int32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_INT, [int32, pointer, _INT]), name
+            )
+            return builder.call(function, [builder.trunc(file, int32), builder.inttoptr(address, pointer), count])
+
+        return types.int64(types.int64, types.int64, types.int64), generate
+
+    return call
+
+
+_read, _write = _system_call("read"), _system_call("write")
+
+
+@jit
+def _work_on(job):  # type: ignore[no-untyped-def]
+    """Do tasks of the job at this place until none is left."""
+    while _load(job) > 0:
+        ticket = fetch_add(job, -1)
+        if ticket <= 0:
+            return
+        kernel, tasks = integers(job + PARAMETERS * ITEM, 2)[0], integers(job + PARAMETERS * ITEM, 2)[1]
+        _call(kernel, job + (PARAMETERS + 1) * ITEM, tasks - ticket)
+        fetch_add(job + DONE * ITEM, 1)
+
+
+@jit
+def wait_for_tasks(parameters, count):  # type: ignore[no-untyped-def]
+    """Within a task: return when so many of the job's tasks are done. Those were taken earlier, by threads at work."""
+    while _load(parameters - (PARAMETERS + 1 - DONE) * ITEM) < count:
+        pass
+
+
+@jit
+def begin(job, tasks, helpers, count):  # type: ignore[no-untyped-def]
+    """Give out the tickets, and wake those of the first `count` helpers that sleep."""
+    _exchange(job + DONE * ITEM, 0)
+    _exchange(job, tasks)
+    for i in range(count):
+        place = helpers + i * HELPER_ITEMS * ITEM
+        if _load(place) and _exchange(place, 0):
+            _write(integers(place, 3)[2], place, 1)  # any byte
+
+
+@jit
+def finish(job, tasks):  # type: ignore[no-untyped-def]
+    """Take part; whether all is done, which is waited for only for a while."""
+    _work_on(job)
+    asked = 0
+    while _load(job + DONE * ITEM) < tasks and asked < PATIENCE:
+        asked += 1
+    return asked < PATIENCE
+
+
+@jit
+def serve(board, place):  # type: ignore[no-untyped-def]
+    """A helper's life: do what is on the board, sleep when there is nothing."""
+    idle = 0
+    while True:
+        found = False
+        for i in range(JOBS):
+            job = board + i * JOB_ITEMS * ITEM
+            if _load(job) > 0:
+                _work_on(job)
+                found = True
+        if found:
+            if idle > VIGIL:
+                _exchange(place, 0)
+            idle = 0
+        elif idle < VIGIL:
+            idle += 1
+        elif idle == VIGIL:
+            _exchange(place, 1)  # and look once more, as a job may have come before this was seen
+            idle += 1
+        else:
+            _read(integers(place, 3)[1], place + 3 * ITEM, ITEM)
+            _exchange(place, 0)
+            idle = 0
