@@ -29,7 +29,7 @@ PROMPT = 512
 STAGING = (1, 2, 3, 4, 6, 8, 12, 16)
 SAME_RATE, SAME_TIME = 0.97, 1.01  # closer than a probe tells apart
 # Buffered reads must win clearly: what a page cache costs under a memory limit no probe on a quiet machine sees.
-CLEARLY = 1.1
+CLEARLY, NEARLY = 1.1, 0.9
 PAYS = 0.98  # look-ahead, of the time without
 OVER = 1.0  # gaps that pay may be as many bytes as are asked for
 
@@ -318,12 +318,12 @@ def _kind(demand: Demand) -> tuple[int, bool]:
     return demand.read_bytes, True
 
 
-def _depths(machine: Machine, nbytes: int, scattered: bool, direct: bool) -> list[int]:
-    """The measured depths at which reads are about as fast as they get."""
+def _depths(machine: Machine, nbytes: int, scattered: bool, direct: bool, share: float = SAME_RATE) -> list[int]:
+    """The measured depths at which reads are about as fast as they get: at least this share of the best rate."""
     alike = [read for read in machine.reads if read.scattered == scattered]
     known = sorted({read.depth for read in alike if read.direct == direct} or {read.depth for read in alike})
     rates = [machine.read_rate(nbytes, depth, scattered, direct) for depth in known]
-    return [depth for depth, rate in zip(known, rates, strict=True) if rate >= SAME_RATE * max(rates)]
+    return [depth for depth, rate in zip(known, rates, strict=True) if rate >= share * max(rates)]
 
 
 def _read_s(machine: Machine, nbytes: int, depth: float, scattered: bool, direct: bool) -> float:
@@ -360,10 +360,13 @@ def _choose_staging(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[i
 
 def _choose_depth(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[int, str]:
     nbytes, scattered = _kind(demand)
-    good = _depths(machine, nbytes, scattered, tuning.direct)
-    # More are begun at once where that costs no speed: the disk has work while the thread that computes does not look.
     blocks = tuning.staging_blocks * ceil(BLOCK * demand.stride / PIECE)
     wanted = min(DEPTH, max(blocks, ceil(max(layer.missed for layer in demand.layers) if scattered else 0)))
+    # More are begun at once where that costs little speed: the disk has work while the thread that computes does not
+    # look. With 128 instead of 256 in flight decoding OpenELM-3B took a tenth longer.
+    good = _depths(machine, nbytes, scattered, tuning.direct)
+    if good[-1] < wanted:
+        good = _depths(machine, nbytes, scattered, tuning.direct, NEARLY)
     depth = next((depth for depth in good if depth >= wanted), good[-1])
     rate = format_bytes(machine.read_rate(nbytes, depth, scattered, tuning.direct))
     return max(depth, min(blocks, DEPTH)), f"{rate}/s at {format_bytes(nbytes)} a read"
