@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.errors import ReadError
+from mlx_flash.storage import pread
+from mlx_flash.storage import reader as reader_module
 from mlx_flash.storage.layout import Layout, Part
-from mlx_flash.storage.reader import FaultyReader, LayerExtents, PreadReader, Target
+from mlx_flash.storage.protocol import Together
+from mlx_flash.storage.reader import FaultyReader, LayerExtents, PreadReader, ReadReport, Target
 from tests.unit.test_reader import ON_DISK, READERS, check, make_bundles, make_file, requests
 
 PARTS = Layout((Part("gate.weight", "uint8", 5000), Part("gate.scales", "uint8", 40), Part("down", "uint8", 512)), 12)
@@ -53,8 +56,6 @@ def test_readers_read_in_place_as_from_a_layer_file(tmp_path_factory, name, requ
         assert report.bytes >= asked and (report.reads > 0) == (asked > 0)
         check(reader, 2, bundles, ids, rows, spans, capacity)
         check(reader, 0, others, ids, rows, spans, capacity)
-        if isinstance(reader, PreadReader):  # one descriptor per file, however many layers it serves
-            assert len(reader._open) <= files + 1
 
 
 @pytest.mark.parametrize("name", ON_DISK)
@@ -95,6 +96,52 @@ def test_the_error_names_file_layer_and_bundle_and_comes_last(tmp_path, name):
         pending = reader.submit(0, np.array([2]), np.array([0]), [Target(0, rows)])
         with pytest.raises(ReadError, match=rf"{cut}, layer 0, bundle 2: No such file"):
             pending.wait()
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_file_is_opened_once_for_all_layers(tmp_path, name, monkeypatch):
+    extents, bundles = scatter(tmp_path, PARTS, 2)
+    opened = []
+    for module, function in ((pread, "OpenFile"), (reader_module, "FileIO")):
+        real = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda path, *rest, real=real: opened.append(path) or real(path, *rest))
+    with READERS[name]([extents] * 4, []) as reader:
+        for layer in range(4):
+            check(reader, layer, bundles, range(12), range(12), [(0, PARTS.bundle_bytes, PARTS.stride, 0)], 12)
+    assert sorted(opened) == sorted(extents.paths)
+
+
+class Slow:
+    """A request that has ended when it was asked so often, in an error or not."""
+
+    def __init__(self, error=None):
+        self.error, self.waited, self.given_up, self.asked = error, 0, False, 0
+
+    def wait(self):
+        self.waited += 1
+        if self.error:
+            raise self.error
+        return ReadReport(10, 2)
+
+    def ended(self):
+        self.asked += 1
+        return self.asked > 1
+
+    def give_up(self):
+        self.given_up = True
+
+
+def test_requests_begun_together_end_together():
+    both = Together([Slow(), Slow()])
+    assert not both.ended() and both.ended() and both.wait() == ReadReport(20, 4)
+    both.give_up()
+    assert all(each.given_up for each in both.requests)
+    first, second = ReadError("first"), ReadError("second")
+    failing = Together([Slow(), Slow(first), Slow(), Slow(second)])
+    for waits in (1, 2):
+        with pytest.raises(ReadError, match="first"):
+            failing.wait()
+        assert [each.waited for each in failing.requests] == [waits] * 4  # none may still write to the rows
 
 
 def test_a_faulty_reader_fails_in_place(tmp_path):
