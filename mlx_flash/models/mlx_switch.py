@@ -85,13 +85,13 @@ class SlotExperts:
         """x (..., d), indices (..., k) -> (..., k, d), the bits of mlx-lm's module."""
         if self.selector.complete:
             return self._resident(x, indices)
-        # The one wait of the device per layer. In the order of mlx-lm's loops it also means that the last token is done.
+        # The one wait for the device per layer; in mlx-lm's loops it also means that the last token has been computed.
         chosen = np.array(indices)
         pairs = chosen.reshape(-1)
         decoding = x.ndim < 2 or x.shape[-2] == 1
         orders: list[np.ndarray] = []
         results: list[mx.array] = []
-        for group in self.selector(chosen.reshape(-1, chosen.shape[-1]), decoding):
+        for group in self.selector.groups(chosen.reshape(-1, chosen.shape[-1]), decoding):
             slot_of = np.full(self.selector.residency.count, -1, np.int64)
             slot_of[group.ids] = group.rows
             slots = slot_of[pairs]

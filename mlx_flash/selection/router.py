@@ -89,7 +89,7 @@ class RouterSelector:
         """The slots hold unknown bytes. What is lazily computed from them is waited for as ever, before others come."""
         self.residency.reset()
 
-    def __call__(self, chosen: np.ndarray, decoding: bool) -> Iterator[Group]:
+    def groups(self, chosen: np.ndarray, decoding: bool) -> Iterator[Group]:
         """Yield groups that hold every expert of `chosen` (T, k) integers once: first those in slots already, one
         group alone where all are. Ask for the next group only when the last one's pairs are (lazily) computed; a call
         that is left before its end forgets its slots.
