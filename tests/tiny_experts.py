@@ -74,7 +74,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"num_experts": 8, "sliding_window": 16, "layer_types": _SLIDING},
         "is_moe_layer": [False, True],
     },
-    "gemma4_text": {"num_experts": 8, "enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 300, "num_kv_shared_layers": 0},
+    "gemma4_text": {
+        "num_experts": 8,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "vocab_size_per_layer_input": 300,
+        "num_kv_shared_layers": 0,
+    },
     "glm4_moe": {"n_routed_experts": 8, "use_qk_norm": True, "partial_rotary_factor": 0.5, "rope_scaling": None},
     "glm4_moe_lite": _MLA | {"n_routed_experts": 8},
     "glm_moe_dsa": _MLA
@@ -106,7 +112,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "rope_scaling": None,
         }
         | {"intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 8, "use_qk_norm": True}
-        | {"num_experts_per_tok": 1},
+        | {"num_experts_per_tok": 1, "num_hidden_layers": 4},
     },
     "longcat_flash": _MLA | _LONGCAT,
     "longcat_flash_ngram": _MLA | _LONGCAT,
@@ -203,4 +209,33 @@ def save(model: Any, config: dict[str, Any], folder: Path, group_size: int | Non
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     quantised = {} if group_size is None else {"quantization": {"group_size": group_size, "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config | quantised))
+    return folder
+
+
+def per_expert(weights: dict[str, Any], names: dict[str, str], switch: str, experts: str) -> dict[str, Any]:
+    """The same weights with a tensor per expert, as Hugging Face's checkpoints have them: `switch` in a name becomes
+    `experts.{e}`, names: what mlx-lm calls a projection -> what they call it."""
+    found = {}
+    for name, array in weights.items():
+        if f".{switch}." not in name:
+            found[name] = array
+            continue
+        before, after = name.split(f".{switch}.")
+        projection, kind = after.split(".")
+        for expert in range(array.shape[0]):
+            found[f"{before}.{experts}.{expert}.{names.get(projection, projection)}.{kind}"] = array[expert]
+    return found
+
+
+def save_shards(weights: dict[str, Any], config: dict[str, Any], folder: Path, shards: int = 2) -> Path:
+    """A folder with an index, the tensors dealt out to so many files."""
+    import mlx.core as mx
+
+    folder.mkdir(parents=True)
+    files = [f"model-{k + 1:05d}-of-{shards:05d}.safetensors" for k in range(shards)]
+    weight_map = {name: files[k % shards] for k, name in enumerate(weights)}
+    for file in files:
+        mx.save_safetensors(str(folder / file), {n: a for n, a in weights.items() if weight_map[n] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
