@@ -134,25 +134,24 @@ class RouterSelector:
         return Plan(ids, slots, hits, loads, overflow)
 
     def _groups(self, plan: Plan, lone: bool) -> Iterator[Group]:
-        ids, slots, here = plan.ids, plan.slots, plan.hits
+        ids, slots = plan.ids, plan.slots
         streamed = self._stream(ids[plan.overflow])
         coming = next(streamed, None)  # is being read from now on
+        here = Group(ids[plan.hits], slots[plan.hits], self.slab) if len(plan.hits) else None
         if len(plan.loads):
-            if not lone and len(here):  # their own slots may be given away, once they have been computed
-                group = Group(ids[here], slots[here], self.slab)
-                yield group
-                group.settle()
-                here = here[:0]
+            if here is not None and np.isin(here.rows, slots[plan.loads]).any():
+                yield here  # a prompt: the slots of some are given away, once they have been computed
+                here.settle()
+                here = None
             self._settle()
             self.residency.evict(plan)
-        parts = np.array_split(plan.loads, 1 if lone else min(PIECES, max(1, len(plan.loads))))
-        reads = [self.shared.read(self.layer, ids[part], slots[part], self.slab.targets) for part in parts if len(part)]
-        for part, pending in zip(parts, reads, strict=False):
+        parts = [part for part in np.array_split(plan.loads, 1 if lone else PIECES) if len(part)]
+        reads = [self.shared.read(self.layer, ids[part], slots[part], self.slab.targets) for part in parts]
+        if here is not None:
+            yield here  # is computed while the others are read
+        for part, pending in zip(parts, reads, strict=True):
             pending.wait()
-            found, here = np.concatenate([here, part]), here[:0]
-            yield Group(ids[found], slots[found], self.slab)
-        if len(here):
-            yield Group(ids[here], slots[here], self.slab)
+            yield Group(ids[part], slots[part], self.slab)
         if lone:
             self.residency.commit(plan)
         else:

@@ -80,3 +80,13 @@ def test_every_capacity_and_prompt(both: tuple[Path, Any], share: float) -> None
         logits(model, 30)
         assert model.flash.stats.bytes_read == before
     model.flash.close()
+
+
+def test_a_batch_reads_the_union_of_its_experts(both: tuple[Path, Any]) -> None:
+    path, resident = both
+    model, ids = load(path, 0.5), mx.array(np.random.default_rng(3).integers(0, 300, (3, 7)))
+    for each in (ids, ids[:, :1]):
+        np.testing.assert_array_equal(np.array(model(each)), np.array(resident(each)))
+    counted = model.flash.stats.hits + model.flash.stats.misses
+    assert 2 * 2 < counted <= 2 * 6  # two layers; three sequences of two experts each, some of them the same
+    model.flash.close()

@@ -13,6 +13,7 @@ import pytest
 
 import mlx_flash
 from mlx_flash.cli import main
+from mlx_flash.resolve import resolve_model
 from tests.conftest import shared_path
 from tests.model.test_experts import assert_same, load, logits, make_prompt_cache
 from tests.tiny_experts import config_of, make_model, per_expert, save, save_shards
@@ -167,7 +168,7 @@ def test_folders_that_are_no_model_of_ours_are_refused(folder: Path, tmp_path: P
         copy("program", model_file="evil.py"), mlx_flash.FormatError, r"names a program to run \('evil.py'\); none is"
     )
     refused(copy("unknown", model_type="no_such_moe"), mlx_flash.ConfigError, "no_such_moe not supported")
-    refused(copy("narrow", num_experts="eight"), mlx_flash.FlashError, "")
+    refused(copy("narrow", num_experts="eight"), mlx_flash.ConfigError, "cannot build")
     refused(folder, mlx_flash.UsageError, "names neurons", select="gate")
     refused(folder, mlx_flash.UsageError, "beyond the model's 512 tokens", max_context=513)
     refused(folder, mlx_flash.BackendError, "runs on mlx only", backend="numpy")
@@ -175,7 +176,9 @@ def test_folders_that_are_no_model_of_ours_are_refused(folder: Path, tmp_path: P
     shutil.copy(folder / "model.safetensors", stray / "model-extra.safetensors")
     refused(stray, mlx_flash.FormatError, "model-extra.safetensors; move")
     with pytest.raises(mlx_flash.UsageError, match="mixture of experts, which are read in place"):
-        mlx_flash.resolve.resolve_model(folder)
+        resolve_model(folder)
+    with pytest.raises(mlx_flash.UsageError, match="mixture of experts, which is read in place"):
+        mlx_flash.convert(folder, tmp_path / "flash")
 
 
 def test_experts_that_are_no_switch_layers_are_refused(tmp_path: Path) -> None:
