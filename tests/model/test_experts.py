@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny_experts import CONFIGS, config_of, make_model, save
+from tests.tiny_experts import CONFIGS, UNSUPPORTED, config_of, make_model, save
 
 mx = pytest.importorskip("mlx.core", reason="this is about the mlx backend")
 pytest.importorskip("mlx_lm", reason="this is about the mlx backend")
@@ -59,7 +59,19 @@ def test_every_architecture_is_bit_equal_to_the_resident_model(name: str, tmp_pa
         model.flash.close()
 
 
-@pytest.fixture(scope="module", params=[("qwen3_moe", None), ("gpt_oss", None), ("qwen3_moe", 32), ("gpt_oss", 32)],
+def test_no_architecture_is_forgotten() -> None:
+    import mlx_lm
+
+    if mlx_lm.__version__ != "0.32.2":
+        pytest.skip("the lists are those of mlx-lm 0.32.2")
+    models = Path(mlx_lm.__file__).parent / "models"
+    users = {path.stem for path in models.glob("*.py") if "switch_layers import" in path.read_text()}
+    assert users <= CONFIGS.keys() | UNSUPPORTED.keys()
+    assert not CONFIGS.keys() & UNSUPPORTED.keys()
+
+
+@pytest.fixture(
+    scope="module", params=[("qwen3_moe", None), ("gpt_oss", None), ("qwen3_moe", 32), ("gpt_oss", 32)],
                 ids=lambda each: f"{each[0]}-{each[1]}")  # fmt: skip
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     name, group_size = request.param
