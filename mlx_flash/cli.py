@@ -231,7 +231,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context", type=int, metavar="C", help="tokens the KV cache holds")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
     parser.add_argument("--select", default="auto", metavar="HOW",
-                        help="which neurons are computed: auto (exact, the default), all, gate; these lose quality: "
+                        help="what is computed: auto (exact, the default), all, gate, router; these lose quality: "
                         "predictor, prompt:F, prompt:auto, threshold:S, static:F")  # fmt: skip
     parser.add_argument("--reselect", type=int, metavar="R", help="with prompt: select anew every R decoded tokens")
     parser.add_argument("--look-ahead", default="auto", choices=LOOK_AHEAD,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .casting import RAW, cast, check_dtype
 from .errors import ConfigError, FormatError, UsageError
 from .models.families import ModelSpec, TensorRef
+from .models.mixtures import is_mixture
 from .models.read_config import read_spec
 from .source import (
     READ_ALIGN,
@@ -128,6 +129,10 @@ def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
             raise ConfigError(
                 f"{source.folder} is quantised ({key!r} in config.json); only 16- and 32-bit floats are converted yet"
             )
+    if is_mixture(source.config):
+        raise UsageError(
+            f"{source.folder} is a mixture of experts, which is read in place: give it to generate as it is"
+        )
     read_spec(source.config)  # an unknown family is named before its files are looked for
     source.open_tensors()
     spec = read_spec(source.config, source.tensors)

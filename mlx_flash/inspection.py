@@ -10,12 +10,16 @@ import psutil
 
 from .config import FlashConfig, format_bytes
 from .errors import BudgetError
+from .experts import ExpertPlan, decide_experts
 from .load import RunPlan, decide
+from .resolve import in_place_folder
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
     """The plan of a run as plain values, bytes throughout. A budget that is too small is reported, not raised."""
-    plan, problem, memory = decide(model, config), None, None
+    folder = in_place_folder(model)
+    plan = decide(model, config) if folder is None else decide_experts(folder, config)
+    problem, memory = None, None
     try:
         memory = plan.memory
     except BudgetError as error:
@@ -52,7 +56,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
     }
 
 
-def machine_of(plan: RunPlan) -> dict[str, Any]:
+def machine_of(plan: RunPlan | ExpertPlan) -> dict[str, Any]:
     """What was measured of the machine, or why nothing is known of it."""
     found = plan.machine
     if found is None:
@@ -60,7 +64,7 @@ def machine_of(plan: RunPlan) -> dict[str, Any]:
     return {"measured": True, "problem": None, "device": found.device, "host": found.host, "when": found.when}
 
 
-def prediction_of(plan: RunPlan) -> dict[str, Any] | None:
+def prediction_of(plan: RunPlan | ExpertPlan) -> dict[str, Any] | None:
     """What a token should take, in seconds; None where that is not known."""
     found = plan.prediction
     return asdict(found) | {"total_s": found.total_s, "tokens_per_s": found.tokens_per_s} if found else None

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -22,13 +21,15 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .errors import BudgetError, FlashError, FormatError, UsageError
+from .experts import load_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.read_config import read_spec
-from .residency.budget import Costs, MemoryPlan, auto_budget, split_budget
+from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
-from .resolve import resolve_model
-from .sampling import Sampling
+from .resolve import in_place_folder, resolve_model
+from .run import DEFAULT_CONTEXT as DEFAULT_CONTEXT
+from .run import BaseRun, budget_for
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
 from .stats import Stats
@@ -36,8 +37,6 @@ from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
 from .storage.layout import ITEM_BYTES
 from .storage.reader import open_reader
-
-DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -134,16 +133,17 @@ class RunPlan:
         return sum(b.count - c for b, c in zip(layouts, self.memory.capacities, strict=True)) * per_bundle
 
 
-class Run:
-    """A loaded model's plan, counters and reader; `model.flash` is one. `close` gives its files and threads back."""
+class Run(BaseRun):
+    """A loaded model of neuron bundles: its selectors, and the ring of staging slabs that they share."""
+
+    plan: RunPlan
 
     def __init__(self, plan: RunPlan):
-        self.plan, self.stats = plan, Stats()
         layout = plan.checkpoint.layouts[0]
         names = [part.name for part in layout.parts]
         staging = [plan.backend.slab(layout, BLOCK, names) for _ in range(plan.memory.staging_blocks)]
         reader = open_reader(plan.checkpoint.layer_files, **plan.tuning.reader_options)
-        self.shared = Shared(plan.backend, reader, BlockStream(staging), self.stats)
+        super().__init__(plan, Shared(plan.backend, reader, BlockStream(staging), Stats()))
         self.factory = SelectorFactory(
             plan.selection,
             self.shared,
@@ -160,32 +160,6 @@ class Run:
         cutoff = spec.layers[layer].cutoff
         ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff)
         return self.factory.make(layer, ffn)
-
-    @contextmanager
-    def phase(self, decoding: bool) -> Iterator[None]:
-        """What runs within is a prompt's tokens (exact with every selector) or decoded ones."""
-        self.shared.decoding = decoding
-        try:
-            yield
-        finally:
-            self.shared.decoding = None
-
-    def begin_reply(self) -> None:
-        """What comes is another prompt: what was selected for the last one is void."""
-        self.shared.reply += 1
-
-    def forced(self, model: Any, prompt_ids: Sequence[int], next_ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Logits (vocab,) fp32 after the prompt, then after each of `next_ids`, which pass one by one as if they had
-        been sampled."""
-        yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
-
-    def steps(self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Yield sampled ids after the prompt, `max_tokens` at most."""
-        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, self.plan.config.prefill_chunk)
-
-    def close(self) -> None:
-        self.shared.stream.stop()
-        self.shared.reader.close()
 
 
 def run_costs(
@@ -276,10 +250,6 @@ def choose_selection(
             "raise --memory, or give a fraction (what has no slot is read for every token)"
         )
     return Selection("prompt", fraction)
-
-
-def budget_for(config: FlashConfig, costs: Costs) -> int:
-    return auto_budget(costs) if config.memory == "auto" else int(config.memory)
 
 
 def announce(message: str) -> None:
@@ -380,13 +350,17 @@ def plan_run(model: str | Path | None, config: FlashConfig, calibrated: bool = T
 def load(path: str | Path | None = None, config: FlashConfig | None = None, **fields: Any) -> tuple[Any, Any]:
     """Load a model to run within a memory budget: `model, tokenizer = mlx_flash.load("folder", memory="2GB")`.
 
-    path: flash checkpoint, Hugging Face folder or repo id (converted once into the user's cache); None: the default
-    model. fields: those of FlashConfig, over `config`. On the mlx backend `model` is an mlx-lm model, which
-    `mlx_lm.generate` takes unchanged; on numpy it is a `Decoder`. `model.flash` has the plan and the counters.
+    path: flash checkpoint, Hugging Face folder or repo id (converted once into the user's cache; a mixture of experts
+    is read in place); None: the default model. fields: those of FlashConfig, over `config`. On the mlx backend `model`
+    is an mlx-lm model, which `mlx_lm.generate` takes unchanged; on numpy it is a `Decoder`. `model.flash` has the plan
+    and the counters.
     The budget holds for `generate` and `stream_generate` of this package; mlx-lm's own functions pass prompts in
     chunks of 2048 tokens and let the KV cache grow beyond `max_context`. Raises the errors of `plan_run`, ReadError.
     """
-    plan = plan_run(path, replace(config or FlashConfig(), **fields))
+    config = replace(config or FlashConfig(), **fields)
+    if (folder := in_place_folder(path)) is not None:
+        return load_experts(folder, config)
+    plan = plan_run(path, config)
     if plan.machine_problem:
         announce(f"reads as where nothing was measured: {plan.machine_problem}")
     run = Run(plan)

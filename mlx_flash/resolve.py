@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .convert import convert
-from .errors import UsageError
+from .errors import FormatError, ReadError, UsageError
 from .machine import cache_folder as cache_folder
-from .source import find_folder, is_repo_id, source_hash
+from .models.mixtures import is_mixture
+from .source import find_folder, is_repo_id, read_json, safe_file, source_hash
 from .storage.checkpoint import is_checkpoint
 from .storage.layout import layer_file
 from .storage.writer import remove_stale
@@ -28,6 +30,28 @@ def models_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"this installation has no model cards ({package / '_models'}); give the path of a model")
+
+
+def in_place_folder(model: str | Path | None) -> Path | None:
+    """The folder of a mixture of experts, whose experts are read from the files as they are; None for other models.
+    Raises UsageError for one that cannot be downloaded."""
+    if model is None:
+        return None
+    path = Path(model)
+    with suppress(OSError, ValueError):  # what cannot be a path is no folder, and is named when it is resolved
+        if path.is_dir():
+            return path if not is_checkpoint(path) and _is_mixture(path) else None
+        if not path.exists() and is_repo_id(str(model)) and _is_mixture(find_folder(str(model), weights=False)):
+            return find_folder(str(model))
+    return None
+
+
+def _is_mixture(folder: Path) -> bool:
+    try:
+        config = read_json(safe_file(folder, "config.json"))
+    except (FormatError, ReadError):  # is said when it is resolved
+        return False
+    return is_mixture(config)
 
 
 def resolve_model(
@@ -62,6 +86,11 @@ def resolve_model(
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json, so it is no model folder")
     folder = path if path.is_dir() else find_folder(str(model))
+    if _is_mixture(folder):
+        raise UsageError(
+            f"{folder} is a mixture of experts, which are read in place and need nothing of this kind: generate, "
+            "perplexity and inspect run it as it is"
+        )
     return _converted(
         folder,
         re.split(r"[/\\]", str(path.absolute() if path.is_dir() else model))[-1],

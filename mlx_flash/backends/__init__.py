@@ -16,12 +16,14 @@ from .base import Backend
 @dataclass(frozen=True)
 class Entry:
     """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and
-    `families` the column of the family table that says what it runs; `preferred()`: does `auto` take it here?"""
+    `families` the column of the family table that says what it runs; `preferred()`: does `auto` take it here?
+    `experts`: the module with `open_experts`, for mixtures of experts that are read in place."""
 
     make: Callable[[], Backend]
     models: str
     families: str
     preferred: Callable[[], bool]
+    experts: str | None = None
 
 
 def _make_mlx() -> Backend:
@@ -47,7 +49,7 @@ def _make_numpy() -> Backend:
 
 
 _ENTRIES: dict[str, Entry] = {
-    "mlx": Entry(_make_mlx, "mlx_flash.models.mlx", "mlx", _mlx_has_gpu),
+    "mlx": Entry(_make_mlx, "mlx_flash.models.mlx", "mlx", _mlx_has_gpu, "mlx_flash.models.mlx_experts"),
     "numpy": Entry(_make_numpy, "mlx_flash.models.decoder", "numpy", lambda: True),
 }
 
@@ -60,12 +62,14 @@ def register(name: str, entry: Entry) -> None:
 
 
 def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
-    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has.
+    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has, or the
+    first one where none is preferred.
 
     Raises BackendError for an unknown name, and for a family without that backend.
     """
     if name == "auto":
-        return next((n, e) for n, e in _ENTRIES.items() if e.families in families and e.preferred())
+        able = [(n, e) for n, e in _ENTRIES.items() if e.families in families]
+        return next(((n, e) for n, e in able if e.preferred()), able[0])
     if name not in _ENTRIES:
         raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
     if _ENTRIES[name].families not in families:

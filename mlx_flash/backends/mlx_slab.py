@@ -5,7 +5,8 @@ Knows parts, rows and shapes; not what is computed from them. Needs mlx.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,12 +15,41 @@ import numpy as np
 from ..storage.layout import Layout
 from ..storage.reader import Target
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-STORAGE = {4: mx.uint32, 2: mx.uint16}
+DTYPES = {
+    **{"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16},
+    **{"uint32": mx.uint32, "uint8": mx.uint8},
+}
+STORAGE = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}
 PAGE = 16384  # Metal rounds an allocation up to this
 SCALAR_ROWS = 64  # selected rows are multiplied in whole groups of this many, so that a row's product has one shape
 IN_PLACE = 1.5  # rows multiplied where they lie for each that is wanted: a gathered one is read, written, read again
 VIEWS = 64  # kept per slab: those of its resident rows and of a few block lengths
+
+
+def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
+    """Zeroed memory: an array, and its bytes (n,) uint8, through which it may be written."""
+    # Integers: the buffer protocol has no bfloat16. Viewed whole, once: a view of a slice would copy.
+    raw = mx.zeros(shape, STORAGE[dtype.size])
+    typed = raw.view(dtype)
+    mx.eval(raw, typed)
+    return typed, np.frombuffer(raw, np.uint8)  # type: ignore[call-overload]
+
+
+class ExpertSlab:
+    """`rows` experts, rows > 0: one contiguous array per part, shape (rows, *shapes[part]), as mlx-lm's stacked experts
+    are; `targets` write through its memory."""
+
+    def __init__(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]], rows: int):
+        self.rows = rows
+        self.nbytes = slab_bytes(layout, rows, [part.name for part in layout.parts])
+        self.parts: dict[str, mx.array] = {}
+        targets = []
+        for part in layout.parts:
+            if math.prod(shapes[part.name]) != part.length:
+                raise ValueError(f"part {part.name} has {part.length} items, not the shape {shapes[part.name]}")
+            self.parts[part.name], memory = allocate((rows, *shapes[part.name]), DTYPES[part.dtype])
+            targets.append(Target(layout.offset(part.name), memory.reshape(rows, part.nbytes)))
+        self.targets = tuple(targets)
 
 
 class MlxSlab:
@@ -42,12 +72,7 @@ class MlxSlab:
                 self.parts[name] = mx.zeros((0, part.length), dtype)
                 targets.append(Target(layout.offset(name), np.empty((0, part.nbytes), np.uint8)))
                 continue
-            # Integers: the buffer protocol has no bfloat16. Viewed whole, once: a view of a slice would copy.
-            raw = mx.zeros((rows, part.length), STORAGE[dtype.size])
-            typed = raw.view(dtype)
-            mx.eval(raw, typed)
-            memory = np.frombuffer(raw, np.uint8)  # type: ignore[call-overload]
-            self.parts[name] = typed
+            self.parts[name], memory = allocate((rows, part.length), dtype)
             targets.append(Target(layout.offset(name), memory.reshape(rows, part.nbytes)))
         self.targets = tuple(targets)
 

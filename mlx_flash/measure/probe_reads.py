@@ -153,7 +153,7 @@ def goes_around(file: Path) -> bool:
     """Whether reads of this file can go around the page cache."""
     if not hasattr(os, "preadv"):
         return False
-    return sys.platform == "darwin" or OpenFile(LayerFile(file, _layout(file, SCAN_BUNDLE)), 0, True).align > 1
+    return sys.platform == "darwin" or OpenFile(file, True).align > 1
 
 
 def _drop(file: Path) -> None:

@@ -92,7 +92,7 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     return model
 
 
-def _noticing_replies(model_class: type) -> type:
+def noticing_replies(model_class: type) -> type:
     """The architecture's class, whose calls with an empty cache say that a reply begins: mlx-lm's own loops do not."""
 
     class FlashModel(model_class):
@@ -113,7 +113,7 @@ def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.M
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
-        model = _noticing_replies(architecture.Model)(args)
+        model = noticing_replies(architecture.Model)(args)
         for layer, ffn in zip(model.layers, ffns, strict=True):
             setattr(layer, attribute, FlashFFNModule(ffn))
         return model

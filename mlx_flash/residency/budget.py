@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -170,7 +170,14 @@ def cgroup_limit(root: Path = Path("/")) -> int | None:
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
-def auto_budget(costs: Costs) -> int:
+class Largest(Protocol):
+    """What a model needs, at most."""
+
+    @property
+    def largest(self) -> int: ...
+
+
+def auto_budget(costs: Largest) -> int:
     """The least of everything resident, half of the available memory, half of a cgroup limit."""
     limit = cgroup_limit()
     choices = [costs.largest, psutil.virtual_memory().available // 2] + ([limit // 2] if limit else [])

@@ -31,6 +31,8 @@ EXACT = ("all", "gate")
 def check_selection(selection: Selection, activation: str, gated: bool, calibration: Calibration | None) -> None:
     """Raise UsageError, saying what to do, for a selector that this model cannot run."""
     name, sparse = selection.name, activation in ("relu", "fatrelu")
+    if name == "router":
+        raise UsageError("--select router needs a mixture of experts; this model has none: use auto")
     if name in ("gate", "predictor") and not sparse:
         raise UsageError(
             f"--select {name} needs a ReLU model; this one has {activation!r}: use all, prompt:F or threshold:S, or "

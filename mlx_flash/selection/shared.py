@@ -14,15 +14,19 @@ from ..stats import Stats
 from ..storage.reader import Done, Pending, Reader, ReadReport, Target
 
 
-class Selector(Protocol):
+class Interruptible(Protocol):
+    """One layer's slots."""
+
+    def forget(self) -> None:
+        """A call was cut short, by a failed read or an interrupt: trust no slot whose bytes may be in doubt."""
+
+
+class Selector(Interruptible, Protocol):
     """One layer's FFN: a callable from the normed hidden state x (..., T, d) to the FFN's output, shaped as x."""
 
     exact: bool  # its output is that of the whole FFN
 
     def __call__(self, x: Any) -> Any: ...
-
-    def forget(self) -> None:
-        """A call was cut short, by a failed read or an interrupt: trust no slot whose bytes may be in doubt."""
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Shared:
     reader: Reader
     stream: BlockStream
     stats: Stats
-    unfinished: Selector | None = None  # whose call is under way, or was when it was interrupted
+    unfinished: Interruptible | None = None  # whose call is under way, or was when it was interrupted
     decoding: bool | None = None
     reply: int = 0
     recorder: Callable[[int, np.ndarray], None] | None = None
@@ -57,7 +61,7 @@ class Shared:
             self._scalars = np.empty(items, np.float32)
         return self._scalars[:items]
 
-    def begin(self, selector: Selector) -> None:
+    def begin(self, selector: Interruptible) -> None:
         """Before a call: clean up after one that raised. Here, not in an `except`, which a second Ctrl-C would cut
         short; the same interrupt can hit here, and the next call begins again."""
         if self.unfinished is not None:

@@ -22,9 +22,10 @@ import numpy as np
 
 from ..errors import ReadError
 from .aio_calls import Blocks, Kernel, places
+from .extents import Source
 from .pieces import Alike, Merging, Pieces
 from .pread import FORKED, Crew, Job, OpenFile, PreadReader, given_up
-from .protocol import LayerFile, Pending, ReadReport, Target
+from .protocol import Pending, ReadReport, Target
 
 DEPTH = 256
 # Given more than two at once the kernel joins reads that lie side by side: of a scan's long ones that makes a few huge
@@ -318,7 +319,7 @@ class AioReader(PreadReader):
 
     def __init__(
         self,
-        files: Sequence[LayerFile],
+        files: Sequence[Source],
         threads: int = 8,
         direct: bool = True,
         merging: Merging | None = None,

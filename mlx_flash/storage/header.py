@@ -69,8 +69,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The free text of a file whose header `read_header` accepts."""
     with open(path, "rb") as file:
         text = file.read(int.from_bytes(file.read(8), "little"))
-    metadata = load_json_object(Path(path), text).get("__metadata__", {})
-    return dict(metadata)
+    metadata = load_json_object(Path(path), text).get("__metadata__")
+    return dict(metadata or {})
 
 
 def load_json_object(path: Path, text: bytes, strict: bool = False) -> dict[str, Any]:
@@ -104,7 +104,8 @@ def _is_size(value: Any) -> bool:
 
 def _parse(path: Path, text: bytes, data_start: int, file_bytes: int) -> dict[str, TensorInfo]:
     entries = load_json_object(path, text, strict=True)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(path, "has a __metadata__ that is not a table of strings")
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]

@@ -16,15 +16,17 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
 import numpy as np
 
 from ..errors import ReadError, UsageError
+from .extents import LayerExtents, Source
 from .layout import DATA_START
-from .pieces import PAGE, Merging, Pieces, check_request, plan_reads
-from .protocol import Done, LayerFile, Pending, ReadReport, Target
+from .pieces import PAGE, Merging, Pieces, check_request, pieces, plan_reads
+from .protocol import Done, Pending, ReadReport, Target, Together
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 FORKED = "cannot read: this process was forked from the one that loaded the model; load it in the child"
@@ -32,15 +34,15 @@ _local = threading.local()  # each worker's staging memory
 
 
 class OpenFile:
-    """An open layer file, until nobody needs it. align: what direct reads must be multiples of; 1 where reads are
-    buffered."""
+    """An open file of bundles, until nobody needs it. align: what direct reads must be multiples of; 1 where reads are
+    buffered. sources: whose bundles are in it, for errors."""
 
-    def __init__(self, source: LayerFile, layer: int, direct: bool):
-        self.source, self.layer = source, layer
+    def __init__(self, path: Path, direct: bool, sources: Sequence[Source] = ()):
+        self.path, self.sources = path, sources
         self.fd = self.buffered_fd = -1
-        self.fd, self.align = _open_direct(source.path) if direct else (-1, 1)
+        self.fd, self.align = _open_direct(path) if direct else (-1, 1)
         if self.fd < 0:
-            self.fd = os.open(source.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             if direct:
                 _bypass_cache(self.fd)
         self.lock = threading.Lock()
@@ -49,7 +51,7 @@ class OpenFile:
         """A second descriptor, for what the file system refuses to read directly."""
         with self.lock:
             if self.buffered_fd < 0:
-                self.buffered_fd = os.open(self.source.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self.buffered_fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             return self.buffered_fd
 
     def close(self) -> None:
@@ -72,23 +74,24 @@ class OpenFile:
                 if error.errno == errno.EINVAL and self.align > 1 and fd == self.fd:
                     fd = self.buffered()
                     continue
-                raise read_error(self.source, self.layer, at, error.strerror or str(error)) from error
+                raise read_error(self.sources, self.path, at, error.strerror or str(error)) from error
             if got == 0:
-                raise read_error(self.source, self.layer, at, ended(at))
+                raise read_error(self.sources, self.path, at, ended(at))
             at += got
             if at < end:
                 buffers = _after(buffers, got)
 
 
-def read_error(source: LayerFile, layer: int, at: int, problem: str) -> ReadError:
-    """The error for byte `at` of a layer's file."""
-    bundle = (at - DATA_START) // source.layout.stride
-    return ReadError(f"cannot read {source.path}, layer {layer}, bundle {bundle}: {problem}")
+def read_error(sources: Sequence[Source], path: Path, at: int, problem: str) -> ReadError:
+    """The error for byte `at` of a file; sources: one per layer."""
+    found = ((layer, source.bundle_at(path, at)) for layer, source in enumerate(sources))
+    place = next((f"layer {layer}, bundle {bundle}" for layer, bundle in found if bundle is not None), f"byte {at}")
+    return ReadError(f"cannot read {path}, {place}: {problem}")
 
 
 def given_up(file: OpenFile, at: int) -> ReadError:
     """The error for a request that `give_up` or `drain` ended."""
-    return read_error(file.source, file.layer, at, "the read was given up")
+    return read_error(file.sources, file.path, at, "the read was given up")
 
 
 def ended(at: int) -> str:
@@ -304,22 +307,20 @@ class Crew:
 class PreadReader:
     """Reads with `os.preadv`; all reads of a request are under way at once, up to one per thread.
 
-    files: one per layer, opened when first used, then kept open
+    files: where each layer's bundles are; a file is opened when first used, then kept open
     threads: reads in flight
     direct: go around the page cache where the file system can
     merging: when neighbours become one read
     """
 
-    def __init__(
-        self, files: Sequence[LayerFile], threads: int = 8, direct: bool = True, merging: Merging | None = None
-    ):
+    def __init__(self, files: Sequence[Source], threads: int = 8, direct: bool = True, merging: Merging | None = None):
         self.merging = merging or Merging()
         gap, share, piece_bytes = self.merging.gap, self.merging.share, self.merging.piece_bytes
         if threads < 1 or gap < 0 or share < 0 or piece_bytes < 1 or piece_bytes % PAGE:
             raise ValueError(f"{threads} threads, {self.merging}: out of range")
         self.files, self.threads, self.direct = tuple(files), threads, direct
         self.scrap = memoryview(mmap.mmap(-1, max(PAGE, gap)))
-        self._open: dict[int, OpenFile] = {}
+        self._open: dict[Path, OpenFile] = {}
         self._closed, self._pid = False, os.getpid()
         self._crew = Crew(threads)
 
@@ -333,14 +334,36 @@ class PreadReader:
             return Done()
         if os.getpid() != self._pid:  # a child has none of its parent's threads
             return Done(ReadError(FORKED))
-        file = self._open.get(layer)
-        if file is None:
-            try:
-                file = self._open[layer] = OpenFile(self.files[layer], layer, self.direct)
-            except OSError as error:
-                at = DATA_START + int(ids.min()) * layout.stride
-                return Done(read_error(self.files[layer], layer, at, error.strerror or str(error)))
+        source = self.files[layer]
+        if isinstance(source, LayerExtents):
+            return self._in_place(source, ids, rows, wanted)
+        try:
+            file = self._file(source.path)
+        except OSError as error:
+            return self._cannot_open(source.path, DATA_START + int(ids.min()) * layout.stride, error)
         return self._begin(file, plan_reads(layout, ids, rows, wanted, self.merging, file.align), wanted)
+
+    def _in_place(self, source: LayerExtents, ids: np.ndarray, rows: np.ndarray, wanted: Sequence[Target]) -> Pending:
+        """A request whose bundles lie in several places, perhaps of several files."""
+        begun: list[Pending] = []
+        for path, found in source.segments(ids, rows, wanted):
+            try:
+                file = self._file(path)
+            except OSError as error:
+                begun.append(self._cannot_open(path, int(found.offset[0]), error))
+                break
+            begun.append(self._begin(file, pieces(found, wanted, self.merging, file.align), wanted))
+        return begun[0] if len(begun) == 1 else Together(begun)
+
+    def _file(self, path: Path) -> OpenFile:
+        """The open file, one for all layers. Raises OSError."""
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = OpenFile(path, self.direct, self.files)
+        return file
+
+    def _cannot_open(self, path: Path, at: int, error: OSError) -> Done:
+        return Done(read_error(self.files, path, at, error.strerror or str(error)))
 
     def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:
         """Start to read."""

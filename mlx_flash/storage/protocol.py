@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ReadError
-from .layout import Layout
+from .layout import DATA_START, Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,10 @@ class LayerFile:
     path: Path
     layout: Layout
 
+    def bundle_at(self, path: Path, at: int) -> int | None:
+        """The bundle that byte `at` of a file belongs to."""
+        return (at - DATA_START) // self.layout.stride if path == self.path else None
+
 
 @dataclass(frozen=True)
 class ReadReport:
@@ -106,6 +110,31 @@ class Done:
 
     def give_up(self) -> None:
         """Nothing is left to be read."""
+
+
+class Together:
+    """Requests that were begun together, as one."""
+
+    def __init__(self, requests: Sequence[Pending]):
+        self.requests = tuple(requests)
+
+    def wait(self) -> ReadReport:
+        reports, errors = [], []
+        for request in self.requests:
+            try:
+                reports.append(request.wait())
+            except Exception as error:  # the others still write to the rows: it is raised when all have ended
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return ReadReport(sum(report.bytes for report in reports), sum(report.reads for report in reports))
+
+    def ended(self) -> bool:
+        return all([request.ended() for request in self.requests])  # each one asked goes on with what waits its turn
+
+    def give_up(self) -> None:
+        for request in self.requests:
+            request.give_up()
 
 
 class Reader(Protocol):

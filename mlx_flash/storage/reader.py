@@ -9,15 +9,18 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from ..errors import ReadError, UsageError
 from .aio import AioReader as AioReader
+from .extents import LayerExtents as LayerExtents
+from .extents import Source as Source
 from .layout import Layout
 from .pieces import Merging as Merging
-from .pieces import check_request, segments
+from .pieces import Segments, check_request, segments
 from .pread import PreadReader as PreadReader
 from .pread import ended, read_error
 from .protocol import Done as Done
@@ -31,7 +34,7 @@ MOST_THREADS = 64  # of Python's that read: more wait for each other
 
 
 def open_reader(
-    files: Sequence[LayerFile],
+    files: Sequence[Source],
     threads: int = 8,
     direct: bool = True,
     merging: Merging | None = None,
@@ -67,9 +70,9 @@ class _Closing:
 class PlainReader(_Closing):
     """Reads with seek and readinto, one segment after the other, for systems without `preadv`."""
 
-    def __init__(self, files: Sequence[LayerFile]):
+    def __init__(self, files: Sequence[Source]):
         self.files = tuple(files)
-        self._open: dict[int, FileIO] = {}
+        self._open: dict[Path, FileIO] = {}
         self._closed = False
 
     def __enter__(self) -> PlainReader:
@@ -83,25 +86,36 @@ class PlainReader(_Closing):
         ids, rows, wanted = check_request(source.layout, ids, rows, targets)
         if not len(ids) or not wanted:
             return Done()
-        found = segments(source.layout, ids, rows, wanted)
         memory = [target.flat for target in wanted]
-        columns = [c.tolist() for c in (found.offset, found.target, found.memory, found.nbytes)]
+        if isinstance(source, LayerExtents):
+            found = source.segments(ids, rows, wanted)
+        else:
+            found = [(source.path, segments(source.layout, ids, rows, wanted))]
+        for path, each in found:
+            problem = self._read(path, each, memory)
+            if problem is not None:
+                return Done(problem)
+        reads = [each.nbytes for _, each in found]
+        return Done(ReadReport(sum(int(nbytes.sum()) for nbytes in reads), sum(map(len, reads))))
+
+    def _read(self, path: Path, found: Segments, memory: Sequence[memoryview]) -> ReadError | None:
         at = int(found.offset[0])
+        columns = [c.tolist() for c in (found.offset, found.target, found.memory, found.nbytes)]
         try:
-            file = self._open.get(layer)
+            file = self._open.get(path)
             if file is None:
-                file = self._open[layer] = FileIO(source.path)
+                file = self._open[path] = FileIO(path)
             for at, target, start, nbytes in zip(*columns, strict=True):
                 file.seek(at)
                 view = memory[target][start : start + nbytes]
                 while view:
                     got = file.readinto(view)
                     if not got:
-                        return Done(read_error(source, layer, at, ended(at)))
+                        return read_error(self.files, path, at, ended(at))
                     at, view = at + got, view[got:]
         except OSError as error:
-            return Done(read_error(source, layer, at, error.strerror or str(error)))
-        return Done(ReadReport(int(found.nbytes.sum()), len(found.nbytes)))
+            return read_error(self.files, path, at, error.strerror or str(error))
+        return None
 
     def close(self) -> None:
         """See `Reader.close`."""

@@ -120,7 +120,7 @@ def test_a_config_that_is_not_the_tensors_is_refused(
         (["--max-tokens", "0"], "UsageError", ["max_tokens is 0"]),
         (["--temp", "-1"], "UsageError", ["temp"]),
         (["--backend", "cuda"], "BackendError", ["known: auto, mlx, numpy"]),
-        (["--select", "some"], "UsageError", ["known: auto, all, gate, predictor"]),
+        (["--select", "some"], "UsageError", ["known: auto, all, gate, router, predictor"]),
         (["--model", "no/such/folder/at/all"], "UsageError", ["does not exist"]),
     ],
 )

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mlx_flash.errors import FormatError, ReadError
+from mlx_flash.storage.header import read_metadata
 from mlx_flash.storage.layout import (
     ALIGN,
     DATA_START,
@@ -290,6 +291,13 @@ def read_or_format_error(path, data):
 @given(st.one_of(st.binary(max_size=64), st.binary(max_size=64).map(raw), json_values.map(raw)))
 def test_random_bytes_are_refused_or_true(tmp_path_factory, data):
     read_or_format_error(tmp_path_factory.getbasetemp() / "random.safetensors", data)
+
+
+def test_null_metadata_is_none(tmp_path):
+    """MLX writes it where its caller gave none."""
+    file = tmp_path / "null.safetensors"
+    file.write_bytes(raw({"a": tensor(), "__metadata__": None}, EIGHT))
+    assert list(read_header(file)) == ["a"] and read_metadata(file) == {}
 
 
 VALID = raw({"a": tensor(), "b.c": tensor("BF16", (2, 2), (8, 16)), "__metadata__": {"k": "v"}}, EIGHT * 2)

@@ -294,7 +294,7 @@ def test_an_error_skips_only_what_comes_after_it_in_the_file(tmp_path, monkeypat
     calls = Calls(monkeypatch, fail)
     targets = [Target(0, page_aligned(3, 2048))]
     plan = pieces(segments(ALIGNED, np.array([30, 60, 90]), np.arange(3), targets), targets, NOTHING, 512)
-    job = pread.Job(pread.OpenFile(file, 0, True), plan, targets, memoryview(b""), [1, 2, 0])
+    job = pread.Job(pread.OpenFile(file.path, True, [file]), plan, targets, memoryview(b""), [1, 2, 0])
     job.work()
     with pytest.raises(ReadError, match="bundle 30:"):
         job.wait()

@@ -1,0 +1,227 @@
+"""A mixture of experts as downloaded: the plan of a run whose experts are read in place, and the run itself.
+
+Knows budgets, slots and selectors; what the experts are, and what computes them, is the backend's model code
+(`open_experts`), which nothing here names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .backends import choose
+from .backends.base import Backend
+from .config import FlashConfig, Selection, parse_selection
+from .cost_model import Tuning, default_tuning, given_settings
+from .errors import BackendError, FormatError, UsageError
+from .residency.budget import MemoryPlan
+from .residency.expert_budget import ExpertCosts
+from .residency.residency import Residency
+from .residency.stream import BlockStream
+from .run import DEFAULT_CONTEXT, BaseRun, budget_for
+from .selection.router import RouterSelector, Staging
+from .selection.shared import Shared
+from .source import read_json, read_tensors, safe_file, weight_files
+from .stats import Stats
+from .storage.layout import Layout
+from .storage.reader import open_reader
+
+FAMILIES = ("mlx",)  # the backends' columns that run mixtures of experts
+MAX_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "seq_length", "model_max_length")
+
+
+@dataclass(frozen=True)
+class ExpertFolder:
+    """A folder as downloaded. layouts: those of the experts, per layer that has any."""
+
+    path: Path
+    config: dict[str, Any]
+    layouts: list[Layout]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """What is known of a model besides its experts. Lengths in items and tokens."""
+
+    family: str
+    activation: str
+    vocab: int
+    max_context: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """Everything decided about a run: nothing has been loaded yet. opened: the backend's model of the folder."""
+
+    checkpoint: ExpertFolder
+    spec: ExpertSpec
+    config: FlashConfig
+    backend_name: str
+    backend: Backend
+    models: Any
+    opened: Any
+    costs: ExpertCosts
+    budget_bytes: int
+    context: int
+    dtype: str
+    tuning: Tuning
+
+    selection = Selection("router")
+    selector = "router"
+    exact = True
+    measured_loss = calibration = machine = machine_problem = prediction = None
+    look_ahead = "off"
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """How the budget is split; raises BudgetError when it is too small."""
+        return self.costs.split(self.budget_bytes)
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether nothing is ever read once everything has been."""
+        return self.memory.capacities == self.costs.counts
+
+    @property
+    def ffn_resident_bytes(self) -> int:
+        """Memory that experts may take."""
+        return self.memory.parts["slots"]
+
+    @property
+    def worst_bytes_per_token(self) -> int:
+        """Most bytes that one token reads: none of its experts is there."""
+        costs = self.costs
+        each = zip(costs.top_k, costs.slots, self.memory.capacities, costs.counts, strict=True)
+        return sum(top_k * slot for top_k, slot, capacity, count in each if capacity < count)
+
+
+class ExpertRun(BaseRun):
+    """A loaded mixture of experts."""
+
+    plan: ExpertPlan
+
+    def __init__(self, plan: ExpertPlan):
+        costs, opened = plan.costs, plan.opened
+        rows = costs.staging_rows(plan.memory.staging_blocks)
+        self._staging = {kind: Staging(opened.slab(costs.kinds.index(kind), n), n) for kind, n in rows.items()}
+        reader = open_reader(opened.extents, **plan.tuning.reader_options)
+        super().__init__(plan, Shared(plan.backend, reader, BlockStream([]), Stats()))
+
+    def make_selector(self, layer: int) -> RouterSelector:
+        """The selector of one layer's experts, and memory for its slots."""
+        plan = self.plan
+        capacity = plan.memory.capacities[layer]
+        slab, staging = plan.opened.slab(layer, capacity), self._staging.get(plan.costs.kinds[layer])
+        return RouterSelector(layer, self.shared, Residency(plan.costs.counts[layer], capacity), slab, staging)
+
+
+def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
+    """How a mixture of experts would run; whether the budget is enough is only seen at `.memory`. Opens and checks the
+    files' headers, loads nothing. Raises FormatError, ConfigError, BackendError, UsageError."""
+    values = read_json(safe_file(folder, "config.json"))
+    if (program := values.get("model_file")) is not None:
+        raise FormatError(f"{folder}: config.json names a program to run ({program!r}); none is run")
+    if parse_selection(config.select).name not in ("auto", "router"):
+        raise UsageError(f"--select {config.select} names neurons; a mixture of experts runs with router (or auto)")
+    spec = read_expert_spec(folder, values)
+    context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
+    if context > spec.max_context:
+        raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
+    tensors = {name: (tensor.path, tensor.info) for name, tensor in read_tensors(folder).items()}
+    _check_strays(folder)
+    backend_name, entry = choose(config.backend, FAMILIES)
+    if entry.experts is None:
+        raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
+    backend = entry.make()
+    opened = import_module(entry.experts).open_experts(folder, tensors)
+    layouts = [extents.layout for extents in opened.extents]
+    chunk = min(config.prefill_chunk, context)
+    fixed = {
+        "dense part": opened.dense_bytes,
+        "KV cache": opened.kv_bytes(context, chunk),
+        "prefill scratch": opened.scratch_bytes(chunk, context),
+        "page rounding": opened.page_bytes,
+    }
+    costs = ExpertCosts(
+        folder.absolute().name,
+        fixed,
+        tuple(opened.slot_bytes(layer) for layer in range(len(layouts))),
+        tuple(layout.count for layout in layouts),
+        tuple(opened.top_k),
+        tuple(opened.kinds),
+        None if config.slots == "auto" else float(config.slots),
+    )
+    return ExpertPlan(
+        ExpertFolder(folder, values, layouts),
+        spec,
+        config,
+        backend_name,
+        backend,
+        import_module(entry.models),
+        opened,
+        costs,
+        budget_for(config, costs),
+        context,
+        opened.dtype,
+        default_tuning(given_settings(config)),
+    )
+
+
+def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
+    """The model and its tokenizer; see `load.load`."""
+    plan = decide_experts(folder, config)
+    _ = plan.memory
+    run = ExpertRun(plan)
+    try:
+        model = plan.opened.start(run.make_selector)
+        tokenizer = plan.models.load_tokenizer(folder, plan.spec.eos_ids)
+    except BaseException:
+        run.close()
+        raise
+    model.flash = run
+    return model, tokenizer
+
+
+def read_expert_spec(folder: Path, config: dict[str, Any]) -> ExpertSpec:
+    """What config.json and generation_config.json say of a mixture of experts, whatever its family."""
+    places = [config, config.get("text_config") or {}]
+
+    def number(*keys: str) -> int | None:
+        found = (place.get(key) for key in keys for place in places if isinstance(place, dict))
+        return next((value for value in found if type(value) is int and value > 0), None)
+
+    vocab = number("vocab_size")
+    if vocab is None:
+        raise FormatError(f"{folder / 'config.json'} does not say how many tokens there are ('vocab_size')")
+    eos = _generation_config(folder).get("eos_token_id") or config.get("eos_token_id") or []
+    ids = eos if isinstance(eos, list) else [eos]
+    return ExpertSpec(
+        family=str(config.get("model_type"))[:80],
+        activation=str(config.get("hidden_act", "its own activation"))[:80],
+        vocab=vocab,
+        max_context=number(*MAX_CONTEXT_KEYS) or DEFAULT_CONTEXT,
+        eos_ids=tuple(i for i in ids if type(i) is int and i >= 0),
+    )
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "generation_config.json").exists():
+        return {}
+    try:
+        return read_json(safe_file(folder, "generation_config.json"))
+    except FormatError:  # mlx-lm does not mind either
+        return {}
+
+
+def _check_strays(folder: Path) -> None:
+    """mlx-lm loads every file of this name, whatever the index says: a stray one could replace tensors."""
+    known = set(weight_files(folder))
+    strays = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in known)
+    if strays:
+        raise FormatError(
+            f"{folder} has weights that do not belong to the model: {', '.join(strays[:5])}; move them away"
+        )

@@ -1,0 +1,53 @@
+"""A loaded model's run: counters, reader and the token loop, whatever the model's bundles are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .config import FlashConfig
+from .residency.budget import Largest, auto_budget
+from .sampling import Sampling
+from .selection.shared import Shared
+
+DEFAULT_CONTEXT = 2048
+
+
+def budget_for(config: FlashConfig, costs: Largest) -> int:
+    return auto_budget(costs) if config.memory == "auto" else int(config.memory)
+
+
+class BaseRun:
+    """A loaded model's plan, counters and reader; `model.flash` is one. `close` gives its files and threads back."""
+
+    def __init__(self, plan: Any, shared: Shared):
+        self.plan, self.shared, self.stats = plan, shared, shared.stats
+
+    @contextmanager
+    def phase(self, decoding: bool) -> Iterator[None]:
+        """What runs within is a prompt's tokens (exact with every selector) or decoded ones."""
+        self.shared.decoding = decoding
+        try:
+            yield
+        finally:
+            self.shared.decoding = None
+
+    def begin_reply(self) -> None:
+        """What comes is another prompt: what was selected for the last one is void."""
+        self.shared.reply += 1
+
+    def forced(self, model: Any, prompt_ids: Sequence[int], next_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits (vocab,) fp32 after the prompt, then after each of `next_ids`, which pass one by one as if they had
+        been sampled."""
+        yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
+
+    def steps(self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Yield sampled ids after the prompt, `max_tokens` at most."""
+        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, self.plan.config.prefill_chunk)
+
+    def close(self) -> None:
+        self.shared.stream.stop()
+        self.shared.reader.close()
