@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,16 +93,49 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     return model
 
 
-def _noticing_replies(model_class: type) -> type:
-    """The architecture's class, whose calls with an empty cache say that a reply begins: mlx-lm's own loops do not."""
+class _Replies:
+    """Tells from the caches that a model is run with whether another reply begins: mlx-lm's own loops do not say so."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Any], int] | None = None  # the first layer's cache, and the tokens it then held
+
+    def begins(self, tokens: int, cache: Sequence[Any] | None) -> bool:
+        """Whether a call of so many tokens per sequence with this cache belongs to another reply than the last one."""
+        last, self._last = self._last, None
+        if not cache:
+            return True
+        first = cache[0]
+        offset = getattr(first, "offset", None)
+        if not isinstance(offset, int):  # a batch has an array of them
+            return first.empty() or last is not None
+        self._last = weakref.ref(first), offset + tokens
+        # A cache that is quantised on the way is another object, which goes on where the one before ended.
+        goes_on = last is not None and (last[0]() is first or last[1] == offset)
+        return offset == 0 or not goes_on
+
+
+def _flash_model(model_class: type) -> type:
+    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash."""
 
     class FlashModel(model_class):
         def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> Any:
-            run = getattr(self, "flash", None)
-            offset = 0 if cache is None else getattr(cache[0], "offset", None)
-            if run is not None and isinstance(offset, int) and offset == 0:  # batches have an array of offsets
+            if (run := getattr(self, "flash", None)) is not None and self._replies.begins(inputs.shape[1], cache):
                 run.begin_reply()
             return super().__call__(inputs, cache=cache, **options)
+
+        def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
+            """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
+            if isinstance(file_or_weights, str):
+                loaded: Any = mx.load(file_or_weights)
+                file_or_weights = list(loaded.items())
+            taken = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, FlashFFNModule))
+            wrong = [] if strict else [name for name, _ in file_or_weights if name.startswith(taken)]
+            if wrong:
+                raise ConfigError(
+                    f"{len(wrong)} tensors are for FFNs, which are read from flash, such as {wrong[0]!r}; an adapter "
+                    'can change attention only ("keys" in its lora_parameters)'
+                )
+            return super().load_weights(file_or_weights, strict)
 
     return FlashModel
 
@@ -113,7 +147,8 @@ def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.M
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
-        model = _noticing_replies(architecture.Model)(args)
+        model = _flash_model(architecture.Model)(args)
+        model._replies = _Replies()
         for layer, ffn in zip(model.layers, ffns, strict=True):
             setattr(layer, attribute, FlashFFNModule(ffn))
         return model
