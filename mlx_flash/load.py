@@ -208,7 +208,7 @@ def run_costs(
     block = backend.slab_bytes(layouts[0], BLOCK, names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
-        "KV cache": spec.kv_items_per_token * item * context,
+        "KV cache": spec.kv_items_per_token * item * context * config.sequences,
         "prefill scratch": backend.prefill_scratch_bytes(largest, spec_widths(spec), chunk, context),
     }
     if resident:
@@ -386,7 +386,11 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
     The budget holds for `generate` and `stream_generate` of this package; mlx-lm's own functions pass prompts in
     chunks of 2048 tokens and let the KV cache grow beyond `max_context`. Raises the errors of `plan_run`, ReadError.
     """
-    plan = plan_run(path, replace(config or FlashConfig(), **fields))
+    return load_planned(plan_run(path, replace(config or FlashConfig(), **fields)))
+
+
+def load_planned(plan: RunPlan) -> tuple[Any, Any]:
+    """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
     if plan.machine_problem:
         announce(f"reads as where nothing was measured: {plan.machine_problem}")
     run = Run(plan)

@@ -12,7 +12,7 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "stats", "casting"),
+    ("errors", "config", "stats", "casting", "options"),
     ("machine",),
     ("storage",),
     ("residency",),
@@ -25,6 +25,8 @@ LAYERS = [
     ("load", "generate", "inspection"),
     ("measure",),
     ("tuning",),
+    ("http_server",),
+    ("serve",),
     ("cli", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -71,7 +73,7 @@ def test_only_the_mlx_files_import_mlx() -> None:
         for path in FILES
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
-    assert users == {"backends/mlx.py", "backends/mlx_slab.py", "models/mlx.py"}
+    assert users == {"backends/mlx.py", "backends/mlx_slab.py", "models/mlx.py", "http_server.py"}
 
 
 def test_public_names() -> None:
