@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .config import format_bytes
 from .errors import FlashError, UsageError
-from .options import add_run_options, run_config
+from .options import add_run_options, add_sampling_options, run_config, sampling_of
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -52,9 +52,8 @@ def generate_command(args: argparse.Namespace) -> dict[str, Any]:
     say(f"{plan.checkpoint.path.name}: select {plan.selector}, backend {plan.backend_name}, "
         f"{format_bytes(plan.memory.total_bytes)} of memory planned")  # fmt: skip
     ids = encode_prompt(tokenizer, prompt, use_chat_template=not args.ignore_chat_template)
-    sampling = {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}
     try:
-        for response in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, **sampling):
+        for response in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, **sampling_of(args)):
             responses.append(response)
             finish = response.finish_reason or finish
             if not args.json:
@@ -244,6 +243,7 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .chat import add_chat_arguments, chat_command
     from .measure.bench import add_bench_arguments, bench_command
     from .serve import add_server_arguments, server_command
 
@@ -263,12 +263,11 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("generate", generate_command, "Write a text that continues the prompt.")
     add_run_options(command)
     command.add_argument("--prompt", required=True, help="the text to continue; - reads stdin")
-    command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most this many; default 256")
-    command.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    command.add_argument("--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
-    command.add_argument("--seed", type=int, help="makes sampling repeatable")
-    command.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+    add_sampling_options(command, max_tokens=256)
+
+    command = add("chat", lambda args: chat_command(args, say), "Talk with a model at the terminal.")
+    add_run_options(command)
+    add_chat_arguments(command)
 
     command = add("server", server_command, "Answer over HTTP, as OpenAI's API.")
     add_run_options(command)

@@ -22,6 +22,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .errors import BudgetError, FlashError, FormatError, UsageError
+from .kept import Kept
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.read_config import read_spec
@@ -179,9 +180,13 @@ class Run:
         been sampled."""
         yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
 
-    def steps(self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Yield sampled ids after the prompt, `max_tokens` at most."""
-        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, self.plan.config.prefill_chunk)
+    def steps(
+        self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[int]:
+        """Yield sampled ids after the prompt, `max_tokens` at most. A selector that is not exact learns from the whole
+        prompt: then nothing `kept` is used."""
+        held, chunk = kept if self.plan.exact else None, self.plan.config.prefill_chunk
+        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, chunk, held)
 
     def close(self) -> None:
         self.shared.stream.stop()

@@ -1,4 +1,4 @@
-"""The options that every command takes which runs a model: one for each field of `FlashConfig`."""
+"""Options that several commands take: one for each field of `FlashConfig`, and those of sampling."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="blocks of 256 bundles that are read ahead")  # fmt: skip
     parser.add_argument("--slots", type=auto_or(float), default="auto", metavar="SHARE",
                         help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N",
+                        help=f"at most this many in a reply; default {max_tokens}")  # fmt: skip
+    parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `stream_generate`."""
+    return {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}

@@ -18,13 +18,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
 
 from ..backends.mlx import cache_limit_bytes
 from ..errors import ConfigError, FormatError
+from ..kept import Kept
 from .families import ModelSpec
 
 if TYPE_CHECKING:
@@ -192,18 +193,24 @@ def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
 
 
 def steps(
-    model: nn.Module, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    prefill_chunk: int,
+    kept: Kept | None = None,
 ) -> Iterator[int]:
-    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens."""
+    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens, without what
+    `kept` holds of it."""
     if max_tokens < 1:
         return
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
-    reply = _Reply(model, prefill_chunk)
+    reply = _Reply(model, prefill_chunk, kept or Kept())
     with _wired(model):
         loop = _steps_ahead if _never_reads(model.flash.plan) else _steps_in_turn
-        yield from loop(reply, mx.array(list(prompt_ids), mx.int32), max_tokens, sampler)
+        yield from loop(reply, prompt_ids, max_tokens, sampler)
 
 
 def _never_reads(plan: Any) -> bool:
@@ -219,13 +226,27 @@ def _never_reads(plan: Any) -> bool:
 class _Reply:
     """One reply's KV cache."""
 
-    def __init__(self, model: nn.Module, prefill_chunk: int):
-        self.model, self.chunk, self.cache = model, prefill_chunk, make_prompt_cache(model)
+    def __init__(self, model: nn.Module, prefill_chunk: int, kept: Kept):
+        self.model, self.chunk, self.kept = model, prefill_chunk, kept
+        self.cache: list[Any] = []
 
-    def prefill(self, prompt: mx.array) -> mx.array:  # (T,) -> (1, vocab)
+    def _take_up(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt the kept cache holds, which is cut to them; a new one where it holds none."""
+        held, cache = self.kept.common(ids), self.kept.cache
+        if held and can_trim_prompt_cache(cache):
+            for layer in cache:  # each by itself: an interrupt leaves some of them a token ahead
+                layer.trim(layer.offset - held)
+        else:
+            held, cache = 0, make_prompt_cache(self.model)
+        self.cache = self.kept.cache = cache
+        self.kept.ids = list(ids[:held])
+        return held
+
+    def prefill(self, ids: Sequence[int]) -> mx.array:  # (T,) -> (1, vocab)
         """An exact selector takes the last token alone, as mlx-lm does, so that the head runs for one token only; a
         lossy one selects for no token of the prompt."""
         alone = 1 if self.model.flash.plan.exact else 0
+        prompt = mx.array(list(ids[self._take_up(ids) :]), mx.int32)
         self.model.flash.begin_reply()
         while prompt.size > max(alone, 1):
             count = min(self.chunk, prompt.size - alone)
@@ -234,7 +255,10 @@ class _Reply:
             if prompt.size:
                 mx.eval([layer.state for layer in self.cache])
                 mx.clear_cache()
-        return self._logits(prompt, decoding=False) if prompt.size else logits
+        if prompt.size:
+            logits = self._logits(prompt, decoding=False)
+        self.kept.ids = list(ids)
+        return logits
 
     def decode(self, token: mx.array) -> mx.array:  # (1,) -> (1, vocab)
         return self._logits(token, decoding=True)
@@ -255,26 +279,31 @@ def _sample(logits: mx.array, sampler: Sampler) -> mx.array:
     return token
 
 
-def _steps_ahead(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def _steps_ahead(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """Each step is begun before the token that it follows is given: the GPU never waits for Python. Not the first one,
     which may read what it selects."""
     token = _sample(reply.prefill(prompt), sampler)
-    yield _as_int(token)
+    known = _as_int(token)
+    yield known
     if max_tokens > 1:
         token = _sample(reply.decode(token), sampler)
     for made in range(2, max_tokens + 1):
+        reply.kept.ids.append(known)
         following = _sample(reply.decode(token), sampler) if made < max_tokens else token
-        yield _as_int(token)
+        known = _as_int(token)
+        yield known
         token = following
 
 
-def _steps_in_turn(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def _steps_in_turn(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """Where steps read, a step ahead would delay each token by the next one's reads."""
     token = _sample(reply.prefill(prompt), sampler)
     for made in range(1, max_tokens + 1):
-        yield _as_int(token)
+        known = _as_int(token)
+        yield known
         if made < max_tokens:
             token = _sample(reply.decode(token), sampler)
+            reply.kept.ids.append(known)
 
 
 def _as_int(token: mx.array) -> int:
@@ -287,8 +316,8 @@ def forced(
     model: nn.Module, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
 ) -> Iterator[np.ndarray]:
     """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
-    reply = _Reply(model, prefill_chunk)
-    logits = reply.prefill(mx.array(list(prompt_ids), mx.int32))
+    reply = _Reply(model, prefill_chunk, Kept())
+    logits = reply.prefill(prompt_ids)
     yield np.array(logits[0].astype(mx.float32))
     for token in next_ids:
         yield np.array(reply.decode(mx.array([token], mx.int32))[0].astype(mx.float32))

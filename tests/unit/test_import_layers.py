@@ -18,7 +18,7 @@ LAYERS = [
     ("residency",),
     ("backends",),
     ("selection",),
-    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling"),
+    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "kept"),
     ("models",),
     ("source", "convert", "random_model", "resolve"),
     ("demand", "cost_model"),
@@ -26,7 +26,7 @@ LAYERS = [
     ("measure",),
     ("tuning",),
     ("http_server",),
-    ("serve",),
+    ("serve", "chat"),
     ("cli", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
