@@ -317,7 +317,8 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
     BackendError, UsageError."""
     path = resolve_model(None if model is None else str(model), announce=announce)
     checkpoint = Checkpoint.open(path, calibrated)
-    spec = read_spec(checkpoint.config, checkpoint.resident_tensors())
+    shapes = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
+    spec = read_spec(checkpoint.config, shapes)
     check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:

@@ -60,12 +60,14 @@ def register(name: str, entry: Entry) -> None:
 
 
 def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
-    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has.
+    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has, or the
+    first at all where none is preferred here.
 
     Raises BackendError for an unknown name, and for a family without that backend.
     """
     if name == "auto":
-        return next((n, e) for n, e in _ENTRIES.items() if e.families in families and e.preferred())
+        able = [(name, entry) for name, entry in _ENTRIES.items() if entry.families in families]
+        return next(((name, entry) for name, entry in able if entry.preferred()), able[0])
     if name not in _ENTRIES:
         raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
     if _ENTRIES[name].families not in families:

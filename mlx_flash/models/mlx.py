@@ -26,7 +26,9 @@ from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
 from ..backends.mlx import cache_limit_bytes
 from ..errors import ConfigError, FormatError
 from ..kept import Kept
+from .dense import DENSE, DenseSpec
 from .families import ModelSpec
+from .mlx_dense import check_kv_cache, check_module
 
 if TYPE_CHECKING:
     from ..sampling import Sampling
@@ -41,15 +43,30 @@ MODULES = {
     "mistral": ("llama", "mlp"),
     "qwen2": ("qwen2", "mlp"),
     "qwen3": ("qwen3", "mlp"),
-}
+} | {name: (name, row.attribute) for name, row in DENSE.items()}
+
+
+class Bias(nn.Module):
+    """What stays of a linear layer whose rows are on flash."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = mx.zeros((size,))
 
 
 class FlashFFNModule(nn.Module):
-    """Stands where a layer's FFN was: no parameters, calls `ffn` on x (B, T, d)."""
+    """Stands where a layer's FFN was: calls `ffn` on x (B, T, d). No parameters but biases, where there are some:
+    (name, size) of up's and down's."""
 
-    def __init__(self, ffn: FFN):
+    def __init__(self, ffn: FFN, biases: Sequence[tuple[str, int]] = ()):
         super().__init__()
         self._ffn = ffn
+        self._biased = [name for name, _ in biases]
+        for name, size in biases:
+            self[name] = Bias(size)
+
+    def biases(self) -> list[mx.array]:
+        return [self[name].bias for name in self._biased]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._ffn(x)
@@ -62,7 +79,18 @@ def build(
 
     dtype and context are not used: mlx-lm takes the dtype of the tensors, and its KV cache grows.
     """
-    return build_model(checkpoint.path, spec, [make_ffn(layer) for layer in range(len(spec.layers))])
+    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers))
+    modules = [getattr(layer, MODULES[spec.family][1]) for layer in model.layers]
+    if isinstance(spec, DenseSpec):
+        check_kv_cache(model, make_prompt_cache(model), spec)
+    for layer, module in enumerate(modules):
+        module._ffn = make_ffn(layer, *module.biases())
+    return model
+
+
+def _nothing(x: mx.array) -> mx.array:
+    """Where no FFN is yet."""
+    return x
 
 
 def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
@@ -81,11 +109,13 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
         raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
     def classes(config: dict[str, Any]) -> Any:
-        return _model_class(spec.family, ffns)
+        return _model_class(spec, ffns)
 
     try:
         model, _ = load_model(path, strict=True, model_config=_config(spec), get_model_classes=classes)
-    except TypeError as error:  # a dataclass of mlx-lm that misses a field
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
+    except (TypeError, NotImplementedError) as error:  # a dataclass of mlx-lm that misses a field
         raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {error}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         raise FormatError(f"{path}: cannot load the resident tensors: {error}") from error
@@ -141,17 +171,25 @@ def _flash_model(model_class: type) -> type:
     return FlashModel
 
 
-def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
-    """What mlx-lm calls to make a model of `family`: its own class, with the FFN modules replaced from the start.
+def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
+    """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
-    module, attribute = MODULES[family]
+    module, attribute = MODULES[spec.family]
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
         model = _flash_model(architecture.Model)(args)
         model._replies = _Replies()
-        for layer, ffn in zip(model.layers, ffns, strict=True):
-            setattr(layer, attribute, FlashFFNModule(ffn))
+        if len(model.layers) != len(ffns):
+            raise ConfigError(f"mlx-lm builds {len(model.layers)} layers, the checkpoint has {len(ffns)}")
+        for i, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
+            biases: list[tuple[str, int]] = []
+            if isinstance(spec, DenseSpec):
+                check_module(getattr(layer, attribute), spec, i)
+            if spec.ffn_bias:
+                sizes = {"up": spec.layers[i].intermediate, "down": spec.dim}
+                biases = [(spec.table.names[role], size) for role, size in sizes.items()]
+            setattr(layer, attribute, FlashFFNModule(ffn, biases))
         return model
 
     return make, architecture.ModelArgs
@@ -160,6 +198,8 @@ def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.M
 def _config(spec: ModelSpec) -> dict[str, Any]:
     """What the spec says, in mlx-lm's keys: its own defaults and spellings (`rope_parameters`, whether the head is
     tied when the config is silent) are not those of every config.json, and both backends must read one config alike."""
+    if isinstance(spec, DenseSpec):
+        return {}
     rope = spec.rope
     if rope is None:
         raise ConfigError(f"family {spec.family!r} without rotary positions does not run on mlx")

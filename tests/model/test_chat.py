@@ -93,7 +93,11 @@ def test_a_chat_with_a_template(open_model: Any) -> None:
     assert [turn.finish_reason for turn in chat.turns] == ["length"] * 3
     count = len(loaded.tokenizer.encode(prompts[-1], add_special_tokens=False))
     assert 20 < ran < 20 + count // 2  # not the whole conversation again
+    held = chat._kept.ids
+    assert held[:count] == loaded.tokenizer.encode(prompts[-1], add_special_tokens=False) and len(held) == count + 19
     assert replies == [loaded.alone(prompt, 20, encode=False) for prompt in prompts] and all(replies)
+    # Another reply on the same model came between: the cache that was kept may be void.
+    assert reply(chat, "and") == loaded.alone(f"{text}user: and\nassistant:", 20, encode=False)
     chat.reset()
     assert chat.turns == [] and reply(chat, "Once upon a time") == replies[0]
 
@@ -108,7 +112,8 @@ def test_without_a_template_the_text_goes_on(open_model: Any) -> None:
         replies.append(reply(chat, said))
         ran = loaded.ran - before
         text = texts[-1] + replies[-1]
-    assert ran < 16 + len(loaded.tokenizer.encode(texts[-1])) // 2
+    count = len(loaded.tokenizer.encode(texts[-1]))
+    assert ran < 16 + count // 2 and len(chat._kept.ids) == count + 15
     assert replies == [loaded.alone(text, 16) for text in texts]
     with pytest.raises(UsageError, match="system prompt needs a chat template"):
         Chat(loaded.model, loaded.tokenizer, system="Be brief.")
