@@ -187,7 +187,7 @@ def read_dense(
     table = DENSE[family]
     _check_activation(config, table)
     if shapes is None:
-        raise ConfigError(f"{table.title} runs through mlx-lm only, with the tensors of a checkpoint")
+        raise ConfigError(f"{table.title} ({family}) runs through mlx-lm only, with the tensors of a checkpoint")
     flash = config.get("flash")
     found = _from_flash(flash, table, shapes) if isinstance(flash, Mapping) else _from_tensors(shapes, table)
     module, dim, widths = found

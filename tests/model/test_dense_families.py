@@ -204,7 +204,7 @@ def test_another_architecture_is_refused_with_what_is_known(tmp_path: Path) -> N
         (source / "config.json").write_text(json.dumps(config | {"model_type": other}))
         with pytest.raises(ConfigError, match=f"unknown model family '{other}'.*llama.*on mlx only.*gemma2.*olmo2"):
             mlx_flash.convert(source, tmp_path / "flash")
-    with pytest.raises(ConfigError, match="OLMo 2 runs through mlx-lm only"):
+    with pytest.raises(ConfigError, match="OLMo 2 .* runs through mlx-lm only"):
         card = tmp_path / "card"
         card.mkdir()
         (card / "config.json").write_text(json.dumps(config))
