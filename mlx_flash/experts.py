@@ -142,7 +142,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     chunk = min(config.prefill_chunk, context)
     fixed = {
         "dense part": opened.dense_bytes,
-        "KV cache": opened.kv_bytes(context, chunk),
+        "KV cache": opened.kv_bytes(context, chunk) * config.sequences,
         "prefill scratch": opened.scratch_bytes(chunk, context),
         "page rounding": opened.page_bytes,
     }
@@ -171,10 +171,16 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     )
 
 
-def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
-    """The model and its tokenizer; see `load.load`."""
+def plan_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
+    """`decide_experts`, and BudgetError when the budget is too small."""
     plan = decide_experts(folder, config)
     _ = plan.memory
+    return plan
+
+
+def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
+    """The model and its tokenizer; see `load.load`."""
+    plan = plan_experts(folder, config)
     run = ExpertRun(plan)
     try:
         model = plan.opened.start(run.make_selector)

@@ -27,7 +27,7 @@ from ..selection.router import RouterSelector
 from ..storage.extents import LayerExtents
 from ..storage.header import TensorInfo
 from ..storage.layout import Layout, Part
-from .mlx import noticing_replies
+from .mlx import flash_model
 from .mlx_kv import kv_bytes
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
 
@@ -196,7 +196,7 @@ def _build(folder: Path, tensors: Tensors, loaded: _Loaded) -> tuple[nn.Module, 
 
     def watched(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = classes(config)
-        return _watched(noticing_replies(model_class), loaded), args_class
+        return _watched(flash_model(model_class), loaded), args_class
 
     try:
         return load_model(folder, lazy=True, strict=True, get_model_classes=watched)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
+from .dense import DENSE, read_dense
 from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
@@ -81,8 +82,11 @@ def make_divisible(value: float, divisor: int) -> int:
 def family_of(config: Mapping[str, Any]) -> str:
     """The family's name; raises ConfigError for one that is not known."""
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ConfigError(f"unknown model family {_short(name)}; known: {', '.join(sorted(FAMILIES))}")
+    if not isinstance(name, str) or name not in FAMILIES.keys() | DENSE.keys():
+        raise ConfigError(
+            f"unknown model family {_short(name)}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
+            f"{', '.join(sorted(DENSE))}"
+        )
     return name
 
 
@@ -228,13 +232,16 @@ def _opt(config: _Config) -> dict[str, Any]:
     }
 
 
-def read_spec(config: Mapping[str, Any], tensor_names: Collection[str] | None = None) -> ModelSpec:
-    """The spec of a Hugging Face config. `tensor_names`, where known, decides whether the head is tied if the config
-    does not say. Raises ConfigError naming the key, family or activation that is missing or unknown."""
+def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ModelSpec:
+    """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
+    config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
+    family or activation that is missing or unknown."""
     family, values = family_of(config), _Config(config)
+    if family in DENSE:
+        return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
     table = FAMILIES[family]
     activation = _activation(values, table)
-    has_head = None if tensor_names is None else table.names["head"] + ".weight" in tensor_names
+    has_head = None if shapes is None else table.names["head"] + ".weight" in shapes
     read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
     fields = read.get(family, lambda: _llama(values, family, has_head))()
     fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields
