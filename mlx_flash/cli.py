@@ -16,8 +16,9 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import DIRECT, LOOK_AHEAD, FlashConfig, format_bytes
+from .config import format_bytes
 from .errors import FlashError, UsageError
+from .options import add_run_options, add_sampling_options, run_config, sampling_of
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -25,22 +26,6 @@ Command = Callable[[argparse.Namespace], dict[str, Any]]
 def say(text: str) -> None:
     """A line for the reader, beside the output: stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def run_config(args: argparse.Namespace) -> FlashConfig:
-    return FlashConfig(
-        memory=args.memory,
-        max_context=args.max_context,
-        backend=args.backend,
-        select=args.select,
-        reselect=args.reselect,
-        look_ahead=args.look_ahead,
-        merge_gap=args.merge_gap,
-        reads_in_flight=args.reads_in_flight,
-        direct=args.direct,
-        staging_blocks=args.staging_blocks,
-        slots=args.slots,
-    )
 
 
 def read_stdin() -> str:
@@ -67,9 +52,8 @@ def generate_command(args: argparse.Namespace) -> dict[str, Any]:
     say(f"{plan.checkpoint.path.name}: select {plan.selector}, backend {plan.backend_name}, "
         f"{format_bytes(plan.memory.total_bytes)} of memory planned")  # fmt: skip
     ids = encode_prompt(tokenizer, prompt, use_chat_template=not args.ignore_chat_template)
-    sampling = {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}
     try:
-        for response in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, **sampling):
+        for response in stream_generate(model, tokenizer, ids, max_tokens=args.max_tokens, **sampling_of(args)):
             responses.append(response)
             finish = response.finish_reason or finish
             if not args.json:
@@ -215,37 +199,6 @@ def make_random_command(args: argparse.Namespace) -> dict[str, Any]:
     return {"path": str(out)}
 
 
-def auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse: `auto`, or what `kind` reads."""
-
-    def read(text: str) -> Any:
-        return text if text == "auto" else kind(text)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse says "invalid int value"
-    return read
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="flash checkpoint, Hugging Face folder or repo id; the default model without")
-    parser.add_argument("--memory", default="auto", metavar="SIZE", help="memory budget, e.g. 2GB; default auto")
-    parser.add_argument("--max-context", type=int, metavar="C", help="tokens the KV cache holds")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
-    parser.add_argument("--select", default="auto", metavar="HOW",
-                        help="what is computed: auto (exact, the default), all, gate, router; these lose quality: "
-                        "predictor, prompt:F, prompt:auto, threshold:S, static:F")  # fmt: skip
-    parser.add_argument("--reselect", type=int, metavar="R", help="with prompt: select anew every R decoded tokens")
-    parser.add_argument("--look-ahead", default="auto", choices=LOOK_AHEAD,
-                        help="read for the next layer from guesses; auto: with predictor, while it pays")  # fmt: skip
-    # None of these changes the output.
-    parser.add_argument("--merge-gap", default="auto", metavar="SIZE", help="read over gaps up to this, e.g. 16KiB")
-    parser.add_argument("--reads-in-flight", type=auto_or(int), default="auto", metavar="N", help="reads at once")
-    parser.add_argument("--direct", default="auto", choices=DIRECT, help="whether reads go around the page cache")
-    parser.add_argument("--staging-blocks", type=auto_or(int), default="auto", metavar="N",
-                        help="blocks of 256 bundles that are read ahead")  # fmt: skip
-    parser.add_argument("--slots", type=auto_or(float), default="auto", metavar="SHARE",
-                        help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
-
-
 class Parser(argparse.ArgumentParser):
     """Wrong usage becomes a UsageError, so that `--json` can report it like any other.
 
@@ -290,7 +243,9 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .chat import add_chat_arguments, chat_command
     from .measure.bench import add_bench_arguments, bench_command
+    from .serve import add_server_arguments, server_command
 
     parser = Parser(
         prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."
@@ -308,12 +263,15 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("generate", generate_command, "Write a text that continues the prompt.")
     add_run_options(command)
     command.add_argument("--prompt", required=True, help="the text to continue; - reads stdin")
-    command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most this many; default 256")
-    command.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    command.add_argument("--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
-    command.add_argument("--seed", type=int, help="makes sampling repeatable")
-    command.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+    add_sampling_options(command, max_tokens=256)
+
+    command = add("chat", lambda args: chat_command(args, say), "Talk with a model at the terminal.")
+    add_run_options(command)
+    add_chat_arguments(command)
+
+    command = add("server", server_command, "Answer over HTTP, as OpenAI's API.")
+    add_run_options(command)
+    add_server_arguments(command)
 
     command = add("perplexity", perplexity_command, "Measure how well a model predicts a text, selector at work.")
     add_run_options(command)

@@ -91,6 +91,7 @@ class FlashConfig:
     reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
     look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors
     prefill_chunk: prompt tokens per pass over the layers
+    sequences: KV caches of max_context tokens that the budget holds
 
     How bundles are read; none of these changes the output. "auto" is chosen for the machine, once
     `mlx_flash bench --probe` has measured it:
@@ -108,6 +109,7 @@ class FlashConfig:
     reselect: int | None = None
     look_ahead: str = "auto"
     prefill_chunk: int = 256
+    sequences: int = 1
     merge_gap: int | str = "auto"
     reads_in_flight: int | str = "auto"
     direct: str = "auto"
@@ -123,9 +125,9 @@ class FlashConfig:
         for name, known in (("look_ahead", LOOK_AHEAD), ("direct", DIRECT)):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("max_context", "prefill_chunk", "reselect"):
+        for name in ("max_context", "prefill_chunk", "reselect", "sequences"):
             value = getattr(self, name)
-            if value is None and name != "prefill_chunk":
+            if value is None and name in ("max_context", "reselect"):
                 continue
             if type(value) is not int or value < 1:  # `type`, because True is an int too
                 raise UsageError(f"{name} is {value!r}; it must be at least 1")

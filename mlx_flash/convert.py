@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from .casting import RAW, cast, check_dtype
 from .errors import ConfigError, FormatError, UsageError
+from .models.dense import DENSE, HARMLESS, DenseSpec
 from .models.families import ModelSpec, TensorRef
 from .models.mixtures import is_mixture
-from .models.read_config import read_spec
+from .models.read_config import family_of, read_spec
 from .source import (
     READ_ALIGN,
     TOKENIZERS,
@@ -41,7 +42,6 @@ from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_s
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
 BLOCKS = 4  # buffers between the reading and the writing thread
 PANEL_BYTES = 96 << 20  # columns of one down projection held at once
-HARMLESS = ("*rotary_emb.inv_freq",)  # tensors that are computed, not learned
 MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
 
 
@@ -133,9 +133,10 @@ def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
         raise UsageError(
             f"{source.folder} is a mixture of experts, which is read in place: give it to generate as it is"
         )
-    read_spec(source.config)  # an unknown family is named before its files are looked for
+    if family_of(source.config) not in DENSE:
+        read_spec(source.config)  # what is unknown is named before its files are looked for
     source.open_tensors()
-    spec = read_spec(source.config, source.tensors)
+    spec = read_spec(source.config, source.shapes)
     check_tensors(source, spec)
     kind = dtype or _ffn_dtype(source, spec)
     order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
@@ -177,13 +178,11 @@ def check_tensors(source: Source, spec: ModelSpec) -> None:
     ]
     if wrong:
         raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
-    head = spec.name("head") + ".weight"
+    head = spec.name("head") + ".weight" if spec.tied else None
     extra = [
         name
         for name in source.tensors
-        if name not in wanted
-        and not (spec.tied and name == head)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
+        if name not in wanted and name != head and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
     ]
     if extra:
         raise ConfigError(
@@ -214,6 +213,8 @@ def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) ->
     result["torch_dtype"] = dtype
     if "dtype" in result:
         result["dtype"] = dtype
+    if isinstance(spec, DenseSpec):
+        return result  # mlx-lm's own code reads it
     if spec.family == "openelm":
         return result | {"share_input_output_layers": spec.tied}
     result["tie_word_embeddings"] = spec.tied

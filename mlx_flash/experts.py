@@ -17,6 +17,7 @@ from .backends.base import Backend
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Tuning, default_tuning, given_settings
 from .errors import BackendError, FormatError, UsageError
+from .models.mixtures import mixture_backends
 from .residency.budget import MemoryPlan
 from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
@@ -29,7 +30,6 @@ from .stats import Stats
 from .storage.layout import Layout
 from .storage.reader import open_reader
 
-FAMILIES = ("mlx",)  # the backends' columns that run mixtures of experts
 MAX_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "seq_length", "model_max_length")
 
 
@@ -133,7 +133,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
     tensors = {name: (tensor.path, tensor.info) for name, tensor in read_tensors(folder).items()}
     _check_strays(folder)
-    backend_name, entry = choose(config.backend, FAMILIES)
+    backend_name, entry = choose(config.backend, mixture_backends(values))
     if entry.experts is None:
         raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     backend = entry.make()
@@ -142,7 +142,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     chunk = min(config.prefill_chunk, context)
     fixed = {
         "dense part": opened.dense_bytes,
-        "KV cache": opened.kv_bytes(context, chunk),
+        "KV cache": opened.kv_bytes(context, chunk) * config.sequences,
         "prefill scratch": opened.scratch_bytes(chunk, context),
         "page rounding": opened.page_bytes,
     }
@@ -171,13 +171,19 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     )
 
 
-def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
-    """The model and its tokenizer; see `load.load`."""
+def plan_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
+    """`decide_experts`, and BudgetError when the budget is too small."""
     plan = decide_experts(folder, config)
     _ = plan.memory
+    return plan
+
+
+def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
+    """The model and its tokenizer; see `load.load`."""
+    plan = plan_experts(folder, config)
     run = ExpertRun(plan)
     try:
-        model = plan.opened.start(run.make_selector)
+        model = plan.opened.start(run.make_selector, plan.context)
         tokenizer = plan.models.load_tokenizer(folder, plan.spec.eos_ids)
     except BaseException:
         run.close()

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from .errors import UsageError
+from .kept import Kept
 from .sampling import Sampling
 
 
@@ -77,11 +78,13 @@ def stream_generate(
     top_p: float = 0.0,
     top_k: int = 0,
     seed: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[GenerationResponse]:
     """Yield a response per token until an end-of-sequence id, `max_tokens` or the context's end.
 
-    temp 0 is greedy. Raises UsageError for a prompt that is empty or longer than the context, ReadError when a read
-    fails: the model can be used again afterwards.
+    temp 0 is greedy. kept: a conversation's, so that a turn does not compute anew what the last one left. Raises
+    UsageError for a prompt that is empty or longer than the context, ReadError when a read fails: the model can be used
+    again afterwards.
     """
     run, sampling = model.flash, Sampling(temp, top_p, top_k, seed)
     ids = prompt_to_ids(tokenizer, prompt)
@@ -92,7 +95,7 @@ def stream_generate(
     run.stats.reset()
     begin = time.perf_counter()
     prompt_s = decode_begin = 0.0
-    steps = run.steps(model, ids, limit, sampling)
+    steps = run.steps(model, ids, limit, sampling, kept)
     try:
         for made, token in enumerate(steps, 1):
             now = time.perf_counter()

@@ -21,7 +21,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .errors import BudgetError, FlashError, FormatError, UsageError
-from .experts import load_experts
+from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.read_config import read_spec
@@ -182,7 +182,7 @@ def run_costs(
     block = backend.slab_bytes(layouts[0], BLOCK, names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
-        "KV cache": spec.kv_items_per_token * item * context,
+        "KV cache": spec.kv_items_per_token * item * context * config.sequences,
         "prefill scratch": backend.prefill_scratch_bytes(largest, spec_widths(spec), chunk, context),
     }
     if resident:
@@ -282,7 +282,8 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
     BackendError, UsageError."""
     path = resolve_model(None if model is None else str(model), announce=announce)
     checkpoint = Checkpoint.open(path, calibrated)
-    spec = read_spec(checkpoint.config, checkpoint.resident_tensors())
+    shapes = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
+    spec = read_spec(checkpoint.config, shapes)
     check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
@@ -357,10 +358,19 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
     The budget holds for `generate` and `stream_generate` of this package; mlx-lm's own functions pass prompts in
     chunks of 2048 tokens and let the KV cache grow beyond `max_context`. Raises the errors of `plan_run`, ReadError.
     """
-    config = replace(config or FlashConfig(), **fields)
-    if (folder := in_place_folder(path)) is not None:
-        return load_experts(folder, config)
-    plan = plan_run(path, config)
+    return load_planned(any_plan(path, replace(config or FlashConfig(), **fields)))
+
+
+def any_plan(path: str | Path | None, config: FlashConfig) -> RunPlan | ExpertPlan:
+    """`plan_run`, or the same for a mixture of experts, which runs from the folder as it was downloaded."""
+    folder = in_place_folder(path)
+    return plan_run(path, config) if folder is None else plan_experts(folder, config)
+
+
+def load_planned(plan: RunPlan | ExpertPlan) -> tuple[Any, Any]:
+    """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
+    if isinstance(plan, ExpertPlan):
+        return load_experts(plan.checkpoint.path, plan.config)
     if plan.machine_problem:
         announce(f"reads as where nothing was measured: {plan.machine_problem}")
     run = Run(plan)

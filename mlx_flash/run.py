@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .config import FlashConfig
+from .kept import Kept
 from .residency.budget import Largest, auto_budget
 from .sampling import Sampling
 from .selection.shared import Shared
@@ -44,9 +45,13 @@ class BaseRun:
         been sampled."""
         yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
 
-    def steps(self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Yield sampled ids after the prompt, `max_tokens` at most."""
-        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, self.plan.config.prefill_chunk)
+    def steps(
+        self, model: Any, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, kept: Kept | None = None
+    ) -> Iterator[int]:
+        """Yield sampled ids after the prompt, `max_tokens` at most. A selector that is not exact learns from the whole
+        prompt: then nothing `kept` is used."""
+        held, chunk = kept if self.plan.exact else None, self.plan.config.prefill_chunk
+        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, chunk, held)
 
     def close(self) -> None:
         self.shared.stream.stop()

@@ -211,6 +211,11 @@ class Source:
     def open_tensors(self) -> None:
         self.tensors = read_tensors(self.folder)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor."""
+        return {name: tensor.info.shape for name, tensor in self.tensors.items()}
+
     def dtype(self, name: str) -> str:
         """The tensor's dtype by our name. Raises ConfigError for one that is not floating point of 16 or 32
         bits."""

@@ -46,7 +46,8 @@ def _fused(alone: Unary) -> Activation:
     return Activation(alone, mx.compile(lambda gate, up: alone(gate) * up, shapeless=True))
 
 
-ACTIVATIONS = {"silu": _fused(nn.silu), "relu": _fused(_relu)}
+_ALONE = {"silu": nn.silu, "relu": _relu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu2": nn.relu2}
+ACTIVATIONS = {name: _fused(alone) for name, alone in _ALONE.items()}
 
 
 def available() -> bool:

@@ -14,6 +14,7 @@ from weakref import proxy
 import numpy as np
 
 from ..errors import UsageError
+from ..kept import Kept
 from ..sampling import Sampling, make_sampler
 from ..storage.checkpoint import Checkpoint
 from ..storage.pinned import load_tensors
@@ -186,16 +187,27 @@ def decode(model: Decoder, token: int, cache: Cache) -> np.ndarray:
 
 
 def steps(
-    model: Decoder, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
+    model: Decoder,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    prefill_chunk: int,
+    kept: Kept | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` sampled ids after the prompt; the prompt runs in chunks of `prefill_chunk`."""
-    sample, cache = make_sampler(sampling), model.make_cache()
-    logits = prefill(model, prompt_ids, cache, prefill_chunk)
+    """Yield up to `max_tokens` sampled ids after the prompt; the prompt runs in chunks of `prefill_chunk`, but for what
+    `kept` holds of it."""
+    sample, kept = make_sampler(sampling), kept or Kept()
+    held = kept.common(prompt_ids) if kept.cache is not None and kept.cache is model._cache else 0
+    cache = kept.cache if held else model.make_cache()
+    cache.length, kept.cache, kept.ids = held, cache, list(prompt_ids[:held])
+    logits = prefill(model, prompt_ids[held:], cache, prefill_chunk)
+    kept.ids = list(prompt_ids)
     for made in range(max_tokens):
         token = sample(logits)
         yield token
         if made + 1 < max_tokens:
             logits = decode(model, token, cache)
+            kept.ids.append(token)
 
 
 def forced(

@@ -5,13 +5,13 @@ Reads configs only: neither files nor weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
 from .families import FAMILIES, Family, ModelSpec
-from .read_config import ConfigValues, family_of, read_spec
+from .read_config import ConfigValues, spec_of
 
 # Where the architectures that mlx-lm knows say how many experts there are; a list has a number per layer.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -145,11 +145,14 @@ class MixtureSpec(ModelSpec):
         return shapes
 
 
-def read_mixture(config: Mapping[str, Any], tensor_names: Collection[str] | None = None) -> MixtureSpec:
-    """The spec of a mixture's Hugging Face config; see `read_spec`. Raises ConfigError."""
-    table = MIXTURES[family_of(config, MIXTURES)]
-    spec = read_spec(config, tensor_names, MIXTURES)
-    values = ConfigValues(config)
+def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> MixtureSpec:
+    """The spec of a mixture's Hugging Face config; shapes: as in `read_spec`. Raises ConfigError."""
+    family, values = config.get("model_type"), ConfigValues(config)
+    if family not in MIXTURES:
+        known = ", ".join(sorted(MIXTURES))
+        raise ConfigError(f"the mixture of experts {str(family)[:80]!r} has no decoder of ours; known: {known}")
+    table = MIXTURES[family]
+    spec = spec_of(values, family, table, shapes)
     count, top_k, width = values.need(table.experts_key), values.need("num_experts_per_tok"), values.need(table.width_key)
     if top_k > count:
         raise ConfigError(f"config.json: a token uses {top_k} experts ('num_experts_per_tok') of {count}")
@@ -161,6 +164,10 @@ def read_mixture(config: Mapping[str, Any], tensor_names: Collection[str] | None
         if not isinstance(dense, list) or any(type(i) is not int for i in dense):
             raise ConfigError(f"config.json: 'mlp_only_layers' is {str(dense)[:80]}, which is not a list of layers")
         experts = [0 if i in dense or (i + 1) % step else count for i in range(len(experts))]
+    if spec.activation != "silu":
+        raise ConfigError(f"config.json: 'hidden_act' is {spec.activation}; experts are known with silu only")
+    if spec.max_context < values.positive("max_position_embeddings", spec.max_context):
+        raise ConfigError(f"config.json: attention to the last {spec.max_context} tokens ('sliding_window') is not known")
     if not any(experts):
         raise ConfigError("config.json: by 'decoder_sparse_step' and 'mlp_only_layers' no layer has experts")
     normalise = spec.family == "mixtral" or values.flag("norm_topk_prob", False)

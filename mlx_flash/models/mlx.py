@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
 from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
 
 from ..backends.mlx import cache_limit_bytes
 from ..errors import ConfigError, FormatError
+from ..kept import Kept
+from .dense import DENSE, DenseSpec
 from .families import ModelSpec
+from .mlx_dense import check_kv_cache, check_module
 
 if TYPE_CHECKING:
     from ..sampling import Sampling
@@ -39,15 +43,30 @@ MODULES = {
     "mistral": ("llama", "mlp"),
     "qwen2": ("qwen2", "mlp"),
     "qwen3": ("qwen3", "mlp"),
-}
+} | {name: (name, row.attribute) for name, row in DENSE.items()}
+
+
+class Bias(nn.Module):
+    """What stays of a linear layer whose rows are on flash."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = mx.zeros((size,))
 
 
 class FlashFFNModule(nn.Module):
-    """Stands where a layer's FFN was: no parameters, calls `ffn` on x (B, T, d)."""
+    """Stands where a layer's FFN was: calls `ffn` on x (B, T, d). No parameters but biases, where there are some:
+    (name, size) of up's and down's."""
 
-    def __init__(self, ffn: FFN):
+    def __init__(self, ffn: FFN, biases: Sequence[tuple[str, int]] = ()):
         super().__init__()
         self._ffn = ffn
+        self._biased = [name for name, _ in biases]
+        for name, size in biases:
+            self[name] = Bias(size)
+
+    def biases(self) -> list[mx.array]:
+        return [self[name].bias for name in self._biased]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._ffn(x)
@@ -60,7 +79,18 @@ def build(
 
     dtype and context are not used: mlx-lm takes the dtype of the tensors, and its KV cache grows.
     """
-    return build_model(checkpoint.path, spec, [make_ffn(layer) for layer in range(len(spec.layers))])
+    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers))
+    modules = [getattr(layer, MODULES[spec.family][1]) for layer in model.layers]
+    if isinstance(spec, DenseSpec):
+        check_kv_cache(model, make_prompt_cache(model), spec)
+    for layer, module in enumerate(modules):
+        module._ffn = make_ffn(layer, *module.biases())
+    return model
+
+
+def _nothing(x: mx.array) -> mx.array:
+    """Where no FFN is yet."""
+    return x
 
 
 def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
@@ -79,11 +109,13 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
         raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
     def classes(config: dict[str, Any]) -> Any:
-        return _model_class(spec.family, ffns)
+        return _model_class(spec, ffns)
 
     try:
         model, _ = load_model(path, strict=True, model_config=_config(spec), get_model_classes=classes)
-    except TypeError as error:  # a dataclass of mlx-lm that misses a field
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
+    except (TypeError, NotImplementedError) as error:  # a dataclass of mlx-lm that misses a field
         raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {error}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         raise FormatError(f"{path}: cannot load the resident tensors: {error}") from error
@@ -92,30 +124,75 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     return model
 
 
-def noticing_replies(model_class: type) -> type:
-    """The architecture's class, whose calls with an empty cache say that a reply begins: mlx-lm's own loops do not."""
+class _Replies:
+    """Tells from the caches that a model is run with whether another reply begins: mlx-lm's own loops do not say so."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Any], int] | None = None  # the first layer's cache, and the tokens it then held
+
+    def begins(self, tokens: int, cache: Sequence[Any] | None) -> bool:
+        """Whether a call of so many tokens per sequence with this cache belongs to another reply than the last one."""
+        last, self._last = self._last, None
+        if not cache:
+            return True
+        first = cache[0]
+        offset = getattr(first, "offset", None)
+        if not isinstance(offset, int):  # a batch has an array of them
+            return not hasattr(first, "empty") or first.empty() or last is not None
+        self._last = weakref.ref(first), offset + tokens
+        # A cache that is quantised on the way is another object, which goes on where the one before ended.
+        goes_on = last is not None and (last[0]() is first or last[1] == offset)
+        return offset == 0 or not goes_on
+
+
+def flash_model(model_class: type) -> type:
+    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash."""
 
     class FlashModel(model_class):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self._replies = _Replies()
+
         def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> Any:
-            run = getattr(self, "flash", None)
-            offset = 0 if cache is None else getattr(cache[0], "offset", None)
-            if run is not None and isinstance(offset, int) and offset == 0:  # batches have an array of offsets
+            if (run := getattr(self, "flash", None)) is not None and self._replies.begins(inputs.shape[1], cache):
                 run.begin_reply()
             return super().__call__(inputs, cache=cache, **options)
+
+        def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
+            """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
+            if isinstance(file_or_weights, str):
+                loaded: Any = mx.load(file_or_weights)
+                file_or_weights = list(loaded.items())
+            taken = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, FlashFFNModule))
+            wrong = [] if strict else [name for name, _ in file_or_weights if name.startswith(taken)]
+            if wrong:
+                raise ConfigError(
+                    f"{len(wrong)} tensors are for FFNs, which are read from flash, such as {wrong[0]!r}; an adapter "
+                    'can change attention only ("keys" in its lora_parameters)'
+                )
+            return super().load_weights(file_or_weights, strict)
 
     return FlashModel
 
 
-def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
-    """What mlx-lm calls to make a model of `family`: its own class, with the FFN modules replaced from the start.
+def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
+    """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
-    module, attribute = MODULES[family]
+    module, attribute = MODULES[spec.family]
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
-        model = noticing_replies(architecture.Model)(args)
-        for layer, ffn in zip(model.layers, ffns, strict=True):
-            setattr(layer, attribute, FlashFFNModule(ffn))
+        model = flash_model(architecture.Model)(args)
+        if len(model.layers) != len(ffns):
+            raise ConfigError(f"mlx-lm builds {len(model.layers)} layers, the checkpoint has {len(ffns)}")
+        for i, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
+            biases: list[tuple[str, int]] = []
+            if isinstance(spec, DenseSpec):
+                check_module(getattr(layer, attribute), spec, i)
+            if spec.ffn_bias:
+                sizes = {"up": spec.layers[i].intermediate, "down": spec.dim}
+                biases = [(spec.table.names[role], size) for role, size in sizes.items()]
+            setattr(layer, attribute, FlashFFNModule(ffn, biases))
         return model
 
     return make, architecture.ModelArgs
@@ -124,6 +201,8 @@ def _model_class(family: str, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.M
 def _config(spec: ModelSpec) -> dict[str, Any]:
     """What the spec says, in mlx-lm's keys: its own defaults and spellings (`rope_parameters`, whether the head is
     tied when the config is silent) are not those of every config.json, and both backends must read one config alike."""
+    if isinstance(spec, DenseSpec):
+        return {}
     rope = spec.rope
     if rope is None:
         raise ConfigError(f"family {spec.family!r} without rotary positions does not run on mlx")
@@ -157,18 +236,24 @@ def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
 
 
 def steps(
-    model: nn.Module, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling, prefill_chunk: int
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    prefill_chunk: int,
+    kept: Kept | None = None,
 ) -> Iterator[int]:
-    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens."""
+    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens, without what
+    `kept` holds of it."""
     if max_tokens < 1:
         return
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
-    reply = _Reply(model, prefill_chunk)
+    reply = _Reply(model, prefill_chunk, kept or Kept())
     with _wired(model):
         loop = _steps_ahead if _never_reads(model.flash.plan) else _steps_in_turn
-        yield from loop(reply, mx.array(list(prompt_ids), mx.int32), max_tokens, sampler)
+        yield from loop(reply, prompt_ids, max_tokens, sampler)
 
 
 def _never_reads(plan: Any) -> bool:
@@ -184,13 +269,27 @@ def _never_reads(plan: Any) -> bool:
 class _Reply:
     """One reply's KV cache."""
 
-    def __init__(self, model: nn.Module, prefill_chunk: int):
-        self.model, self.chunk, self.cache = model, prefill_chunk, make_prompt_cache(model)
+    def __init__(self, model: nn.Module, prefill_chunk: int, kept: Kept):
+        self.model, self.chunk, self.kept = model, prefill_chunk, kept
+        self.cache: list[Any] = []
 
-    def prefill(self, prompt: mx.array) -> mx.array:  # (T,) -> (1, vocab)
+    def _take_up(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt the kept cache holds, which is cut to them; a new one where it holds none."""
+        held, cache = self.kept.common(ids), self.kept.cache
+        if held and can_trim_prompt_cache(cache):
+            for layer in cache:  # each by itself: an interrupt leaves some of them a token ahead
+                layer.trim(layer.offset - held)
+        else:
+            held, cache = 0, make_prompt_cache(self.model)
+        self.cache = self.kept.cache = cache
+        self.kept.ids = list(ids[:held])
+        return held
+
+    def prefill(self, ids: Sequence[int]) -> mx.array:  # (T,) -> (1, vocab)
         """An exact selector takes the last token alone, as mlx-lm does, so that the head runs for one token only; a
         lossy one selects for no token of the prompt."""
         alone = 1 if self.model.flash.plan.exact else 0
+        prompt = mx.array(list(ids[self._take_up(ids) :]), mx.int32)
         self.model.flash.begin_reply()
         while prompt.size > max(alone, 1):
             count = min(self.chunk, prompt.size - alone)
@@ -199,7 +298,10 @@ class _Reply:
             if prompt.size:
                 mx.eval([layer.state for layer in self.cache])
                 mx.clear_cache()
-        return self._logits(prompt, decoding=False) if prompt.size else logits
+        if prompt.size:
+            logits = self._logits(prompt, decoding=False)
+        self.kept.ids = list(ids)
+        return logits
 
     def decode(self, token: mx.array) -> mx.array:  # (1,) -> (1, vocab)
         return self._logits(token, decoding=True)
@@ -220,26 +322,31 @@ def _sample(logits: mx.array, sampler: Sampler) -> mx.array:
     return token
 
 
-def _steps_ahead(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def _steps_ahead(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """Each step is begun before the token that it follows is given: the GPU never waits for Python. Not the first one,
     which may read what it selects."""
     token = _sample(reply.prefill(prompt), sampler)
-    yield _as_int(token)
+    known = _as_int(token)
+    yield known
     if max_tokens > 1:
         token = _sample(reply.decode(token), sampler)
     for made in range(2, max_tokens + 1):
+        reply.kept.ids.append(known)
         following = _sample(reply.decode(token), sampler) if made < max_tokens else token
-        yield _as_int(token)
+        known = _as_int(token)
+        yield known
         token = following
 
 
-def _steps_in_turn(reply: _Reply, prompt: mx.array, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def _steps_in_turn(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """Where steps read, a step ahead would delay each token by the next one's reads."""
     token = _sample(reply.prefill(prompt), sampler)
     for made in range(1, max_tokens + 1):
-        yield _as_int(token)
+        known = _as_int(token)
+        yield known
         if made < max_tokens:
             token = _sample(reply.decode(token), sampler)
+            reply.kept.ids.append(known)
 
 
 def _as_int(token: mx.array) -> int:
@@ -252,8 +359,8 @@ def forced(
     model: nn.Module, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
 ) -> Iterator[np.ndarray]:
     """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
-    reply = _Reply(model, prefill_chunk)
-    logits = reply.prefill(mx.array(list(prompt_ids), mx.int32))
+    reply = _Reply(model, prefill_chunk, Kept())
+    logits = reply.prefill(prompt_ids)
     yield np.array(logits[0].astype(mx.float32))
     for token in next_ids:
         yield np.array(reply.decode(mx.array([token], mx.int32))[0].astype(mx.float32))

@@ -27,7 +27,7 @@ from ..selection.router import RouterSelector
 from ..storage.extents import LayerExtents
 from ..storage.header import TensorInfo
 from ..storage.layout import Layout, Part
-from .mlx import noticing_replies
+from .mlx import flash_model
 from .mlx_kv import kv_bytes
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
 
@@ -135,8 +135,9 @@ class ExpertModel:
         """Memory for `rows` experts of a layer."""
         return ExpertSlab(self.extents[layer].layout, self.shapes[layer], rows) if rows else None
 
-    def start(self, make_selector: Callable[[int], RouterSelector]) -> nn.Module:
-        """The model, its dense part in memory and its experts behind the selectors. Raises FormatError."""
+    def start(self, make_selector: Callable[[int], RouterSelector], context: int = 0) -> nn.Module:
+        """The model, its dense part in memory and its experts behind the selectors. context: not looked at, mlx-lm's
+        caches grow. Raises FormatError."""
         try:
             mx.eval(self.model.parameters())
         except RuntimeError as error:
@@ -196,7 +197,7 @@ def _build(folder: Path, tensors: Tensors, loaded: _Loaded) -> tuple[nn.Module, 
 
     def watched(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = classes(config)
-        return _watched(noticing_replies(model_class), loaded), args_class
+        return _watched(flash_model(model_class), loaded), args_class
 
     try:
         return load_model(folder, lazy=True, strict=True, get_model_classes=watched)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
+from .dense import DENSE, read_dense
 from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
@@ -78,11 +79,14 @@ def make_divisible(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-def family_of(config: Mapping[str, Any], families: Mapping[str, Family] = FAMILIES) -> str:
+def family_of(config: Mapping[str, Any]) -> str:
     """The family's name; raises ConfigError for one that is not known."""
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in families:
-        raise ConfigError(f"unknown model family {_short(name)}; known: {', '.join(sorted(families))}")
+    if not isinstance(name, str) or name not in FAMILIES.keys() | DENSE.keys():
+        raise ConfigError(
+            f"unknown model family {_short(name)}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
+            f"{', '.join(sorted(DENSE))}"
+        )
     return name
 
 
@@ -228,18 +232,22 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
     }
 
 
-def read_spec(
-    config: Mapping[str, Any],
-    tensor_names: Collection[str] | None = None,
-    families: Mapping[str, Family] = FAMILIES,
+def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ModelSpec:
+    """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
+    config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
+    family or activation that is missing or unknown."""
+    family, values = family_of(config), ConfigValues(config)
+    if family in DENSE:
+        return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
+    return spec_of(values, family, FAMILIES[family], shapes)
+
+
+def spec_of(
+    values: ConfigValues, family: str, table: Family, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> ModelSpec:
-    """The spec of a Hugging Face config of one of `families`. `tensor_names`, where known, decides whether the head is
-    tied if the config does not say. Raises ConfigError naming the key, family or activation that is missing or
-    unknown."""
-    family, values = family_of(config, families), ConfigValues(config)
-    table = families[family]
+    """The spec of a family with this table; see `read_spec`."""
     activation = _activation(values, table)
-    has_head = None if tensor_names is None else table.names["head"] + ".weight" in tensor_names
+    has_head = None if shapes is None else table.names["head"] + ".weight" in shapes
     read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
     fields = read.get(family, lambda: _llama(values, family, table, has_head))()
     fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields

@@ -99,31 +99,38 @@ class PromptSelector(SparseSelector):
         return np.zeros(h.shape, bool)
 
     def _prefill(self, x: Any) -> Any:
+        self.sequences = int(np.prod(x.shape[:-2]))
         result = super()._prefill(x)
         if not self.compensates:
             return result
-        rows = self.shared.backend.to_numpy(result).reshape(-1, len(self.output))[self.skipped :]
+        rows = self._counted(self.shared.backend.to_numpy(result).reshape(-1, len(self.output)))
         self.output += self.weight * rows.sum(axis=0, dtype=np.float64)
         return result
+
+    def _counted(self, rows: np.ndarray) -> np.ndarray:
+        """rows (T, n), sequence after sequence, without each one's first token where that does not count."""
+        if not self.skipped:
+            return rows
+        return rows.reshape(self.sequences, -1, rows.shape[1])[:, self.skipped :].reshape(-1, rows.shape[1])
 
     def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:
         ids = slice(first, first + h.shape[1])
         if first == 0:
-            self._begin_chunk(len(h))
+            self._begin_chunk(len(h) // self.sequences)
         if self.down_squares[first] < 0:
             rows = part_rows(staging, self.spec.layout, "down", h.shape[1])
             self.down_squares[ids] = np.square(rows).sum(axis=1, dtype=np.float64)
-        counted = h[self.skipped :]
+        counted = self._counted(h)
         self.scalars[ids] += self.weight * counted.sum(axis=0, dtype=np.float64)
         squares = np.square(counted).sum(axis=0, dtype=np.float64)
         self.energy[ids] += self.weight * squares * self.down_squares[ids]
 
     def _begin_chunk(self, tokens: int) -> None:
-        """A chunk of a prompt, or a token that is computed whole to select anew, is under way."""
+        """A chunk of a prompt, so many tokens of every sequence, or a token that is computed whole to select anew."""
         if self.reply != self.shared.reply or (self.decoded and tokens > 1):
             self._forget_prompt()
             self.reply, self.decoded = self.shared.reply, 0
         self.skipped = 1 if not self.tokens and tokens > 1 else 0
         self.weight = self.RESELECT_TOKENS if self.decoded else 1
-        self.tokens += self.weight * (tokens - self.skipped)
+        self.tokens += self.weight * self.sequences * (tokens - self.skipped)
         self.ids = None

@@ -107,6 +107,11 @@ def calibrate(
         )
     config = FlashConfig(memory=memory, backend=backend, select="all")
     plan = decide(model, config, calibrated=False)
+    if plan.spec.kernel_activation not in ("silu", "relu"):
+        raise UsageError(
+            f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
+            "use --select all or prompt:F, which need no calibration"
+        )
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
     plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)

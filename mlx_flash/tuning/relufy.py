@@ -157,7 +157,7 @@ def _check_source(source: Source) -> ModelSpec:
     if not spec.gated:
         raise UsageError(f"{spec.table.title} has no gated FFN to relufy: it is a ReLU model as it is")
     source.open_tensors()
-    spec = read_spec(source.config, source.tensors)
+    spec = read_spec(source.config, source.shapes)
     check_tensors(source, spec)
     return spec
 

@@ -204,7 +204,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
     for change, error, match in (
         ({"quantization": {"bits": 4}}, ConfigError, "quantised"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "quantised"),
-        ({"model_type": "gpt2"}, ConfigError, "gpt2"),
+        ({"model_type": "mamba"}, ConfigError, "gpt2"),
         ({"hidden_act": "gelu_new"}, ConfigError, "gelu_new"),
         ({"flash": {}}, UsageError, "already"),
     ):

@@ -12,19 +12,21 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "stats", "casting"),
+    ("errors", "config", "stats", "casting", "options"),
     ("machine",),
     ("storage",),
     ("residency",),
     ("backends",),
     ("selection",),
-    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling"),
+    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "kept"),
     ("models",),
     ("source", "convert", "random_model", "resolve"),
     ("demand", "cost_model"),
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
     ("tuning",),
+    ("http_server",),
+    ("serve", "chat"),
     ("cli", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -71,8 +73,8 @@ def test_only_the_mlx_files_import_mlx() -> None:
         for path in FILES
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
-    models = {f"models/{name}.py" for name in ("mlx", "mlx_experts", "mlx_kv", "mlx_switch")}
-    assert users == {"backends/mlx.py", "backends/mlx_slab.py"} | models
+    models = {f"models/{name}.py" for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_kv", "mlx_switch")}
+    assert users == {"backends/mlx.py", "backends/mlx_slab.py", "http_server.py"} | models
 
 
 def test_public_names() -> None:

@@ -137,8 +137,8 @@ def test_wrong_use(tmp_path: Path) -> None:
         make_random(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(UsageError, match="int8"):
         make_random("openelm-270m", tmp_path / "out", dtype="int8")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match="gpt2"):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="mamba"):
         make_random(tmp_path, tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):

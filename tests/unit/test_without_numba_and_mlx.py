@@ -32,6 +32,8 @@ except mlx_flash.BackendError as error:
     assert "pip install" in str(error), error
 else:
     raise SystemExit("the mlx backend loaded without mlx")
+from mlx_flash import cli
+assert cli.main(["server", "--model", sys.argv[1]]) == 2
 """
 
 
@@ -40,5 +42,6 @@ def test_generation_without_them(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(flash)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     model, _ = mlx_flash.load(flash, backend="numpy")
+    assert "BackendError: the mlx backend needs mlx and mlx-lm" in done.stderr
     assert json.loads(done.stdout) == list(model.flash.steps(model, [1, 2, 3], 30, Sampling()))
     model.flash.close()
