@@ -137,7 +137,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     if entry.experts is None:
         raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     backend = entry.make()
-    opened = import_module(entry.experts).open_experts(folder, tensors)
+    opened = import_module(entry.experts).open_experts(folder, tensors, values)
     layouts = [extents.layout for extents in opened.extents]
     chunk = min(config.prefill_chunk, context)
     fixed = {

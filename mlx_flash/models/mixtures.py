@@ -40,7 +40,7 @@ _NUMPY = ("mlx", "numpy")
 
 MIXTURES: dict[str, MixtureFamily] = {
     "mixtral": MixtureFamily(
-        FAMILIES["mistral"].names | {"router": _MOE + "gate"},
+        dict(FAMILIES["mistral"].names) | {"router": _MOE + "gate"},
         _NUMPY,
         "hidden_act",
         title="Mixtral",
@@ -51,7 +51,7 @@ MIXTURES: dict[str, MixtureFamily] = {
         width_key="intermediate_size",
     ),
     "qwen3_moe": MixtureFamily(
-        FAMILIES["qwen3"].names | {"router": _MLP + "gate"},
+        dict(FAMILIES["qwen3"].names) | {"router": _MLP + "gate"},
         _NUMPY,
         "hidden_act",
         title="Qwen3-MoE",
@@ -59,7 +59,7 @@ MIXTURES: dict[str, MixtureFamily] = {
         single=_MLP + "experts.{e}.{part}.weight",
     ),
     "olmoe": MixtureFamily(
-        FAMILIES["qwen3"].names | {"router": _MLP + "gate"},
+        dict(FAMILIES["qwen3"].names) | {"router": _MLP + "gate"},
         _NUMPY,
         "hidden_act",
         title="OLMoE",
@@ -147,13 +147,17 @@ class MixtureSpec(ModelSpec):
 
 def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> MixtureSpec:
     """The spec of a mixture's Hugging Face config; shapes: as in `read_spec`. Raises ConfigError."""
-    family, values = config.get("model_type"), ConfigValues(config)
+    family, values = config.get("model_type"), ConfigValues({"hidden_act": "silu"} | dict(config))
     if family not in MIXTURES:
         known = ", ".join(sorted(MIXTURES))
         raise ConfigError(f"the mixture of experts {str(family)[:80]!r} has no decoder of ours; known: {known}")
     table = MIXTURES[family]
     spec = spec_of(values, family, table, shapes)
-    count, top_k, width = values.need(table.experts_key), values.need("num_experts_per_tok"), values.need(table.width_key)
+    count, top_k, width = (
+        values.need(table.experts_key),
+        values.need("num_experts_per_tok"),
+        values.need(table.width_key),
+    )
     if top_k > count:
         raise ConfigError(f"config.json: a token uses {top_k} experts ('num_experts_per_tok') of {count}")
     if config.get("clip_qkv") is not None:
@@ -167,10 +171,10 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     if spec.activation != "silu":
         raise ConfigError(f"config.json: 'hidden_act' is {spec.activation}; experts are known with silu only")
     if spec.max_context < values.positive("max_position_embeddings", spec.max_context):
-        raise ConfigError(f"config.json: attention to the last {spec.max_context} tokens ('sliding_window') is not known")
+        raise ConfigError(
+            f"config.json: attention to the last {spec.max_context} tokens ('sliding_window') is not known"
+        )
     if not any(experts):
         raise ConfigError("config.json: by 'decoder_sparse_step' and 'mlp_only_layers' no layer has experts")
     normalise = spec.family == "mixtral" or values.flag("norm_topk_prob", False)
-    return MixtureSpec(
-        **vars(spec), experts=tuple(experts), width=width, top_k=top_k, normalise=normalise
-    )
+    return MixtureSpec(**vars(spec), experts=tuple(experts), width=width, top_k=top_k, normalise=normalise)

@@ -133,22 +133,22 @@ class DenseFFN:
         return self.backend.linear(h, self.down, None)
 
 
-def open_experts(folder: Path, tensors: Tensors) -> ExpertDecoder:
+def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertDecoder:
     """Where the experts of a folder lie, of a family that our decoder runs.
 
-    tensors: every tensor of the folder's files, checked. Raises ConfigError for a config that is not known, FormatError
-    for tensors that are not the model's.
+    tensors: every tensor of the folder's files, checked. config: its config.json. Raises ConfigError for one that is
+    not known, FormatError for tensors that are not the model's.
     """
-    from ..source import read_json, safe_file
-
-    spec = read_mixture(read_json(safe_file(folder, "config.json")), {n: t[1].shape for n, t in tensors.items()})
+    spec = read_mixture(config, {name: info.shape for name, (_, info) in tensors.items()})
     used = set(spec.resident_shapes()) | {"lm_head.weight"}
     for name, shape in spec.resident_shapes().items():
         _check(folder, name, shape, tensors)
     extents = [_extents(folder, spec, layer, tensors, used) for layer in spec.sparse]
     strays = sorted(name for name in tensors.keys() - used if not name.endswith(IGNORED))
     if strays:
-        raise FormatError(f"{folder}: {len(strays)} tensors are not those of a {spec.mixture.title}: {strays[0][:80]!r}")
+        raise FormatError(
+            f"{folder}: {len(strays)} tensors are not those of a {spec.mixture.title}: {strays[0][:80]!r}"
+        )
     dtypes = sorted({part.dtype for each in extents for part in each.layout.parts})
     if len(dtypes) > 1:
         raise FormatError(f"{folder}: its experts are {' and '.join(dtypes)}; convert the model to one precision")
