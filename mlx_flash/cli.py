@@ -199,6 +199,10 @@ def convert_command(args: argparse.Namespace) -> dict[str, Any]:
         revision=args.revision,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
+        quantize=args.quantize,
+        q_bits=args.q_bits,
+        q_group_size=args.q_group_size,
+        dense_bits=args.dense_bits,
         progress=not args.json,
     )
     if not args.json:
@@ -244,6 +248,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="blocks of 256 bundles that are read ahead")  # fmt: skip
     parser.add_argument("--slots", type=auto_or(float), default="auto", metavar="SHARE",
                         help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
+
+
+def add_quantising_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quantize", action="store_true", help="store 4 or 8 bits per weight, as mlx-lm does")
+    parser.add_argument("--q-bits", type=int, default=4, metavar="N", help="4 (default) or 8; with -q")
+    parser.add_argument("--q-group-size", type=int, default=64, metavar="N",
+                        help="weights that share a scale: 32, 64 (default) or 128")  # fmt: skip
+    parser.add_argument("--dense-bits", type=int, metavar="N",
+                        help="4, 8, or 16: the part outside the FFNs; default as --q-bits")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -338,6 +351,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit of the repo")
     command.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where to take the tokenizer from")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    add_quantising_arguments(command)
 
     command = add("make-random", make_random_command, "Write a random-weight Hugging Face checkpoint of a card.")
     command.add_argument("--card", required=True, help="a name under models/, such as openelm-3b, or a config's folder")

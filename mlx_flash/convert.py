@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .casting import RAW, cast, check_dtype
+from .convert_quant import Encoder, Matrix, make_encoder
 from .errors import ConfigError, FormatError, UsageError
 from .models.families import ModelSpec, TensorRef
 from .models.read_config import read_spec
@@ -34,7 +36,15 @@ from .source import (
     tokenizer_files,
 )
 from .storage.calibration import SHIPPED, file_name, model_identity, read_calibration
-from .storage.layout import FORMAT_VERSION, ITEM_BYTES, Layout, layer_file, layer_header
+from .storage.layout import (
+    FORMAT_VERSION,
+    ITEM_BYTES,
+    QUANTISED_VERSION,
+    Layout,
+    layer_file,
+    layer_header,
+    quantised,
+)
 from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
@@ -51,6 +61,10 @@ def convert(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+    dense_bits: int | None = None,
     progress: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
@@ -59,6 +73,9 @@ def convert(
     revision: branch, tag or commit of a repository
     tokenizer: folder, file or repository id to take the tokenizer from, where the checkpoint has none
     dtype: "float32", "float16" or "bfloat16"; None keeps that of the checkpoint's FFNs
+    quantize: store codes of `q_bits` (4 or 8), each `q_group_size` (32, 64, 128) of a row with a scale and a bias, in
+        MLX's affine format; gate, up and down each along d, the dense part as mlx-lm does it, with `dense_bits`
+        (None: `q_bits`; 16: as it is)
     progress: show a bar on stderr; announce: receives warnings (default: printed to stderr)
 
     Bundles are neurons, [gate row | up row | down column] ("LLM in a flash", section 3.2). Memory stays under
@@ -72,8 +89,11 @@ def convert(
         raise UsageError(f"{out} exists; remove it or choose another folder")
     folder = find_folder(hf_path, revision=revision)
     words = None if tokenizer is None else _find_tokenizer(tokenizer)
+    if dense_bits is not None and not quantize:
+        raise UsageError("--dense-bits goes with -q, which quantises")
+    settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None)
     with Source(folder) as source:
-        plan = _plan(source, dtype, words)
+        plan = _plan(source, settings, words)
         if not any(path.name in TOKENIZERS for path in plan.tokenizer):
             (announce or _to_stderr)(
                 f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "
@@ -102,6 +122,17 @@ def _to_stderr(message: str) -> None:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What a conversion is asked for. quantise: bits, group size, bits of the dense part (None: the same)."""
+
+    dtype: str | None = None
+    quantise: tuple[int, int, int | None] | None = None
+
+    def encoder(self, spec: ModelSpec, dtype: str) -> Encoder | None:
+        return None if self.quantise is None else make_encoder(spec, dtype, *self.quantise)
+
+
+@dataclass(frozen=True)
 class _Plan:
     """All that is decided before the first byte is written."""
 
@@ -109,18 +140,26 @@ class _Plan:
     dtype: str
     config: dict[str, Any]
     layouts: tuple[Layout, ...]
+    encoder: Encoder | None
     resident: dict[str, tuple[int, ...]]  # in the order in which the source holds them
     tokenizer: tuple[Path, ...]
     copies: tuple[Path, ...]
 
     @property
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape on disk of the tensors that stay resident."""
+        if self.encoder is not None:
+            return self.encoder.tensors(self.resident)
+        return {name: (self.dtype, shape) for name, shape in self.resident.items()}
+
+    @property
     def nbytes(self) -> int:
-        resident = sum(int(np.prod(shape)) for shape in self.resident.values()) * ITEM_BYTES[self.dtype]
+        resident = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in self.stored.values())
         others = sum(path.stat().st_size for path in self.tokenizer + self.copies)
         return resident + others + sum(layout.file_bytes for layout in self.layouts) + MARGIN_BYTES
 
 
-def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
+def _plan(source: Source, settings: Settings, tokenizer: Path | None) -> _Plan:
     if "flash" in source.config:
         raise UsageError(f"{source.folder} is a flash checkpoint already; it needs no conversion")
     for key in ("quantization", "quantization_config"):
@@ -132,22 +171,30 @@ def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
     source.open_tensors()
     spec = read_spec(source.config, source.tensors)
     check_tensors(source, spec)
-    kind = dtype or _ffn_dtype(source, spec)
+    kind = settings.dtype or _ffn_dtype(source, spec)
+    encoder = settings.encoder(spec, kind)
     order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
     layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
+    config = normalised_config(source.config, spec, kind)
+    if encoder is not None:
+        layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
+        if encoder.dense is not None:  # for mlx-lm
+            sizes = {"group_size": encoder.dense.group_size, "bits": encoder.dense.bits}
+            config["quantization"] = sizes | {"mode": "affine"}
     flash = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if encoder is None else QUANTISED_VERSION,
         "activation": spec.activation,
         "dtype": kind,
         "layers": [layout.to_json() for layout in layouts],
-        "source_hash": source_hash(source.folder, dtype=dtype, tokenizer=tokenizer),
+        "source_hash": source_hash(source.folder, dtype=settings.dtype, tokenizer=tokenizer, more=settings.quantise),
     }
     copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if (source.folder / n).exists()]
     return _Plan(
         spec=spec,
         dtype=kind,
-        config=normalised_config(source.config, spec, kind) | {"flash": flash},
+        config=config | {"flash": flash},
         layouts=layouts,
+        encoder=encoder,
         resident=dict(order),
         tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
         copies=tuple(copies),
@@ -225,13 +272,13 @@ def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) ->
 
 def _write(source: Source, plan: _Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
     with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
-        pipeline = _Pipeline(source, plan.dtype, worker, plan.layouts)
+        pipeline = _Pipeline(source, plan, worker)
         bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
         with bar:
             for i, layout in enumerate(plan.layouts):
-                pipeline.layer(writer.open(layer_file(i)), layout, plan.spec.ffn_sources(i))
+                pipeline.layer(writer.open(layer_file(i)), layout, i)
                 bar.update()
-            pipeline.resident(writer.open("model.safetensors"), plan.resident)
+            pipeline.resident(writer.open("model.safetensors"))
             pipeline.finish()
             bar.update()
         for path in plan.tokenizer + plan.copies:
@@ -264,12 +311,13 @@ class _Pipeline:
     what went wrong there.
     """
 
-    def __init__(self, source: Source, dtype: str, worker: ThreadPoolExecutor, layouts: Sequence[Layout]):
-        self.source, self.dtype, self.worker = source, dtype, worker
-        dim, stride, size = layouts[0].parts[0].length, layouts[0].stride, ITEM_BYTES[dtype]
+    def __init__(self, source: Source, plan: _Plan, worker: ThreadPoolExecutor):
+        self.source, self.plan, self.dtype, self.worker = source, plan, plan.dtype, worker
+        dtype, dim, size = plan.dtype, plan.spec.dim, ITEM_BYTES[plan.dtype]
+        stride = plan.spec.layout(0, dtype).stride
         self.rows = max(1, BLOCK_BYTES // stride)
         self.width = max(self.rows, PANEL_BYTES // (dim * size))  # columns of a panel
-        widest = min(self.width, max(layout.count for layout in layouts))
+        widest = min(self.width, max(layout.count for layout in plan.layouts))
         # Zeroed once: the padding behind each bundle is never written.
         self.blocks = _Ring([np.zeros((self.rows, stride // size), RAW[dtype]) for _ in range(BLOCKS)])
         self.flats = _Ring([read_buffer(BLOCK_BYTES) for _ in range(BLOCKS)])
@@ -277,9 +325,12 @@ class _Pipeline:
         self.stage = read_buffer(0)
         self.failure: BaseException | None = None  # the worker's first; it does nothing more after that
 
-    def layer(self, file: HashedFile, layout: Layout, refs: Mapping[str, TensorRef]) -> None:
+    def layer(self, file: HashedFile, stored: Layout, index: int) -> None:
         """One layer's file, neurons ascending."""
-        self._submit(file.write, layer_header(layout))
+        self._submit(file.write, layer_header(stored))
+        refs, layout = self.plan.spec.ffn_sources(index), self.plan.spec.layout(index, self.dtype)
+        encoder = self.plan.encoder
+        encode = None if encoder is None else partial(encoder.encode, layout=stored, what=f"the FFN of layer {index}")
         down = next(ref for ref in refs.values() if ref.transposed)
         for first, panel, ring_slot in self._columns(down, layout.parts[0].length, layout.count):
             for start in range(0, panel.shape[1], self.rows):
@@ -296,21 +347,30 @@ class _Pipeline:
                         size = part.length * ITEM_BYTES[self.source.dtype(ref.name)]
                         items = self._read(ref.name, (ref.first_row + first + start) * size, count * size)
                         block[:, columns] = items.reshape(count, part.length)
-                done = self._submit(_turn_and_write, file, block, *turn)
+                done = self._submit(_turn_and_write, file, block, *turn, encode)
                 self.blocks.give(at, done)
                 self.panels.give(ring_slot, done)
         self._submit(file.close)
 
-    def resident(self, file: HashedFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def resident(self, file: HashedFile) -> None:
         """model.safetensors: the tensors that are no bundles, under their names."""
-        self._submit(file.write, safetensors_header(shapes, self.dtype, shapes))
-        for name in shapes:
+        stored, encoder = self.plan.stored, self.plan.encoder
+        dtypes = {name: dtype for name, (dtype, _) in stored.items()}
+        self._submit(file.write, safetensors_header({name: shape for name, (_, shape) in stored.items()}, dtypes, stored))
+        coded = [] if encoder is None else encoder.coded(self.plan.resident)
+        for name, shape in self.plan.resident.items():
             kind = self.source.dtype(name)
             total = self.source.tensors[name].info.nbytes
-            for start in range(0, total, BLOCK_BYTES):
+            matrix = Matrix(encoder, shape[1], name) if encoder is not None and name in coded else None
+            step = BLOCK_BYTES - BLOCK_BYTES % (shape[-1] * ITEM_BYTES[kind] if matrix else 1)
+            for start in range(0, total, step):
                 at, memory = self.flats.take()
-                raw = self.source.read(name, start, min(BLOCK_BYTES, total - start), memory).view(RAW[kind])
-                self.flats.give(at, self._submit(file.write, cast(raw, kind, self.dtype, name).data))
+                raw = self.source.read(name, start, min(step, total - start), memory).view(RAW[kind])
+                items = cast(raw, kind, self.dtype, name)
+                done = self._submit(file.write, items.data) if matrix is None else self._submit(matrix.write, file, items)
+                self.flats.give(at, done)
+            if matrix is not None:
+                self._submit(matrix.finish, file)
         self._submit(file.close)
 
     def finish(self) -> None:
@@ -373,8 +433,15 @@ class _Ring:
         self._users[at] = user
 
 
-def _turn_and_write(file: HashedFile, block: np.ndarray, target: np.ndarray, panel: np.ndarray) -> None:
-    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file."""
+def _turn_and_write(
+    file: HashedFile,
+    block: np.ndarray,
+    target: np.ndarray,
+    panel: np.ndarray,
+    encode: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
+    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file; encode: into
+    what is written of it."""
     for row in range(0, len(panel), 32):  # a whole .T walks panel and block a cache line per item: ten times slower
         target[:, row : row + 32] = panel[row : row + 32].T
-    file.write(block.data)
+    file.write((block if encode is None else encode(block)).data)

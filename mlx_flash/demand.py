@@ -94,9 +94,9 @@ def demand(
     chunk: int,
 ) -> Demand:
     """What a decoded token of this model asks for with `selection`, with so many slots per layer."""
-    parts, item = layouts[0].parts, ITEM_BYTES[dtype]
+    head, item = layouts[0].matrices[0], ITEM_BYTES[dtype]
     lead = lead_of(selection, layouts[0], calibration)
-    lead_bytes = layouts[0].part(lead).nbytes if lead else 0
+    lead_bytes = layouts[0].matrix_bytes(lead) if lead else 0
     used = [_use(spec, selection, calibration, i, layouts[i].count, capacities[i]) for i in range(len(layouts))]
     layers = []
     for i, (layout, shape) in enumerate(zip(layouts, spec.layers, strict=True)):
@@ -117,13 +117,13 @@ def demand(
             )
         )
     others = layouts[0].bundle_bytes - lead_bytes
-    first = 0 if lead else parts[0].nbytes
+    first = 0 if lead else layouts[0].matrix_bytes(head)
     return Demand(
         selector=selection.name,
         dtype=dtype,
         layers=tuple(layers),
         stride=layouts[0].stride,
-        read_bytes=layouts[0].stride - (lead_bytes if lead == parts[0].name else 0),
+        read_bytes=layouts[0].stride - (lead_bytes if lead == head else 0),
         first_part_bytes=first,
         other_parts_bytes=others - first,
         head_bytes=spec.vocab * spec.dim * item,

@@ -24,6 +24,7 @@ from .demand import Demand, demand
 from .errors import BudgetError, FlashError, FormatError, UsageError
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
+from .models.quantised import resident_shapes
 from .models.read_config import read_spec
 from .residency.budget import Costs, MemoryPlan, auto_budget, split_budget
 from .residency.stream import BlockStream
@@ -34,7 +35,7 @@ from .selection.shared import Selector, Shared
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
-from .storage.layout import ITEM_BYTES
+from .storage.layout import ITEM_BYTES, Layout, quantised
 from .storage.reader import open_reader
 
 DEFAULT_CONTEXT = 2048
@@ -204,7 +205,7 @@ def run_costs(
     names = [part.name for part in largest.parts]
     resident = resident_parts(selection, largest, calibration)
     slot_parts = parts_in_slots(selection, largest, calibration)
-    item = ITEM_BYTES[layouts[0].parts[0].dtype]
+    item = ITEM_BYTES[layouts[0].dtype]
     block = backend.slab_bytes(layouts[0], BLOCK, names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
@@ -290,20 +291,27 @@ def announce(message: str) -> None:
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raise FormatError unless config.json describes the bundles and the resident tensors that are there."""
     flash = checkpoint.config["flash"]
-    layouts = [spec.layout(i, flash["dtype"]) for i in range(len(spec.layers))]
+    layouts = [expected_layout(spec, i, flash["dtype"], checkpoint.layouts) for i in range(len(spec.layers))]
     if layouts != checkpoint.layouts or flash["activation"] != spec.activation:
         raise FormatError(
             f"{checkpoint.path}: config.json does not describe the bundles ({len(layouts)} layers by the config, "
             f"{len(checkpoint.layouts)} on flash); convert the model again"
         )
     found = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
-    wanted = spec.resident_shapes()
+    wanted = resident_shapes(checkpoint, spec)
     wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if wrong:
         raise FormatError(
             f"{checkpoint.path}: config.json and the resident tensors disagree on {len(wrong)}, such as {wrong[0]!r}: "
             f"{found.get(wrong[0])} on disk, {wanted.get(wrong[0])} by the config; convert the model again"
         )
+
+
+def expected_layout(spec: ModelSpec, layer: int, dtype: str, found: Sequence[Layout]) -> Layout:
+    """A layer's layout by the config, quantised as the bundles on flash are."""
+    layout = spec.layout(layer, dtype)
+    first = found[0]
+    return layout if first.quantisation is None else quantised(layout, first.quantisation, first.neurons)
 
 
 def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:

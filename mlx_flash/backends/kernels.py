@@ -12,12 +12,17 @@ from typing import Protocol
 
 import numpy as np
 
+from ..affine import AffineRows
+
+
+Weights = np.ndarray | AffineRows
+
 
 class Kernels(Protocol):
     """One set of kernels; results are bit-identical within a set, for Numba also at every number of threads.
 
     A weight array is (count, n) float32, float16, uint16 (bfloat16) or int8 whose rows are contiguous, any distance
-    apart.
+    apart; or `AffineRows` whose codes, scales and biases are such arrays.
     """
 
     name: str
@@ -29,13 +34,13 @@ class Kernels(Protocol):
     @threads.setter
     def threads(self, count: int) -> None: ...
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         """`w[r] . x` for r in `rows` (None: all). w (count, n), x (n,) fp32 -> (len(rows),) fp32."""
 
     def neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -53,8 +58,8 @@ class Kernels(Protocol):
 
     def begin_neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -67,7 +72,7 @@ class Kernels(Protocol):
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -83,9 +88,9 @@ class Kernels(Protocol):
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,
@@ -123,7 +128,7 @@ def load(numba: bool | None = None) -> Kernels:
     return kernels
 
 
-def add_dense(kernels: Kernels, down: np.ndarray, h: np.ndarray, y: np.ndarray, block: int) -> None:
+def add_dense(kernels: Kernels, down: Weights, h: np.ndarray, y: np.ndarray, block: int) -> None:
     """Add h[i] down[i] of all rows to y, by blocks of `block` rows; those of zeros are not touched."""
     rows = np.flatnonzero(h)
     if len(rows):
@@ -147,9 +152,12 @@ def activate(name: str, values: np.ndarray) -> np.ndarray:
     return np.divide(values, divisor, out=values)
 
 
-def widen(w: np.ndarray, out: np.ndarray) -> None:
-    """Write weights, in whatever storage dtype, into `out`, fp32 of the same shape. Exact."""
-    if w.dtype == np.uint16:
+def widen(w: Weights, out: np.ndarray) -> None:
+    """Write weights, in whatever storage dtype, into `out`, fp32 of the same shape. Exact, but for codes, whose
+    products and sums are rounded to fp32."""
+    if isinstance(w, AffineRows):
+        w.widen(out)
+    elif w.dtype == np.uint16:
         np.left_shift(w, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         np.copyto(out, w)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels_llvm as compiled
-from .kernels import add_dense
+from .kernels import Weights, add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
 from .workers import Workers
 
@@ -72,7 +72,7 @@ class KernelSet:
     def threads(self, count: int) -> None:
         self._workers.count = count
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         _check_rows(w)
         n = w.shape[1]
         _check_input(x, n)
@@ -89,8 +89,8 @@ class KernelSet:
 
     def begin_neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -143,7 +143,7 @@ class KernelSet:
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -178,9 +178,9 @@ class KernelSet:
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,

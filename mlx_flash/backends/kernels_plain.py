@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import activate, add_dense, narrow, widen
+from .kernels import Weights, activate, add_dense, narrow, widen
 
 ROWS = 256  # widened at a time
 
@@ -21,7 +21,7 @@ class KernelSet:
     name = "plain"
     threads = 1
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         count = len(w) if rows is None else len(rows)
         out = np.empty(count, np.float32)
         scratch = np.empty((min(ROWS, count), w.shape[1]), np.float32)
@@ -33,8 +33,8 @@ class KernelSet:
 
     def neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -64,7 +64,7 @@ class KernelSet:
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -88,9 +88,9 @@ class KernelSet:
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,

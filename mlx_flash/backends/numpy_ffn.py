@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from .base import BLOCK, FFNSpec, Fired
-from .kernels import Kernels, widen
+from .kernels import Kernels, Weights, widen
 
 
 class Rows(Protocol):
     """What a pass needs of a slab: a part of every row, (rows, length) in its storage dtype."""
 
-    def part(self, name: str) -> np.ndarray: ...
+    def part(self, name: str) -> Weights: ...
 
 
 def _wide(w: Any) -> np.ndarray:
@@ -53,7 +53,7 @@ class Term:
     """Ids whose scalars are being computed: `down` (., d) holds their last part, in `rows`. Once finished only those
     that fired are left."""
 
-    def __init__(self, ids: np.ndarray, down: np.ndarray, rows: np.ndarray, begun: Callable[[], np.ndarray]):
+    def __init__(self, ids: np.ndarray, down: Weights, rows: np.ndarray, begun: Callable[[], np.ndarray]):
         self.ids, self.down, self.rows, self._begun = ids, down, rows, begun
 
     def finish(self) -> None:
@@ -113,7 +113,7 @@ class DecodePass(FFNInput):
             self._add([term.down for term in terms], source, rows, h, ids[order])
 
     def _add(
-        self, sources: list[np.ndarray], source: np.ndarray | None, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
+        self, sources: list[Weights], source: np.ndarray | None, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
     ) -> None:
         """Add the terms of `ids`, ascending, block by block; source as in `Kernels.add_blocks`."""
         if len(ids):

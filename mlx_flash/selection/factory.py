@@ -55,7 +55,7 @@ def check_selection(selection: Selection, activation: str, gated: bool, calibrat
 def lead_of(selection: Selection, layout: Layout, calibration: Calibration | None) -> str | None:
     """The part that is resident for every bundle, or None."""
     if selection.name == "gate":
-        return layout.parts[0].name
+        return layout.matrices[0]
     if selection.name == "threshold":
         assert calibration is not None
         return str(calibration.summary["lead"])
@@ -64,12 +64,12 @@ def lead_of(selection: Selection, layout: Layout, calibration: Calibration | Non
 
 def resident_parts(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
     lead = lead_of(selection, layout, calibration)
-    return [lead] if lead else []
+    return layout.parts_of(lead) if lead else []
 
 
 def parts_in_slots(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
     """The parts of a bundle that its slot holds."""
-    return slot_parts([part.name for part in layout.parts], lead_of(selection, layout, calibration))
+    return slot_parts(layout, lead_of(selection, layout, calibration))
 
 
 @dataclass

@@ -51,7 +51,7 @@ class PromptSelector(SparseSelector):
     def _forget_prompt(self) -> None:
         self.tokens = 0  # those that count, with their weights
         self.energy, self.scalars = np.zeros(self.count), np.zeros(self.count)  # sums over them, scalars too
-        self.output = np.zeros(self.spec.layout.part("down").length)
+        self.output = np.zeros(self.spec.layout.dim)
         self.ids: np.ndarray | None = None
         self.offset: np.ndarray | None = None
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends.base import BLOCK, FFNPass, FFNSpec, Fired, Slab
-from ..casting import RAW, to_float32
 from ..residency.residency import Plan, Residency
 from ..residency.rows import clip_targets, copy_rows
 from ..residency.stream import Request
 from ..storage.layout import Layout
 from ..storage.reader import Done, Pending, Target
+from ..storage.weights import wide_rows
 from .lookahead import LookAhead
 from .shared import Shared, blocks, is_decode
 from .spans import overflow_spans
@@ -58,10 +58,10 @@ class SparseSelector(ABC):
         self.decode_spec = decode_spec or spec
         self.residency, self.look_ahead = residency, look_ahead
         self.count = spec.layout.count
-        names = [part.name for part in spec.layout.parts]
-        self.fixed = shared.backend.slab(spec.layout, self.count, [fixed]) if fixed else None
-        self.skipped_bytes = spec.layout.parts[0].nbytes if fixed == names[0] else 0
-        self.slab = shared.backend.slab(spec.layout, residency.capacity, slot_parts(names, fixed))
+        layout = spec.layout
+        self.fixed = shared.backend.slab(layout, self.count, layout.parts_of(fixed)) if fixed else None
+        self.skipped_bytes = layout.matrix_bytes(fixed) if fixed and fixed == layout.matrices[0] else 0
+        self.slab = shared.backend.slab(layout, residency.capacity, slot_parts(layout, fixed))
         self.loaded = False
         self._ahead: Ahead | None = None
         self._unsettled: deque[FFNPass] = deque()  # the last decoding steps, which may still be reading slots
@@ -281,14 +281,14 @@ def top(values: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def part_rows(slab: Slab, layout: Layout, name: str, rows: int) -> np.ndarray:
-    """A part of the bundles in a slab's first rows, (rows, length) fp32: a copy, whatever the backend."""
-    part, begin = layout.part(name), layout.offset(name)
-    whole = np.empty((rows, part.nbytes), np.uint8)
-    copy_rows(slab.targets, np.arange(rows), [Target(begin, whole)], np.arange(rows))
-    return to_float32(whole.view(RAW[part.dtype]), part.dtype)
+    """A matrix' rows of the bundles in a slab's first rows, (rows, d) fp32: a copy, whatever the backend."""
+    whole = np.empty((rows, layout.matrix_bytes(name)), np.uint8)
+    copy_rows(slab.targets, np.arange(rows), [Target(layout.offset(name), whole)], np.arange(rows))
+    return wide_rows(whole, layout, name)
 
 
-def slot_parts(names: Sequence[str], fixed: str | None) -> list[str]:
-    """The parts that a slot holds when `fixed` is resident for all bundles: a slab's parts follow each other, so one
-    that lies between others stays in the slots too."""
-    return list(names[1:] if fixed == names[0] else names)
+def slot_parts(layout: Layout, fixed: str | None) -> list[str]:
+    """The parts that a slot holds when matrix `fixed` is resident for all bundles: a slab's parts follow each other, so
+    what lies between others stays in the slots too."""
+    left_out = layout.parts_of(fixed) if fixed and fixed == layout.matrices[0] else []
+    return [part.name for part in layout.parts if part.name not in left_out]
