@@ -16,9 +16,7 @@ LEAST_SCALE = np.float32(1e-7)  # of a group whose items are all alike
 BYTE_BITS = 8
 
 
-def quantise(
-    values: np.ndarray, bits: int, group_size: int, dtype: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantise(values: np.ndarray, bits: int, group_size: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """values (rows, n) fp32, finite, n a multiple of `group_size` -> codes (rows, n * bits / 32) uint32, scales and
     biases (rows, n / group_size), raw items of `dtype`. bits: 4 or 8.
 

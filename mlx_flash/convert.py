@@ -356,7 +356,9 @@ class _Pipeline:
         """model.safetensors: the tensors that are no bundles, under their names."""
         stored, encoder = self.plan.stored, self.plan.encoder
         dtypes = {name: dtype for name, (dtype, _) in stored.items()}
-        self._submit(file.write, safetensors_header({name: shape for name, (_, shape) in stored.items()}, dtypes, stored))
+        self._submit(
+            file.write, safetensors_header({name: shape for name, (_, shape) in stored.items()}, dtypes, stored)
+        )
         coded = [] if encoder is None else encoder.coded(self.plan.resident)
         for name, shape in self.plan.resident.items():
             kind = self.source.dtype(name)
@@ -367,7 +369,9 @@ class _Pipeline:
                 at, memory = self.flats.take()
                 raw = self.source.read(name, start, min(step, total - start), memory).view(RAW[kind])
                 items = cast(raw, kind, self.dtype, name)
-                done = self._submit(file.write, items.data) if matrix is None else self._submit(matrix.write, file, items)
+                done = (
+                    self._submit(file.write, items.data) if matrix is None else self._submit(matrix.write, file, items)
+                )
                 self.flats.give(at, done)
             if matrix is not None:
                 self._submit(matrix.finish, file)

@@ -40,9 +40,7 @@ class Encoder:
                 out[:, begin : begin + layout.part(name).nbytes] = items.view(np.uint8)
         return out
 
-    def rows(
-        self, raw: np.ndarray, quantisation: Quantisation, what: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rows(self, raw: np.ndarray, quantisation: Quantisation, what: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw rows (n, d) as codes, scales and biases."""
         values = to_float32(np.ascontiguousarray(raw), self.dtype)
         if not np.isfinite(values).all():

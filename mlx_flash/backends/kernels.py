@@ -14,7 +14,6 @@ import numpy as np
 
 from ..affine import AffineRows
 
-
 Weights = np.ndarray | AffineRows
 
 

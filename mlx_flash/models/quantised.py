@@ -12,7 +12,6 @@ from ..affine import AffineRows
 from ..errors import ConfigError
 from ..storage.checkpoint import Checkpoint
 from ..storage.layout import BITS, GROUP_SIZES, Quantisation
-
 from .families import ModelSpec
 
 KEYS = ("group_size", "bits", "mode")

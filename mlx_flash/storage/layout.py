@@ -149,7 +149,9 @@ class Layout:
     def from_json(cls, value: Any) -> Layout:
         """The layout that `to_json` wrote; raises FormatError naming the field for anything else."""
         coded = isinstance(value, dict) and "quantization" in value
-        _need_fields(value, "a layout", {"count", "stride", "parts"} | ({"quantization", "neurons"} if coded else set()))
+        _need_fields(
+            value, "a layout", {"count", "stride", "parts"} | ({"quantization", "neurons"} if coded else set())
+        )
         if not isinstance(value["parts"], list) or not value["parts"]:
             raise _bad(f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one")
         layout = cls(tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT))
