@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..affine import AffineRows
 from . import kernels_llvm as compiled
 from .kernels import Weights, add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
+from .kernels_quant import QuantisedKernels
 from .workers import Workers
 
 KINDS = {
@@ -61,6 +63,7 @@ class KernelSet:
 
     def __init__(self) -> None:
         self._workers = Workers()
+        self._quantised = QuantisedKernels(self._workers)
         self._sums = np.empty((0, 0), np.float32)
         self._lock = threading.Lock()  # of _sums
 
@@ -73,6 +76,8 @@ class KernelSet:
         self._workers.count = count
 
     def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+        if isinstance(w, AffineRows):
+            return self._quantised.dots(w, rows, x)
         _check_rows(w)
         n = w.shape[1]
         _check_input(x, n)
@@ -103,6 +108,9 @@ class KernelSet:
         if not parts:
             assert given is not None
             return lambda: given
+        if isinstance(parts[0], AffineRows):
+            options: Any = {"given": given, "bias": bias, "acts": acts, "cutoff": cutoff}
+            return self._quantised.begin_neurons(first, second, rows, x, **options)
         _check_rows(*parts)
         w, n = parts[0], parts[0].shape[1]
         if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
@@ -150,6 +158,9 @@ class KernelSet:
         starts: np.ndarray,
         y: np.ndarray,
     ) -> None:
+        if isinstance(sources[0], AffineRows):
+            self._quantised.add_blocks(sources, source, rows, h, starts, y)
+            return
         _check_rows(*sources)
         if len({w.dtype for w in sources}) != 1 or any(w.shape[1:] != y.shape for w in sources):
             raise ValueError(f"sources {[(w.dtype, w.shape) for w in sources]} for y {y.shape}")
@@ -190,7 +201,7 @@ class KernelSet:
         cutoff: float = 0.0,
     ) -> np.ndarray:
         blocks = -(-len(down) // block)
-        if blocks < 2 * self.threads or down.strides != first.strides:  # too few tasks, or no records
+        if isinstance(first, AffineRows) or blocks < 2 * self.threads or down.strides != first.strides:  # too few tasks, or no records
             h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
             add_dense(self, down, h, y, block)
             return h
