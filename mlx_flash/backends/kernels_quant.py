@@ -168,24 +168,16 @@ def tiles(  # type: ignore[no-untyped-def]
         i, end = starts[block], starts[block + 1]
         while i < end:
             scratch[task, 4, :] = 0
-            a, b, c, d = i, min(i + 1, end - 1), min(i + 2, end - 1), min(i + 3, end - 1)
-            for r, row in enumerate((a, b, c, d)):
+            four = i, min(i + 1, end - 1), min(i + 2, end - 1), min(i + 3, end - 1)
+            for r, row in enumerate(four):
                 factor = h[row] if i + r < end else np.float32(0)
                 at, begin = factors + 4 * groups * r, ends * item
                 ends_add(kind, rows[1, row] + begin, rows[2, row] + begin, beyond - ends, factor, least, at, more)
             at = 4 * first
-            codes_add(
-                shape,
-                y,
-                last - first,
-                rows[0, a] + at,
-                rows[0, b] + at,
-                rows[0, c] + at,
-                rows[0, d] + at,
-                factors,
-                4 * groups,
-                more,
-            )
+            now = rows[0, four[0]] + at, rows[0, four[1]] + at, rows[0, four[2]] + at, rows[0, four[3]] + at
+            e, f, g, j = min(i + 4, end - 1), min(i + 5, end - 1), min(i + 6, end - 1), min(i + 7, end - 1)
+            then = rows[0, e] + at, rows[0, f] + at, rows[0, g] + at, rows[0, j] + at
+            codes_add(shape, y, last - first, now, then, factors, 4 * groups, more)
             i += ROWS
         fetch_add(done, 1)
 

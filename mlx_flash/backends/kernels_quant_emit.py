@@ -150,11 +150,16 @@ def _emit_dot(builder: Any, number: int, codes: Any, following: Any, words: Any,
     return builder.fadd(found, _folded(builder, total))
 
 
-def _emit_add(builder: Any, number: int, y: Any, words: Any, rows: list[Any], scales: list[Any], more: Any) -> None:
+def _emit_add(
+    builder: Any, number: int, y: Any, words: Any, rows: list[Any], then: list[Any], scales: list[Any], more: Any
+) -> None:
     shape = _Shape(builder, number)
 
     def body(lanes: int) -> Callable[..., list[Any]]:
         def step(i: Any, _: list[Any]) -> list[Any]:
+            if lanes == LANES:
+                for row in then:
+                    _prefetch(builder, builder.add(row, builder.mul(i, _INT(4))))
             found = [shape.words(row, i, lanes) for row in rows]
             factors = [shape.per_group(scale, i, lanes) for scale in scales]
             offset = shape.per_group(more, i, lanes)
@@ -188,24 +193,24 @@ def codes_dot(
 
 
 @intrinsic
-def codes_add(
-    typing: Any, shape: Any, y: Any, words: Any, a: Any, b: Any, c: Any, d: Any, scales: Any, apart: Any, more: Any
-) -> Any:
-    """Add to the spread fp32 at y `more` of the group, then (2**bits + code) times the group's factor of the rows a, b,
-    c, d in this order. scales: factors per group, fp32, those of the rows `apart` bytes apart; more: fp32."""
+def codes_add(typing: Any, shape: Any, y: Any, words: Any, rows: Any, then: Any, scales: Any, apart: Any, more: Any) -> Any:
+    """Add to the spread fp32 at y `more` of the group, then (2**bits + code) times the group's factor of each of `rows`
+    in this order. rows, then: four addresses of codes, of which `then` are read next; scales: factors per group, fp32,
+    those of the rows `apart` bytes apart; more: fp32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        shape, y, words, a, b, c, d, scales, apart, more = arguments
+        shape, y, words, rows, then, scales, apart, more = arguments
         factors = [builder.add(scales, builder.mul(apart, _INT(row))) for row in range(ROWS)]
-        _switch(
-            builder,
-            shape,
-            len(SHAPES),
-            lambda number: _emit_add(builder, number, y, words, [a, b, c, d], factors, more),
-        )
+        here, later = (cgutils.unpack_tuple(builder, group) for group in (rows, then))
+
+        def emit(number: int) -> None:
+            _emit_add(builder, number, y, words, here, later, factors, more)
+
+        _switch(builder, shape, len(SHAPES), emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), generate
+    four = types.UniTuple(types.int64, ROWS)
+    return types.void(*[types.int64] * 3, four, four, *[types.int64] * 3), generate
 
 
 KINDS = (FLOAT32, BFLOAT16, FLOAT16)
