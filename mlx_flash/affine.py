@@ -93,6 +93,43 @@ class AffineRows:
         out[...] = groups.reshape(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class AffineBundles:
+    """Quantised weights of bundles of several neurons: codes (bundles, rows, words) uint32; scales, biases (bundles,
+    rows, groups). turned: a bundle is (d, neurons), its rows quantised along the neurons; else (neurons, d)."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+    bits: int
+    turned: bool
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, key: Any) -> AffineBundles:
+        """Bundles by anything that indexes an array."""
+        return AffineBundles(self.codes[key], self.scales[key], self.biases[key], self.bits, self.turned)
+
+    @property
+    def neurons(self) -> int:
+        """Per bundle."""
+        return self.codes.shape[2] * 32 // self.bits if self.turned else self.codes.shape[1]
+
+    def widen(self, columns: slice = slice(None)) -> np.ndarray:
+        """The neurons' rows (bundles * neurons, d) fp32, or these columns of them: a copy."""
+        fields = [self.codes, self.scales, self.biases]
+        if self.turned:
+            fields = [field[:, columns] for field in fields]
+        bundles, rows, _ = fields[0].shape
+        plain = AffineRows(*(field.reshape(bundles * rows, -1) for field in fields), self.bits)
+        out = np.empty(plain.shape, np.float32)
+        plain.widen(out)
+        if not self.turned:
+            return out[:, columns]
+        return out.reshape(bundles, rows, -1).swapaxes(1, 2).reshape(bundles * self.neurons, rows)
+
+
 def _wide(values: np.ndarray) -> np.ndarray:
     if values.dtype == np.uint16:
         return to_float32(np.ascontiguousarray(values), "bfloat16")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .backends.base import BLOCK, block_of
 from .config import Selection
 from .models.families import ModelSpec
 from .residency.curves import lower_hull
@@ -53,7 +54,7 @@ class Demand:
     fires; `read_bytes` are read of one that is missing, `stride` where whole blocks stream.
 
     head_bytes: the output layer's; kv_bytes: keys and values that one token of context adds; chunk: tokens of a
-    prompt that pass the layers at once; assumption: what was not known, "" where all was
+    prompt that pass the layers at once; block: bundles that stream together; assumption: what was not known, "" where all was
     """
 
     selector: str
@@ -67,6 +68,7 @@ class Demand:
     kv_bytes: int
     chunk: int
     assumption: str = ""
+    block: int = BLOCK
 
     @property
     def item_bytes(self) -> int:
@@ -130,6 +132,7 @@ def demand(
         kv_bytes=spec.kv_items_per_token * item,
         chunk=chunk,
         assumption=_assumption(selection, calibration),
+        block=block_of(layouts[0]),
     )
 
 

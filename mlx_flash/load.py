@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .backends import choose
-from .backends.base import BLOCK, Backend, FFNSpec, Widths
+from .backends.base import BLOCK, Backend, FFNSpec, Widths, block_of
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
@@ -142,7 +142,7 @@ class Run:
         self.plan, self.stats = plan, Stats()
         layout = plan.checkpoint.layouts[0]
         names = [part.name for part in layout.parts]
-        staging = [plan.backend.slab(layout, BLOCK, names) for _ in range(plan.memory.staging_blocks)]
+        staging = [plan.backend.slab(layout, block_of(layout), names) for _ in range(plan.memory.staging_blocks)]
         reader = open_reader(plan.checkpoint.layer_files, **plan.tuning.reader_options)
         self.shared = Shared(plan.backend, reader, BlockStream(staging), self.stats)
         self.factory = SelectorFactory(
@@ -206,7 +206,7 @@ def run_costs(
     resident = resident_parts(selection, largest, calibration)
     slot_parts = parts_in_slots(selection, largest, calibration)
     item = ITEM_BYTES[layouts[0].dtype]
-    block = backend.slab_bytes(layouts[0], BLOCK, names)
+    block = backend.slab_bytes(layouts[0], block_of(layouts[0]), names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
         "KV cache": spec.kv_items_per_token * item * context,
@@ -215,7 +215,8 @@ def run_costs(
     if resident:
         fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
     if selection.name != "all":
-        fixed["prefill scratch"] += 4 * min(chunk, context) * min(BLOCK, largest.count)  # scalars of a block
+        neurons = min(BLOCK, largest.count * largest.neurons)
+        fixed["prefill scratch"] += 4 * min(chunk, context) * neurons  # scalars of a block
     predicts = selection.name == "predictor" or (selection.name == "gate" and tuning.look_ahead == "on")
     if predicts and calibration is not None and calibration.has_predictors:
         fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
@@ -235,7 +236,7 @@ def run_costs(
         block,
         slot,
         counts,
-        unit=BLOCK if selection.name == "all" else 1,
+        unit=block_of(layouts[0]) if selection.name == "all" else 1,
         curves=curves,
         staging_blocks=tuning.staging_blocks,
         least_staging=tuning.staging_blocks if given else 1,
@@ -255,16 +256,20 @@ def spec_widths(spec: ModelSpec) -> Widths:
 
 
 def choose_selection(
-    config: FlashConfig, spec: ModelSpec, calibration: Calibration | None, costs: Callable[[Selection], Costs]
+    config: FlashConfig,
+    spec: ModelSpec,
+    calibration: Calibration | None,
+    costs: Callable[[Selection], Costs],
+    neurons: int = 1,
 ) -> Selection:
     """The selector that runs. `auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`;
     `prompt:auto` keeps the share of neurons that fits."""
     selection = parse_selection(config.select)
     if selection.name == "auto":
         gate = Selection("gate")
-        fits = spec.has_zeros and budget_for(config, costs(gate)) >= costs(gate).smallest
+        fits = spec.has_zeros and neurons == 1 and budget_for(config, costs(gate)) >= costs(gate).smallest
         return gate if fits else Selection("all")
-    check_selection(selection, spec.activation, spec.gated, calibration)
+    check_selection(selection, spec.activation, spec.gated, calibration, neurons)
     if selection != Selection("prompt"):
         return selection
     found = costs(selection)
@@ -351,12 +356,13 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
 
     machine, problem = measured_machine(checkpoint)
     tuning = default_tuning(given_settings(config))
-    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+    neurons = checkpoint.layouts[0].neurons
+    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
     if machine is None:
         return plan(selection, tuning)
     tuning = tuned(plan(selection, tuning))
     if parse_selection(config.select) == Selection("prompt"):  # what fits beside the staging that was chosen
-        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
     return plan(selection, tuning)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..affine import AffineRows
+from ..affine import AffineBundles, AffineRows
 
 Weights = np.ndarray | AffineRows
 
@@ -100,6 +100,29 @@ class Kernels(Protocol):
     ) -> np.ndarray:
         """`neurons` of all rows, added to y (d,) by blocks of `block` rows; returns them, (count,) fp32. down
         (count, d); the rest as there. The same bits as `neurons` and `add_blocks` give."""
+
+    def group_neurons(
+        self,
+        first: AffineBundles,
+        second: AffineBundles | None,
+        rows: np.ndarray,
+        x: np.ndarray,
+        *,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        """`neurons` of all neurons of these bundles, (len(rows), neurons) fp32."""
+
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        """`add_blocks` of bundles of neurons, h (m, neurons): the sum of bundle i is that of its neurons."""
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x / rms(x) * weight over the last axis. x (..., n), weight (n,) fp32 -> (..., n) fp32."""

@@ -201,7 +201,9 @@ class KernelSet:
         cutoff: float = 0.0,
     ) -> np.ndarray:
         blocks = -(-len(down) // block)
-        if isinstance(first, AffineRows) or blocks < 2 * self.threads or down.strides != first.strides:  # too few tasks, or no records
+        if (
+            isinstance(first, AffineRows) or blocks < 2 * self.threads or down.strides != first.strides
+        ):  # too few tasks, or no records
             h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
             add_dense(self, down, h, y, block)
             return h
@@ -240,6 +242,12 @@ class KernelSet:
         if self._sums.size < blocks * d:
             self._sums = np.empty((blocks, d), np.float32)
         return self._sums.reshape(-1)[: blocks * d].reshape(blocks, d)
+
+    def group_neurons(self, *parts: Any, **options: Any) -> np.ndarray:
+        return self._quantised.group_neurons(*parts, **options)
+
+    def add_groups(self, *arguments: Any) -> None:
+        self._quantised.add_groups(*arguments)
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..affine import AffineBundles
 from .kernels import Weights, activate, add_dense, narrow, widen
 
 ROWS = 256  # widened at a time
@@ -102,6 +103,42 @@ class KernelSet:
         h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
         add_dense(self, down, h, y, block)
         return h
+
+    def group_neurons(
+        self,
+        first: AffineBundles,
+        second: AffineBundles | None,
+        rows: np.ndarray,
+        x: np.ndarray,
+        *,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        out = np.empty((len(rows), first.neurons), np.float32)
+        for mine, row in zip(out, rows, strict=True):
+            np.einsum("ij,j->i", first[row : row + 1].widen(), x, out=mine)
+            activate(acts[0], mine)
+            if cutoff:
+                mine[np.abs(mine) <= np.float32(cutoff)] = 0
+            if second is not None:
+                mine *= activate(acts[1], np.einsum("ij,j->i", second[row : row + 1].widen(), x))
+        return out
+
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+            total = np.zeros_like(y)
+            for at in range(begin, end):
+                neurons = sources[source[at]][rows[at] : rows[at] + 1].widen()
+                total += np.einsum("i,ij->j", h[at], neurons)
+            y += total
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean = np.mean(np.square(x), axis=-1, keepdims=True)

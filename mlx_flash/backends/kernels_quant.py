@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..affine import AffineRows
+from ..affine import AffineBundles, AffineRows
 from . import kernels_llvm as plain
 from . import kernels_quant_emit
 from .kernels_emit import fetch_add
-from .kernels_quant_emit import ROWS, SHAPES, codes_add, codes_dot, ends_add, ends_dot
+from .kernels_quant_emit import ROWS, SHAPES, codes_add, codes_dot, ends_add, ends_dot, group_dots, group_ends
 from .workers import Workers
 
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of scales: see `ends_dot`
@@ -70,10 +70,17 @@ def prepare(x, bits, size, rest, turned, less, sums):  # type: ignore[no-untyped
 
 
 @_jit
+def place(w, which, row):  # type: ignore[no-untyped-def]
+    """address of a row of codes (0), scales (3) or biases (6)"""
+    shift = w[9]
+    return w[which] + (row >> shift) * w[which + 1] + (row & ((1 << shift) - 1)) * w[which + 2]
+
+
+@_jit
 def row_dot(shape, kind, w, row, following, words, groups, middle, x, scratch):  # type: ignore[no-untyped-def]
-    """row . x; w: addresses and strides of codes, scales and biases; x: addresses of what `prepare` gave"""
-    more = ends_dot(kind, w[2] + row * w[3], w[4] + row * w[5], groups, middle, x[2], scratch)
-    return more + codes_dot(shape, w[0] + row * w[1], following, words, x[0], x[1], scratch)
+    """row . x; w: see `_places`; x: addresses of what `prepare` gave"""
+    more = ends_dot(kind, place(w, 3, row), place(w, 6, row), groups, middle, x[2], scratch)
+    return more + codes_dot(shape, place(w, 0, row), following, words, x[0], x[1], scratch)
 
 
 # Each kernel with `state` takes tasks from it (see `workers`) until none is left and returns how many are done.
@@ -92,7 +99,7 @@ def dots(state, tasks, shape, kind, w, rows, words, groups, middle, x, scratch, 
         for i in range(begin, end):
             then = min(i + 1, count - 1)
             row, then = (rows[i], rows[then]) if len(rows) else (i, then)
-            out[i] = row_dot(shape, kind, w, row, w[0] + then * w[1], words, groups, middle, x, held)
+            out[i] = row_dot(shape, kind, w, row, place(w, 0, then), words, groups, middle, x, held)
         fetch_add(done, 1)
 
 
@@ -130,16 +137,17 @@ def neurons(  # type: ignore[no-untyped-def]
             if len(given):
                 value = given[i]
             else:
-                following = second[0] + row * second[1] if second[0] else first[0] + then * first[1]
+                following = place(second, 0, row) if second[0] else place(first, 0, then)
                 value = row_dot(shape, kind, first, row, following, words, groups, middle, x, held)
                 if len(bias):
                     value += bias[i]
                 value = plain.act(acts[0], value)
                 value = np.float32(0) if abs(value) <= cutoff else value
             if second[0] and value != 0:
-                follows = first if first[0] else second
-                following = follows[0] + then * follows[1]
-                value *= plain.act(acts[1], row_dot(shape, kind, second, row, following, words, groups, middle, x, held))
+                following = place(first, 0, then) if first[0] else place(second, 0, then)
+                value *= plain.act(
+                    acts[1], row_dot(shape, kind, second, row, following, words, groups, middle, x, held)
+                )
             h[i] = value
         fetch_add(done, 1)
 
@@ -182,6 +190,49 @@ def tiles(  # type: ignore[no-untyped-def]
         fetch_add(done, 1)
 
 
+@_jit
+def spread_group(h, bits, words, out, less, sums):  # type: ignore[no-untyped-def]
+    """Of each bundle's h (n,): out, the factors of the k-th codes of 16 words for every k, which belong to several rows
+    or are half of one; less, per word -(2**bits + middle) times their sum; sums (m,)"""
+    per_word, middle = 32 // bits, 1 << (bits - 1)
+    halves = max(1, words // LANES)
+    for i in range(len(h)):
+        total = np.float32(0)
+        for j in range(h.shape[1]):
+            total += h[i, j]
+        sums[i] = total
+        for half in range(halves):
+            for lane in range(LANES):
+                word, total = half * LANES + lane % words, np.float32(0)
+                for k in range(per_word):
+                    out[i, (half * per_word + k) * LANES + lane] = h[i, word * per_word + k]
+                    total += h[i, word * per_word + k]
+                less[i, half * LANES + lane] = np.float32(-((1 << bits) + middle)) * total
+
+
+@_jit
+def groups(  # type: ignore[no-untyped-def]
+    state, tasks, shape, kind, found, inner, starts, across, middle, h, less, totals, scratch, sums
+):
+    """sums[b] = the sum of block b of bundles; a task is one of `across` ranges of 16s of rows of one block. found (3,
+    m): addresses of codes, scales and biases; inner: bytes from a row to the next"""
+    taken, done, units = state.ctypes.data, state[1:].ctypes.data, sums.shape[1] // LANES
+    while True:
+        task = fetch_add(taken, 1)
+        if task >= tasks:
+            return fetch_add(done, 0)
+        block, tile = task // across, task % across
+        first, last = units * tile // across * LANES, units * (tile + 1) // across * LANES
+        sums[block, first:last] = 0
+        y, held = sums[block, first:].ctypes.data, scratch[task].ctypes.data
+        for i in range(starts[block], starts[block + 1]):
+            factors, lesser = h[i].ctypes.data, less[i].ctypes.data
+            group_dots(shape, found[0, i] + first * inner[0], last - first, factors, lesser, held)
+            scales, biases = found[1, i] + first * inner[1], found[2, i] + first * inner[2]
+            group_ends(kind, scales, biases, held, last - first, middle, totals[i], y)
+        fetch_add(done, 1)
+
+
 def _address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
 
@@ -216,11 +267,15 @@ class _Form:
         return (_address(held[0]), _address(held[1]), _address(held[2])), held
 
 
-def _places(w: AffineRows | None) -> tuple[int, ...]:
-    """Addresses and strides of codes, scales and biases."""
+def _places(w: AffineRows | AffineBundles | None) -> tuple[int, ...]:
+    """Of codes, scales and biases the address, the bytes from one bundle to the next and from one row to the next; then
+    the logarithm of the rows in a bundle."""
     if w is None:
-        return (0,) * 6
-    return tuple(number for part in (w.codes, w.scales, w.biases) for number in (_address(part), part.strides[0]))
+        return (0,) * 10
+    numbers: list[int] = []
+    for part in (w.codes, w.scales, w.biases):
+        numbers += [_address(part), part.strides[0], part.strides[1] if part.ndim == 3 else 0]
+    return (*numbers, w.codes.shape[1].bit_length() - 1 if isinstance(w, AffineBundles) else 0)
 
 
 def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
@@ -267,14 +322,32 @@ class QuantisedKernels:
         form, chosen = _Form(parts[0]), _chosen(rows, len(parts[0]))
         if any(not form.same(part) or len(part) != len(parts[0]) for part in parts):
             raise ValueError(f"parts {[(part.bits, part.shape, part.scales.dtype) for part in parts]} differ")
+        count = len(parts[0]) if rows is None else len(chosen)
+        return self._neurons(form, first, second, chosen, x, given, bias, acts, cutoff, count)
+
+    def _neurons(
+        self,
+        form: _Form,
+        first: AffineRows | AffineBundles | None,
+        second: AffineRows | AffineBundles | None,
+        chosen: np.ndarray,
+        x: np.ndarray,
+        given: np.ndarray | None,
+        bias: np.ndarray | None,
+        acts: tuple[str, str],
+        cutoff: float,
+        count: int,
+    ) -> Callable[[], np.ndarray]:
         at, held = form.prepared(x)
-        h = np.empty(len(parts[0]) if rows is None else len(chosen), np.float32)
+        h = np.empty(count, np.float32)
         if not len(h):
             return lambda: h
         for values in (given, bias):
             if values is not None and (values.shape != h.shape or values.dtype != np.float32):
                 raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
-        tasks = self._workers.tasks(4 * form.words * len(h) * len(parts), len(h))
+        tasks = self._workers.tasks(
+            4 * form.words * len(h) * (2 if first is not None and second is not None else 1), len(h)
+        )
         finish = self._workers.start(
             neurons,
             tasks,
@@ -293,7 +366,7 @@ class QuantisedKernels:
             (ACTS[acts[0]], ACTS[acts[1]]),
             np.float32(cutoff),
             h,
-            keep=(parts, held),
+            keep=(first, second, held),
         )
 
         def result() -> np.ndarray:
@@ -314,16 +387,10 @@ class QuantisedKernels:
         form = _Form(sources[0])
         if any(not form.same(w) for w in sources) or y.shape != (form.n,):
             raise ValueError(f"sources {[(w.bits, w.shape, w.scales.dtype) for w in sources]} for y {y.shape}")
-        which = _ALL if source is None else np.array(source, np.int64)
-        rows, found = np.array(rows, np.int64), np.empty((3, len(rows)), np.int64)
-        for index, name in enumerate(("codes", "scales", "biases")):
-            arrays = [getattr(w, name) for w in sources]
-            table = np.array([(_address(array), array.strides[0], len(array)) for array in arrays], np.int64)
-            if plain.addresses(table, which, rows, found[index]):
-                raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
+        found, _ = _found(sources, source, rows)
         blocks = len(starts) - 1
         units = max(1, form.words // form.unit_words)
-        tasks = self._workers.tasks(len(rows) * 4 * form.words, blocks * units)
+        tasks = self._workers.tasks(len(found[0]) * 4 * form.words, blocks * units)
         across = min(units, -(-tasks // blocks))
         sums, total = np.empty((blocks, form.n), np.float32), np.empty(form.n, np.float32)
         self._workers.run(
@@ -346,3 +413,83 @@ class QuantisedKernels:
         spread(y, LANES, form.per_word, form.rest, False, total)
         plain.fold(sums, total)
         spread(total, LANES, form.per_word, form.rest, True, y)
+
+    def group_neurons(
+        self,
+        first: AffineBundles,
+        second: AffineBundles | None,
+        rows: np.ndarray,
+        x: np.ndarray,
+        *,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        count = first.neurons
+        chosen = (_chosen(rows, len(first))[:, None] * count + np.arange(count)).reshape(-1)
+        form = _Form(_one(first))
+        if second is not None and (not form.same(_one(second)) or second.codes.shape != first.codes.shape):
+            raise ValueError(f"parts {first.codes.shape} and {second.codes.shape} differ")
+        found = self._neurons(form, first, second, chosen, x, None, None, acts, cutoff, len(chosen))()
+        return found.reshape(len(rows), count)
+
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        one = _one(sources[0])
+        form, d = _Form(one), sources[0].codes.shape[1]
+        shapes = [(w.bits, w.codes.shape[1:], w.scales.dtype) for w in sources]
+        if len(set(shapes)) != 1 or y.shape != (d,) or d % LANES or form.groups != 1 or h.shape[1] != form.n:
+            raise ValueError(f"sources {shapes} for h {h.shape} and y {y.shape}")
+        found, inner = _found(sources, source, rows)
+        width = max(LANES, form.words)
+        factors = np.empty((len(rows), form.per_word * width), np.float32)
+        less, totals = np.empty((len(rows), width), np.float32), np.empty(len(rows), np.float32)
+        spread_group(np.ascontiguousarray(h, np.float32), form.bits, form.words, factors, less, totals)
+        blocks = len(starts) - 1
+        tasks = self._workers.tasks(len(rows) * d * 4 * form.words, blocks * max(1, d // 256))
+        across = -(-tasks // blocks)
+        sums = np.empty((blocks, d), np.float32)
+        self._workers.run(
+            groups,
+            blocks * across,
+            form.shape,
+            form.kind,
+            found,
+            inner,
+            np.array(starts, np.int64),
+            across,
+            form.middle,
+            factors,
+            less,
+            totals,
+            np.empty((blocks * across, d), np.float32),
+            sums,
+        )
+        plain.fold(sums, y)
+
+
+def _one(w: AffineBundles) -> AffineRows:
+    """A bundle's rows."""
+    return AffineRows(w.codes[0], w.scales[0], w.biases[0], w.bits)
+
+
+def _found(
+    sources: Sequence[AffineRows] | Sequence[AffineBundles], source: np.ndarray | None, rows: np.ndarray
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Addresses (3, m) of the codes, scales and biases of rows or bundles, and the bytes between a bundle's rows."""
+    which = _ALL if source is None else np.array(source, np.int64)
+    rows, found = np.array(rows, np.int64), np.empty((3, len(rows)), np.int64)
+    inner = []
+    for index, name in enumerate(("codes", "scales", "biases")):
+        arrays = [getattr(w, name) for w in sources]
+        table = np.array([(_address(array), array.strides[0], len(array)) for array in arrays], np.int64)
+        if plain.addresses(table, which, rows, found[index]):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
+        inner.append(arrays[0].strides[1])
+    return found, (inner[0], inner[1], inner[2])

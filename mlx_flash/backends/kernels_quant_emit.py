@@ -134,7 +134,9 @@ def _emit_dot(builder: Any, number: int, codes: Any, following: Any, words: Any,
             total = _vector_load(builder, less, i, lanes)
             for k in range(shape.per_word):
                 address, index = shape.at(x, i, k, lanes)
-                total = _fma(builder, shape.decode(found, k, lanes), _vector_load(builder, address, index, lanes), total)
+                total = _fma(
+                    builder, shape.decode(found, k, lanes), _vector_load(builder, address, index, lanes), total
+                )
             return [_fma(builder, shape.per_group(scales, i, lanes), total, sums[0])]
 
         return step
@@ -179,9 +181,7 @@ def _emit_add(
 
 
 @intrinsic
-def codes_dot(
-    typing: Any, shape: Any, codes: Any, following: Any, words: Any, x: Any, less: Any, scales: Any
-) -> Any:
+def codes_dot(typing: Any, shape: Any, codes: Any, following: Any, words: Any, x: Any, less: Any, scales: Any) -> Any:
     """Sum over groups of scale times the sum of (code - middle) x, of `words` words of codes. x: spread, fp32; less:
     per word -(2**bits + middle) times the sum of its x; scales: fp32; following: codes that are read next."""
 
@@ -193,7 +193,9 @@ def codes_dot(
 
 
 @intrinsic
-def codes_add(typing: Any, shape: Any, y: Any, words: Any, rows: Any, then: Any, scales: Any, apart: Any, more: Any) -> Any:
+def codes_add(
+    typing: Any, shape: Any, y: Any, words: Any, rows: Any, then: Any, scales: Any, apart: Any, more: Any
+) -> Any:
     """Add to the spread fp32 at y `more` of the group, then (2**bits + code) times the group's factor of each of `rows`
     in this order. rows, then: four addresses of codes, of which `then` are read next; scales: factors per group, fp32,
     those of the rows `apart` bytes apart; more: fp32."""
@@ -217,9 +219,7 @@ KINDS = (FLOAT32, BFLOAT16, FLOAT16)
 
 
 @intrinsic
-def ends_dot(
-    typing: Any, kind: Any, scales: Any, biases: Any, groups: Any, middle: Any, x: Any, out: Any
-) -> Any:
+def ends_dot(typing: Any, kind: Any, scales: Any, biases: Any, groups: Any, middle: Any, x: Any, out: Any) -> Any:
     """Sum over groups of (bias + middle * scale) times x, fp32 per group; out: the scales as fp32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -277,3 +277,71 @@ def ends_add(
 
     numbers = (types.float32, types.float32)
     return types.void(*[types.int64] * 4, *numbers, types.int64, types.int64), generate
+
+
+def _emit_group(builder: Any, number: int, codes: Any, rows: Any, h: Any, less: Any, out: Any) -> None:
+    shape = _Shape(builder, number)
+    words, halves = shape.rest_lanes, max(1, shape.rest_lanes // LANES)  # words of a row
+
+    def sixteen(r: Any, _: list[Any]) -> list[Any]:
+        begin = builder.mul(r, _INT(words))
+        totals = []
+        for vector in range(words):
+            half = vector % halves
+            found = shape.words(codes, builder.add(begin, _INT(vector * LANES)), LANES)
+            total = _vector_load(builder, less, _INT(half * LANES), LANES)
+            for k in range(shape.per_word):
+                factor = _vector_load(builder, h, _INT((half * shape.per_word + k) * LANES), LANES)
+                total = _fma(builder, shape.decode(found, k, LANES), factor, total)
+            totals.append(total)
+        if halves > 1:
+            totals = [builder.fadd(a, b) for a, b in zip(totals[0::2], totals[1::2], strict=True)]
+        even, odd = (ir.Constant(ir.VectorType(_I32, LANES), list(range(b, 2 * LANES, 2))) for b in (0, 1))
+        while len(totals) > 1:
+            pairs = zip(totals[0::2], totals[1::2], strict=True)
+            totals = [
+                builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd)) for a, b in pairs
+            ]
+        _store(builder, totals[0], out, r)
+        return []
+
+    _loop(builder, _INT(0), rows, LANES, [], sixteen)
+
+
+@intrinsic
+def group_dots(typing: Any, shape: Any, codes: Any, rows: Any, h: Any, less: Any, out: Any) -> Any:
+    """out[r] = sum of (code - middle) h over the codes of row r, a group each; rows: a multiple of 16. h, less: as
+    `kernels_quant.spread_group` gives them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        shape, *rest = arguments
+        _switch(builder, shape, len(SHAPES), lambda number: _emit_group(builder, number, *rest))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
+def group_ends(
+    typing: Any, kind: Any, scales: Any, biases: Any, dots: Any, rows: Any, middle: Any, total: Any, y: Any
+) -> Any:
+    """y[r] += scale dots[r] + (bias + middle * scale) total; rows: a multiple of 16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind, scales, biases, dots, rows, middle, total, y = arguments
+
+        def emit(known: int) -> None:
+            def body(r: Any, _: list[Any]) -> list[Any]:
+                scale = _load(builder, scales, r, KINDS[known], LANES)
+                bias = _load(builder, biases, r, KINDS[known], LANES)
+                bias = _fma(builder, _splat(builder, middle, LANES), scale, bias)
+                found = _fma(builder, bias, _splat(builder, total, LANES), _load(builder, y, r, FLOAT32, LANES))
+                _store(builder, _fma(builder, scale, _load(builder, dots, r, FLOAT32, LANES), found), y, r)
+                return []
+
+            _loop(builder, _INT(0), rows, LANES, [], body)
+
+        _switch(builder, kind, len(KINDS), emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, types.float32, types.float32, types.int64), generate

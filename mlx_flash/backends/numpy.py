@@ -10,18 +10,19 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
-from ..affine import AffineRows
 from ..storage.layout import ALIGN, Layout
 from ..storage.pinned import anonymous
 from ..storage.reader import Target
-from ..storage.weights import VIEWS
+from ..storage.weights import VIEWS, coded_rows
 from . import kernels
-from .base import BLOCK, FFNSpec, Widths
+from .base import BLOCK, FFNPass, FFNSpec, Widths
 from .kernels import Weights
 from .numpy_ffn import DecodePass
+from .numpy_groups import GroupDecode, GroupPrefill
 from .numpy_prefill import TILE_COLUMNS, PrefillPass
 from .numpy_prefill import TILE_ROWS as PREFILL_ROWS
 from .products import Scratch, Tiles
@@ -68,15 +69,14 @@ class Slab:
             flat = memory[:, at : at + part.nbytes]
             dtype = DTYPES[part.dtype]
             self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
-        self._matrices: dict[str, Weights] = {}
+        self._matrices: dict[str, Any] = {}
         for name in layout.matrices:
             held = [self._views[part] for part in layout.parts_of(name) if part in parts]
             if held:
-                coded = layout.quantisation
-                self._matrices[name] = held[0] if coded is None else AffineRows(*held, coded.bits)
+                self._matrices[name] = held[0] if layout.quantisation is None else coded_rows(held, layout, name)
 
-    def part(self, name: str) -> Weights:
-        """A matrix' share of every row, (rows, d) as it is stored: a view."""
+    def part(self, name: str) -> Any:
+        """A matrix' share of every row, (rows, d) as it is stored: a view; `Weights`, or `AffineBundles`."""
         return self._matrices[name]
 
 
@@ -109,8 +109,10 @@ class NumpyBackend:
         """Bytes that `slab` would take, in whole pages."""
         return _pages(rows * (-(-_range(layout, parts)[1] // ALIGN) * ALIGN))
 
-    def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass:
+    def ffn(self, spec: FFNSpec, x: np.ndarray) -> FFNPass:
         """Begin one FFN on x (T, d)."""
+        if spec.layout.neurons > 1:
+            return GroupDecode(self.kernels, spec, x) if len(x) == 1 else GroupPrefill(self.tiles, spec, x)
         if len(x) == 1:
             return DecodePass(self.kernels, spec, x)
         return PrefillPass(self.tiles, spec, x)

@@ -28,9 +28,16 @@ from .sparse import slot_parts, top
 EXACT = ("all", "gate")
 
 
-def check_selection(selection: Selection, activation: str, gated: bool, calibration: Calibration | None) -> None:
-    """Raise UsageError, saying what to do, for a selector that this model cannot run."""
+def check_selection(
+    selection: Selection, activation: str, gated: bool, calibration: Calibration | None, neurons: int = 1
+) -> None:
+    """Raise UsageError, saying what to do, for a selector that this model cannot run. neurons: per bundle."""
     name, sparse = selection.name, activation in ("relu", "fatrelu")
+    if neurons > 1 and name not in ("all", "prompt"):
+        raise UsageError(
+            f"--select {name} needs single neurons; this checkpoint was quantised before, and groups of {neurons} share "
+            "scales: use all or prompt:F, or convert with --requantize -q (which loses a little)"
+        )
     if name in ("gate", "predictor") and not sparse:
         raise UsageError(
             f"--select {name} needs a ReLU model; this one has {activation!r}: use all, prompt:F or threshold:S, or "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ..affine import AffineRows
+from ..affine import AffineBundles, AffineRows
 from ..casting import RAW, to_float32
 from .layout import Layout
 
@@ -12,8 +14,7 @@ VIEWS = {"uint32": np.uint32, "float32": np.float32, "float16": np.float16, "bfl
 
 
 def wide_rows(raw: np.ndarray, layout: Layout, matrix: str) -> np.ndarray:
-    """A matrix' rows (n, d) fp32 of n bundles of one neuron each. raw (n, layout.matrix_bytes(matrix)) uint8,
-    contiguous."""
+    """A matrix' rows of n bundles, (n * neurons, d) fp32. raw (n, layout.matrix_bytes(matrix)) uint8, contiguous."""
     if layout.quantisation is None:
         dtype = layout.part(matrix).dtype
         return to_float32(raw.view(RAW[dtype]), dtype)
@@ -22,7 +23,21 @@ def wide_rows(raw: np.ndarray, layout: Layout, matrix: str) -> np.ndarray:
         part = layout.part(name)
         fields.append(np.ascontiguousarray(raw[:, at : at + part.nbytes]).view(VIEWS[part.dtype]))
         at += part.nbytes
-    rows = AffineRows(*fields, layout.quantisation.bits)
-    out = np.empty(rows.shape, np.float32)
-    rows.widen(out)
+    coded = coded_rows(fields, layout, matrix)
+    if isinstance(coded, AffineBundles):
+        return coded.widen()
+    out = np.empty(coded.shape, np.float32)
+    coded.widen(out)
     return out
+
+
+def coded_rows(fields: Sequence[np.ndarray], layout: Layout, matrix: str) -> AffineRows | AffineBundles:
+    """A matrix' codes, scales and biases of n bundles, each (n, length) with contiguous rows, as weights: views."""
+    assert layout.quantisation is not None
+    bits = layout.quantisation.bits
+    if layout.neurons == 1:
+        return AffineRows(fields[0], fields[1], fields[2], bits)
+    turned = matrix == "down"
+    rows = layout.dim if turned else layout.neurons
+    shaped = (field.reshape(len(field), rows, field.shape[1] // rows) for field in fields)
+    return AffineBundles(*shaped, bits, turned)
