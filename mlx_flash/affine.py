@@ -122,7 +122,8 @@ class AffineBundles:
         if self.turned:
             fields = [field[:, columns] for field in fields]
         bundles, rows, _ = fields[0].shape
-        plain = AffineRows(*(field.reshape(bundles * rows, -1) for field in fields), self.bits)
+        codes, scales, biases = (field.reshape(bundles * rows, -1) for field in fields)
+        plain = AffineRows(codes, scales, biases, self.bits)
         out = np.empty(plain.shape, np.float32)
         plain.widen(out)
         if not self.turned:

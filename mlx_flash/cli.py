@@ -203,6 +203,7 @@ def convert_command(args: argparse.Namespace) -> dict[str, Any]:
         q_bits=args.q_bits,
         q_group_size=args.q_group_size,
         dense_bits=args.dense_bits,
+        requantize=args.requantize,
         progress=not args.json,
     )
     if not args.json:
@@ -257,6 +258,8 @@ def add_quantising_arguments(parser: argparse.ArgumentParser) -> None:
                         help="weights that share a scale: 32, 64 (default) or 128")  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N",
                         help="4, 8, or 16: the part outside the FFNs; default as --q-bits")  # fmt: skip
+    parser.add_argument("--requantize", action="store_true",
+                        help="with -q: what is quantised already too, which loses a little")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,11 +7,9 @@ say.
 
 from __future__ import annotations
 
-import fnmatch
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .casting import RAW, cast, check_dtype
-from .convert_quant import Encoder, Matrix, make_encoder
-from .errors import ConfigError, FormatError, UsageError
-from .models.families import ModelSpec, TensorRef
-from .models.read_config import read_spec
+from .convert_groups import Dequantised, GroupPipeline
+from .convert_plan import Plan, Settings, make_plan
+from .convert_quant import Matrix
+from .errors import FormatError, UsageError
+from .models.families import TensorRef
 from .source import (
     READ_ALIGN,
     TOKENIZERS,
@@ -32,26 +31,19 @@ from .source import (
     read_buffer,
     safe_file,
     safetensors_header,
-    source_hash,
-    tokenizer_files,
 )
 from .storage.calibration import SHIPPED, file_name, model_identity, read_calibration
 from .storage.layout import (
-    FORMAT_VERSION,
     ITEM_BYTES,
-    QUANTISED_VERSION,
     Layout,
     layer_file,
     layer_header,
-    quantised,
 )
 from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
 BLOCKS = 4  # buffers between the reading and the writing thread
 PANEL_BYTES = 96 << 20  # columns of one down projection held at once
-HARMLESS = ("*rotary_emb.inv_freq",)  # tensors that are computed, not learned
-MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
 
 
 def convert(
@@ -65,6 +57,7 @@ def convert(
     q_bits: int = 4,
     q_group_size: int = 64,
     dense_bits: int | None = None,
+    requantize: bool = False,
     progress: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
@@ -76,6 +69,8 @@ def convert(
     quantize: store codes of `q_bits` (4 or 8), each `q_group_size` (32, 64, 128) of a row with a scale and a bias, in
         MLX's affine format; gate, up and down each along d, the dense part as mlx-lm does it, with `dense_bits`
         (None: `q_bits`; 16: as it is)
+    requantize: with `quantize`, also what is quantised already; without, such a checkpoint is copied losslessly, and
+        its bundles are groups of neurons that share scales
     progress: show a bar on stderr; announce: receives warnings (default: printed to stderr)
 
     Bundles are neurons, [gate row | up row | down column] ("LLM in a flash", section 3.2). Memory stays under
@@ -91,9 +86,9 @@ def convert(
     words = None if tokenizer is None else _find_tokenizer(tokenizer)
     if dense_bits is not None and not quantize:
         raise UsageError("--dense-bits goes with -q, which quantises")
-    settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None)
-    with Source(folder) as source:
-        plan = _plan(source, settings, words)
+    settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None, requantize)
+    with _open(folder, requantize) as source:
+        plan = make_plan(source, settings, words)
         if not any(path.name in TOKENIZERS for path in plan.tokenizer):
             (announce or _to_stderr)(
                 f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "
@@ -103,6 +98,15 @@ def convert(
         check_free_space(out.absolute().parent, plan.nbytes)
         _write(source, plan, out, progress, announce or _to_stderr)
     return out
+
+
+def _open(folder: Path, requantise: bool) -> Source:
+    """The source; what is quantised in it as numbers, if it is to be quantised again."""
+    source = Source(folder)
+    if requantise and source.config.get("quantization"):
+        source.close()
+        return Dequantised(folder)
+    return source
 
 
 def _find_tokenizer(place: str | Path) -> Path:
@@ -121,158 +125,13 @@ def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a conversion is asked for. quantise: bits, group size, bits of the dense part (None: the same)."""
-
-    dtype: str | None = None
-    quantise: tuple[int, int, int | None] | None = None
-
-    def encoder(self, spec: ModelSpec, dtype: str) -> Encoder | None:
-        return None if self.quantise is None else make_encoder(spec, dtype, *self.quantise)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All that is decided before the first byte is written."""
-
-    spec: ModelSpec
-    dtype: str
-    config: dict[str, Any]
-    layouts: tuple[Layout, ...]
-    encoder: Encoder | None
-    resident: dict[str, tuple[int, ...]]  # in the order in which the source holds them
-    tokenizer: tuple[Path, ...]
-    copies: tuple[Path, ...]
-
-    @property
-    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Dtype and shape on disk of the tensors that stay resident."""
-        if self.encoder is not None:
-            return self.encoder.tensors(self.resident)
-        return {name: (self.dtype, shape) for name, shape in self.resident.items()}
-
-    @property
-    def nbytes(self) -> int:
-        resident = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in self.stored.values())
-        others = sum(path.stat().st_size for path in self.tokenizer + self.copies)
-        return resident + others + sum(layout.file_bytes for layout in self.layouts) + MARGIN_BYTES
-
-
-def _plan(source: Source, settings: Settings, tokenizer: Path | None) -> _Plan:
-    if "flash" in source.config:
-        raise UsageError(f"{source.folder} is a flash checkpoint already; it needs no conversion")
-    for key in ("quantization", "quantization_config"):
-        if source.config.get(key):
-            raise ConfigError(
-                f"{source.folder} is quantised ({key!r} in config.json); only 16- and 32-bit floats are converted yet"
-            )
-    read_spec(source.config)  # an unknown family is named before its files are looked for
-    source.open_tensors()
-    spec = read_spec(source.config, source.tensors)
-    check_tensors(source, spec)
-    kind = settings.dtype or _ffn_dtype(source, spec)
-    encoder = settings.encoder(spec, kind)
-    order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
-    layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
-    config = normalised_config(source.config, spec, kind)
-    if encoder is not None:
-        layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
-        if encoder.dense is not None:  # for mlx-lm
-            sizes = {"group_size": encoder.dense.group_size, "bits": encoder.dense.bits}
-            config["quantization"] = sizes | {"mode": "affine"}
-    flash = {
-        "format_version": FORMAT_VERSION if encoder is None else QUANTISED_VERSION,
-        "activation": spec.activation,
-        "dtype": kind,
-        "layers": [layout.to_json() for layout in layouts],
-        "source_hash": source_hash(source.folder, dtype=settings.dtype, tokenizer=tokenizer, more=settings.quantise),
-    }
-    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if (source.folder / n).exists()]
-    return _Plan(
-        spec=spec,
-        dtype=kind,
-        config=config | {"flash": flash},
-        layouts=layouts,
-        encoder=encoder,
-        resident=dict(order),
-        tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
-        copies=tuple(copies),
-    )
-
-
-def _place(source: Source, name: str) -> tuple[str, int]:
-    tensor = source.tensors[name]
-    return tensor.path.name, tensor.info.offset
-
-
-def check_tensors(source: Source, spec: ModelSpec) -> None:
-    """Raise ConfigError unless the checkpoint has exactly the tensors that its config describes."""
-    wanted = spec.resident_shapes() | spec.ffn_shapes()
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
-        raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
-    wrong = [
-        f"{name} is {list(source.tensors[name].info.shape)}, config.json says {list(shape)}"
-        for name, shape in wanted.items()
-        if source.tensors[name].info.shape != shape
-    ]
-    if wrong:
-        raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
-    head = spec.name("head") + ".weight"
-    extra = [
-        name
-        for name in source.tensors
-        if name not in wanted
-        and not (spec.tied and name == head)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
-    ]
-    if extra:
-        raise ConfigError(
-            f"{source.folder} has {len(extra)} tensors that {spec.table.title} has no use for, so it is "
-            f"not what config.json says: {_some(extra)}"
-        )
-    for name in wanted:
-        source.dtype(name)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _ffn_dtype(source: Source, spec: ModelSpec) -> str:
-    found = {source.dtype(name) for name in spec.ffn_shapes()}
-    if len(found) > 1:
-        raise ConfigError(f"{source.folder} mixes {' and '.join(sorted(found))} in its FFNs; choose one with dtype")
-    return found.pop()
-
-
-def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """The config with every default spelled out on which readers differ, so that all read the same model.
-
-    Keys that name Python code of the original repository go: it is not copied, and nothing here runs it.
-    """
-    result = {key: value for key, value in config.items() if key not in ("auto_map", "model_file")}
-    result["torch_dtype"] = dtype
-    if "dtype" in result:
-        result["dtype"] = dtype
-    if spec.family == "openelm":
-        return result | {"share_input_output_layers": spec.tied}
-    result["tie_word_embeddings"] = spec.tied
-    if spec.rope is None:
-        return result
-    layer = spec.layers[0]
-    result |= {"head_dim": spec.head_dim, "num_key_value_heads": layer.kv_heads, "rope_theta": spec.rope.base}
-    result["max_position_embeddings"] = config.get("max_position_embeddings") or 2048
-    if not result.get("rope_scaling") and spec.rope.kind != "default":
-        parameters = config["rope_parameters"]
-        result["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return result
-
-
-def _write(source: Source, plan: _Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
+def _write(source: Source, plan: Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
     with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
-        pipeline = _Pipeline(source, plan, worker)
+        pipeline: _Pipeline | GroupPipeline
+        if plan.groups is None:
+            pipeline = _Pipeline(source, plan, worker)
+        else:
+            pipeline = GroupPipeline(source, plan.spec, plan.stored)
         bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
         with bar:
             for i, layout in enumerate(plan.layouts):
@@ -283,11 +142,15 @@ def _write(source: Source, plan: _Plan, out: Path, progress: bool, announce: Cal
             bar.update()
         for path in plan.tokenizer + plan.copies:
             writer.copy_file(path, path.name)
+        if plan.encoder is not None and plan.encoder.loss is not None:
+            announce(
+                f"requantised: the weights differ by {plan.encoder.loss.share:.3%} (root mean square of the whole)"
+            )
         writer.commit(_with_calibration(source, plan, writer, announce))
 
 
 def _with_calibration(
-    source: Source, plan: _Plan, writer: FolderWriter, announce: Callable[[str], None]
+    source: Source, plan: Plan, writer: FolderWriter, announce: Callable[[str], None]
 ) -> dict[str, Any]:
     """The config; a calibration that lies beside the model goes along if it is of these very weights."""
     if not (source.folder / SHIPPED).exists():
@@ -311,7 +174,7 @@ class _Pipeline:
     what went wrong there.
     """
 
-    def __init__(self, source: Source, plan: _Plan, worker: ThreadPoolExecutor):
+    def __init__(self, source: Source, plan: Plan, worker: ThreadPoolExecutor):
         self.source, self.plan, self.dtype, self.worker = source, plan, plan.dtype, worker
         dtype, dim, size = plan.dtype, plan.spec.dim, ITEM_BYTES[plan.dtype]
         stride = plan.spec.layout(0, dtype).stride

@@ -10,24 +10,44 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .affine import quantise
+from .affine import AffineRows, quantise
 from .casting import to_float32
 from .errors import ConfigError
 from .models.families import ModelSpec
 from .models.quantised import check_quantisation, coded_shapes, takes
 from .storage.layout import Layout, Quantisation
+from .storage.weights import VIEWS
 from .storage.writer import HashedFile
 
 DENSE_BITS_KEPT = 16
 
 
+class Loss:
+    """By how much weights that are quantised again differ from what they were."""
+
+    def __init__(self) -> None:
+        self._squares, self._errors = 0.0, 0.0
+
+    def add(self, values: np.ndarray, rows: AffineRows) -> None:
+        wide = np.empty(rows.shape, np.float32)
+        rows.widen(wide)
+        self._squares += float(np.square(values).sum(dtype=np.float64))
+        self._errors += float(np.square(wide - values).sum(dtype=np.float64))
+
+    @property
+    def share(self) -> float:
+        """Root mean square of the differences, of that of the weights."""
+        return (self._errors / self._squares) ** 0.5 if self._squares else 0.0
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """How weights of `dtype` become codes; dense: None keeps the dense part as it is."""
+    """How weights of `dtype` become codes; dense: None keeps the dense part as it is; loss: counts what it costs."""
 
     dtype: str
     bundles: Quantisation
     dense: Quantisation | None
+    loss: Loss | None = None
 
     def encode(self, block: np.ndarray, layout: Layout, what: str) -> np.ndarray:
         """Bundles of plain rows, raw (n, at least 3 * d), as records (n, stride) uint8 of the quantised `layout`.
@@ -45,7 +65,11 @@ class Encoder:
         values = to_float32(np.ascontiguousarray(raw), self.dtype)
         if not np.isfinite(values).all():
             raise ConfigError(f"{what} has numbers that are not finite, which cannot be quantised")
-        return quantise(values, quantisation.bits, quantisation.group_size, self.dtype)
+        found = quantise(values, quantisation.bits, quantisation.group_size, self.dtype)
+        if self.loss is not None:
+            scales, biases = (each.view(VIEWS[self.dtype]) for each in found[1:])
+            self.loss.add(values, AffineRows(found[0], scales, biases, quantisation.bits))
+        return found
 
     def coded(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """The resident tensors that are quantised."""
@@ -58,7 +82,9 @@ class Encoder:
         return {name: ("uint32" if name in coded else self.dtype, shape) for name, shape in found.items()}
 
 
-def make_encoder(spec: ModelSpec, dtype: str, bits: int, group_size: int, dense_bits: int | None) -> Encoder:
+def make_encoder(
+    spec: ModelSpec, dtype: str, bits: int, group_size: int, dense_bits: int | None, measured: bool = False
+) -> Encoder:
     """Raises ConfigError for settings that are not known, or that the model's shapes cannot take."""
     bundles = check_quantisation(bits, group_size, "--q-bits and --q-group-size")
     if spec.dim % group_size:
@@ -68,10 +94,11 @@ def make_encoder(spec: ModelSpec, dtype: str, bits: int, group_size: int, dense_
             f"--q-group-size {group_size}: the rows of this model have {spec.dim} items, which are no whole groups; "
             f"{way_out}"
         )
-    dense = bits if dense_bits is None else dense_bits
-    if dense == DENSE_BITS_KEPT:
-        return Encoder(dtype, bundles, None)
-    return Encoder(dtype, bundles, check_quantisation(dense, group_size, "--dense-bits (4, 8, or 16 to keep it)"))
+    bits = bits if dense_bits is None else dense_bits
+    dense = None
+    if bits != DENSE_BITS_KEPT:
+        dense = check_quantisation(bits, group_size, "--dense-bits (4, 8, or 16 to keep it)")
+    return Encoder(dtype, bundles, dense, Loss() if measured else None)
 
 
 class Matrix:

@@ -54,7 +54,8 @@ class Demand:
     fires; `read_bytes` are read of one that is missing, `stride` where whole blocks stream.
 
     head_bytes: the output layer's; kv_bytes: keys and values that one token of context adds; chunk: tokens of a
-    prompt that pass the layers at once; block: bundles that stream together; assumption: what was not known, "" where all was
+    prompt that pass the layers at once; block: bundles that stream together; assumption: what was not known, "" where
+    all was
     """
 
     selector: str

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..affine import AffineBundles, AffineRows
 
-Weights = np.ndarray | AffineRows
+Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
 
 
 class Kernels(Protocol):

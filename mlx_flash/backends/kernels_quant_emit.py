@@ -1,9 +1,9 @@
 """LLVM vector instructions for quantised rows: dot products with codes, and sums of codes times numbers.
 
 A vector is 16 words of codes. Shifted to the top of a fraction below a fixed exponent, a code of b bits is the fp32
-2**b + code: one shift and one mask instead of a conversion. So the k-th codes of 16 words stand in one vector, and x and
-sums are kept in that order ("spread"): of 16 words all first codes, then all second ones, ... What does not fill
-16 words is one group at a time, spread over the words of a group. The order of every sum is written down, as in
+2**b + code: one shift and one mask instead of a conversion. So the k-th codes of 16 words stand in one vector, and x
+and sums are kept in that order ("spread"): of 16 words all first codes, then all second ones, ... What does not fill 16
+words is one group at a time, spread over the words of a group. The order of every sum is written down, as in
 `kernels_emit`. Knows addresses and counts.
 """
 

@@ -8,16 +8,15 @@ is said of Metal was read off MLX's source.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import ConfigError
 from ..storage.layout import ITEM_BYTES, Layout
 from .base import BLOCK, FFNSpec, Widths
+from .mlx_groups import MlxGroupPass, scratch_bytes
 from .mlx_rows import MlxRows
 from .mlx_slab import (
     DTYPES,
@@ -33,8 +32,7 @@ from .mlx_slab import (
     slab_bytes,
     window,
 )
-
-Unary = Callable[[mx.array], mx.array]
+from .mlx_sum import ACTIVATIONS, Sum
 
 # One token's terms summed by one product: for 256 rows MLX's CPU takes up to twice as long in bfloat16. Layers of fewer
 # than MANY neurons keep blocks of 256, as there each operation costs more than what it computes.
@@ -44,60 +42,9 @@ LAZY_BYTES = 32 << 20  # temporaries that prefill leaves to MLX before it waits 
 FUSED_HEAD_DIMS = (64, 80, 128)  # attention without a matrix of scores, on a GPU
 
 
-@dataclass(frozen=True)
-class Activation:
-    """`alone(g)`, and `times(g, u)` = alone(g) * u in one kernel."""
-
-    alone: Unary
-    times: Callable[[mx.array, mx.array], mx.array]
-
-
-def _relu(gate: mx.array) -> mx.array:
-    return mx.maximum(gate, 0)
-
-
-def _fused(alone: Unary) -> Activation:
-    return Activation(alone, mx.compile(lambda gate, up: alone(gate) * up, shapeless=True))
-
-
-ACTIVATIONS = {"silu": _fused(nn.silu), "relu": _fused(_relu)}
-
-
 def available() -> bool:
     """Whether MLX has a GPU here: Metal or CUDA."""
     return has_gpu()
-
-
-@dataclass
-class Sum:
-    """The terms added so far. One token: a list of partials, summed at the end in one operation of fixed shape;
-    more tokens: a running sum, so that a prompt's partials are not all alive at once."""
-
-    partials: list[mx.array] = field(default_factory=list)  # each (n, 1, d), n blocks' sums
-    running: mx.array | None = None  # (1, T, d) float32
-
-    def add(self, terms: mx.array) -> None:
-        """terms (n, T, d), each the sum of a block; n > 1 for one token only."""
-        if terms.shape[1] == 1:
-            self.partials.append(terms)
-        else:
-            terms = terms.astype(mx.float32)
-            self.running = terms if self.running is None else self.running + terms
-
-    def arrays(self) -> list[mx.array]:
-        return self.partials + ([] if self.running is None else [self.running])
-
-    def total(self, shape: tuple[int, ...]) -> mx.array:
-        """float32, as many items as `shape`; of that shape where there are no terms."""
-        if self.running is not None:
-            return self.running
-        if not self.partials:
-            return mx.zeros(shape, mx.float32)
-        if [len(terms) for terms in self.partials] == [1, 1]:  # one operation instead of three, in the same order
-            return self.partials[0].astype(mx.float32) + self.partials[1].astype(mx.float32)
-        whole = self.partials[0] if len(self.partials) == 1 else mx.concatenate(self.partials)
-        whole = whole.astype(mx.float32)
-        return whole if len(whole) == 1 else whole.sum(axis=0, keepdims=True)
 
 
 class MlxPass:
@@ -107,8 +54,6 @@ class MlxPass:
     """
 
     def __init__(self, spec: FFNSpec, x: mx.array):
-        if spec.activation not in ACTIVATIONS:
-            raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
         self._spec, self._activation = spec, ACTIVATIONS[spec.activation]
         self._shape, self._dtype = x.shape, x.dtype
         # MLX casts the operands of a product to a common type: of x and a slab only x may be the one that is cast.
@@ -374,9 +319,11 @@ class MlxBackend:
         """Bytes that `slab` takes."""
         return slab_bytes(layout, rows, parts)
 
-    def ffn(self, spec: FFNSpec, x: mx.array) -> MlxPass:
+    def ffn(self, spec: FFNSpec, x: mx.array) -> MlxPass | MlxGroupPass:
         """Begin one FFN on x (..., d). Raises ConfigError for an activation that is not known."""
-        return MlxPass(spec, x)
+        if spec.activation not in ACTIVATIONS:
+            raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
+        return MlxPass(spec, x) if spec.layout.neurons == 1 else MlxGroupPass(spec, x)
 
     def predictor(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
@@ -410,4 +357,6 @@ class MlxBackend:
         scores = 0 if fused else 2 * item * widths.heads * chunk * context
         activations = 4 * chunk * (5 * dim + 5 * widths.qkv_rows)
         copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts)  # two pieces at once
+        if layout.neurons > 1:
+            ffn, copies = scratch_bytes(layout, chunk, item), 0
         return max(max(ffn, scores) + activations, copies) + cache_limit_bytes(dim)

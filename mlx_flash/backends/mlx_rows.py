@@ -55,7 +55,7 @@ class MlxRows:
     def followed_by(self, other: MlxRows) -> MlxRows:
         """The rows of both, single groups, not across."""
         pairs = zip(self.arrays, other.arrays, strict=True)
-        return MlxRows(tuple(mx.concatenate(pair, axis=1) for pair in pairs), self.coded, wide=self.wide)
+        return MlxRows(tuple(mx.concatenate(list(pair), axis=1) for pair in pairs), self.coded, wide=self.wide)
 
     @property
     def count(self) -> int:

@@ -19,7 +19,7 @@ from ..storage.pinned import anonymous
 from ..storage.reader import Target
 from ..storage.weights import VIEWS, coded_rows
 from . import kernels
-from .base import BLOCK, FFNPass, FFNSpec, Widths
+from .base import BLOCK, FFNSpec, Widths
 from .kernels import Weights
 from .numpy_ffn import DecodePass
 from .numpy_groups import GroupDecode, GroupPrefill
@@ -109,7 +109,7 @@ class NumpyBackend:
         """Bytes that `slab` would take, in whole pages."""
         return _pages(rows * (-(-_range(layout, parts)[1] // ALIGN) * ALIGN))
 
-    def ffn(self, spec: FFNSpec, x: np.ndarray) -> FFNPass:
+    def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass | GroupDecode:
         """Begin one FFN on x (T, d)."""
         if spec.layout.neurons > 1:
             return GroupDecode(self.kernels, spec, x) if len(x) == 1 else GroupPrefill(self.tiles, spec, x)

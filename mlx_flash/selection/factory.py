@@ -35,8 +35,8 @@ def check_selection(
     name, sparse = selection.name, activation in ("relu", "fatrelu")
     if neurons > 1 and name not in ("all", "prompt"):
         raise UsageError(
-            f"--select {name} needs single neurons; this checkpoint was quantised before, and groups of {neurons} share "
-            "scales: use all or prompt:F, or convert with --requantize -q (which loses a little)"
+            f"--select {name} needs single neurons; this checkpoint was quantised before, and groups of {neurons} "
+            "share scales: use all or prompt:F, or convert with --requantize -q (which loses a little)"
         )
     if name in ("gate", "predictor") and not sparse:
         raise UsageError(

@@ -73,8 +73,8 @@ class SparseSelector(ABC):
         """The ids that a decoding step computes, ascending (n,)."""
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
-        """What a prompt's block tells of what decoding will use, (T, n) bool; h: the scalars of ids first.. , (T, n), or
-        of their neurons."""
+        """What a prompt's block tells of what decoding will use, (T, n) bool; h: the scalars of the neurons of ids
+        first.. , (T, n * neurons)."""
         return h != 0
 
     def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:  # noqa: B027

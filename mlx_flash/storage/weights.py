@@ -39,5 +39,5 @@ def coded_rows(fields: Sequence[np.ndarray], layout: Layout, matrix: str) -> Aff
         return AffineRows(fields[0], fields[1], fields[2], bits)
     turned = matrix == "down"
     rows = layout.dim if turned else layout.neurons
-    shaped = (field.reshape(len(field), rows, field.shape[1] // rows) for field in fields)
-    return AffineBundles(*shaped, bits, turned)
+    codes, scales, biases = (field.reshape(len(field), rows, field.shape[1] // rows) for field in fields)
+    return AffineBundles(codes, scales, biases, bits, turned)

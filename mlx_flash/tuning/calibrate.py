@@ -107,6 +107,11 @@ def calibrate(
         )
     config = FlashConfig(memory=memory, backend=backend, select="all")
     plan = decide(model, config, calibrated=False)
+    if (neurons := plan.checkpoint.layouts[0].neurons) > 1:
+        raise UsageError(
+            f"{plan.checkpoint.path} was quantised before it was converted: groups of {neurons} neurons share scales, "
+            "and there is nothing to calibrate for all and prompt; for single neurons convert with --requantize -q"
+        )
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
     plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)

@@ -20,7 +20,7 @@ LAYERS = [
     ("selection",),
     ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling"),
     ("models",),
-    ("source", "convert", "random_model", "resolve"),
+    ("source", "convert", "convert_groups", "convert_plan", "convert_quant", "random_model", "resolve"),
     ("demand", "cost_model"),
     ("load", "generate", "inspection"),
     ("measure",),
