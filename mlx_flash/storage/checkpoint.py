@@ -71,7 +71,14 @@ class Checkpoint:
         if not calibrated:
             flash.pop("calibration", None)
             files = {name: record for name, record in files.items() if not name.startswith(CALIBRATION)}
-        checkpoint = cls(path, config, _layouts(path, flash.get("layers")), files)
+        layouts = _layouts(path, flash.get("layers"))
+        quantised = any(layout.quantisation is not None for layout in layouts)
+        if version != (QUANTISED_VERSION if quantised else FORMAT_VERSION):
+            kind = "quantised" if quantised else "not quantised"
+            raise FormatError(
+                f"{path} has format version {version}, and bundles that are {kind}; convert the model again"
+            )
+        checkpoint = cls(path, config, layouts, files)
         checkpoint._check()
         return checkpoint
 

@@ -203,8 +203,8 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes())
     config = json.loads((source / "config.json").read_text())
     for change, error, match in (
-        ({"quantization": {"bits": 4}}, ConfigError, "quantised"),
-        ({"quantization_config": {"bits": 4}}, ConfigError, "quantised"),
+        ({"quantization": {"bits": 4}}, ConfigError, "groups of None"),
+        ({"quantization_config": {"bits": 4}}, ConfigError, "affine"),
         ({"model_type": "gpt2"}, ConfigError, "gpt2"),
         ({"hidden_act": "gelu_new"}, ConfigError, "gelu_new"),
         ({"flash": {}}, UsageError, "already"),
