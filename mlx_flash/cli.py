@@ -251,17 +251,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
                         help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
 
 
-def add_quantising_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-q", "--quantize", action="store_true", help="store 4 or 8 bits per weight, as mlx-lm does")
-    parser.add_argument("--q-bits", type=int, default=4, metavar="N", help="4 (default) or 8; with -q")
-    parser.add_argument("--q-group-size", type=int, default=64, metavar="N",
-                        help="weights that share a scale: 32, 64 (default) or 128")  # fmt: skip
-    parser.add_argument("--dense-bits", type=int, metavar="N",
-                        help="4, 8, or 16: the part outside the FFNs; default as --q-bits")  # fmt: skip
-    parser.add_argument("--requantize", action="store_true",
-                        help="with -q: what is quantised already too, which loses a little")  # fmt: skip
-
-
 class Parser(argparse.ArgumentParser):
     """Wrong usage becomes a UsageError, so that `--json` can report it like any other.
 
@@ -306,6 +295,7 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from .convert_quant import add_quantising_arguments
     from .measure.bench import add_bench_arguments, bench_command
 
     parser = Parser(

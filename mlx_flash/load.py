@@ -24,7 +24,7 @@ from .demand import Demand, demand
 from .errors import BudgetError, FlashError, FormatError, UsageError
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
-from .models.quantised import resident_shapes
+from .models.quantised import expected_layout, read_quantisation, resident_shapes
 from .models.read_config import read_spec
 from .residency.budget import Costs, MemoryPlan, auto_budget, split_budget
 from .residency.stream import BlockStream
@@ -35,7 +35,7 @@ from .selection.shared import Selector, Shared
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
-from .storage.layout import ITEM_BYTES, Layout, quantised
+from .storage.layout import ITEM_BYTES
 from .storage.reader import open_reader
 
 DEFAULT_CONTEXT = 2048
@@ -104,7 +104,8 @@ class RunPlan:
     def _demand(self, capacities: Sequence[int]) -> Demand:
         chunk = min(self.config.prefill_chunk, self.context)
         layouts = self.checkpoint.layouts
-        return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk)
+        dense = read_quantisation(self.checkpoint.config)
+        return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk, dense)
 
     @cached_property
     def prediction(self) -> Prediction | None:
@@ -310,13 +311,6 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             f"{checkpoint.path}: config.json and the resident tensors disagree on {len(wrong)}, such as {wrong[0]!r}: "
             f"{found.get(wrong[0])} on disk, {wanted.get(wrong[0])} by the config; convert the model again"
         )
-
-
-def expected_layout(spec: ModelSpec, layer: int, dtype: str, found: Sequence[Layout]) -> Layout:
-    """A layer's layout by the config, quantised as the bundles on flash are."""
-    layout = spec.layout(layer, dtype)
-    first = found[0]
-    return layout if first.quantisation is None else quantised(layout, first.quantisation, first.neurons)
 
 
 def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:

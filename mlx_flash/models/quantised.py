@@ -5,13 +5,13 @@ Knows names and shapes; neither reads tensors nor computes with them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..affine import AffineRows
 from ..errors import ConfigError
 from ..storage.checkpoint import Checkpoint
-from ..storage.layout import BITS, GROUP_SIZES, Quantisation
+from ..storage.layout import BITS, GROUP_SIZES, Layout, Quantisation, quantised
 from .families import ModelSpec
 
 KEYS = ("group_size", "bits", "mode")
@@ -103,3 +103,10 @@ def join_coded(tensors: Mapping[str, Any], bits: int) -> dict[str, Any]:
         module = name.removesuffix(".weight")
         found[name] = AffineRows(found[name], found.pop(module + ".scales"), found.pop(module + ".biases"), bits)
     return found
+
+
+def expected_layout(spec: ModelSpec, layer: int, dtype: str, found: Sequence[Layout]) -> Layout:
+    """A layer's layout by the config, quantised as the bundles on flash are."""
+    layout = spec.layout(layer, dtype)
+    first = found[0]
+    return layout if first.quantisation is None else quantised(layout, first.quantisation, first.neurons)
