@@ -27,7 +27,7 @@ from .numpy_prefill import TILE_COLUMNS, PrefillPass
 from .numpy_prefill import TILE_ROWS as PREFILL_ROWS
 from .products import Scratch, Tiles
 
-DTYPES = VIEWS
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # that kernels multiply
 TILE_ROWS = 256  # of weights, widened for one product
 # A budget must not depend on how many cores a machine has: what further threads take counts as the libraries', as
 # BLAS's own buffers do.
@@ -67,7 +67,7 @@ class Slab:
         for name in parts:
             part, at = layout.part(name), layout.offset(name) - begin
             flat = memory[:, at : at + part.nbytes]
-            dtype = DTYPES[part.dtype]
+            dtype = VIEWS[part.dtype]
             self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
         self._matrices: dict[str, Any] = {}
         for name in layout.matrices:
@@ -144,7 +144,7 @@ class NumpyBackend:
 
     def from_bytes(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """The weights in these bytes, a view. raw (nbytes,) uint8; dtype: as in `VIEWS`."""
-        return raw.view(DTYPES[dtype]).reshape(shape)
+        return raw.view(VIEWS[dtype]).reshape(shape)
 
     def to_float32(self, w: Weights) -> np.ndarray:
         """Weights as fp32: themselves, or a widened copy."""
