@@ -183,6 +183,11 @@ def convert_command(args: argparse.Namespace) -> dict[str, Any]:
         revision=args.revision,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
+        quantize=args.quantize,
+        q_bits=args.q_bits,
+        q_group_size=args.q_group_size,
+        dense_bits=args.dense_bits,
+        requantize=args.requantize,
         progress=not args.json,
     )
     if not args.json:
@@ -244,6 +249,7 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 def make_parser() -> argparse.ArgumentParser:
     from .chat import add_chat_arguments, chat_command
+    from .convert_quant import add_quantising_arguments
     from .measure.bench import add_bench_arguments, bench_command
     from .serve import add_server_arguments, server_command
 
@@ -296,6 +302,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit of the repo")
     command.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where to take the tokenizer from")
     command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    add_quantising_arguments(command)
 
     command = add("make-random", make_random_command, "Write a random-weight Hugging Face checkpoint of a card.")
     command.add_argument("--card", required=True, help="a name under models/, such as openelm-3b, or a config's folder")

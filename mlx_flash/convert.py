@@ -7,11 +7,10 @@ say.
 
 from __future__ import annotations
 
-import fnmatch
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .casting import RAW, cast, check_dtype
-from .errors import ConfigError, FormatError, UsageError
-from .models.dense import DENSE, HARMLESS, DenseSpec
-from .models.families import ModelSpec, TensorRef
-from .models.mixtures import is_mixture
-from .models.read_config import family_of, read_spec
+from .convert_groups import Dequantised, GroupPipeline
+from .convert_plan import Plan, Settings, make_plan
+from .convert_quant import Matrix
+from .errors import FormatError, UsageError
+from .models.families import TensorRef
 from .source import (
     READ_ALIGN,
     TOKENIZERS,
@@ -32,17 +31,19 @@ from .source import (
     read_buffer,
     safe_file,
     safetensors_header,
-    source_hash,
-    tokenizer_files,
 )
 from .storage.calibration import SHIPPED, file_name, model_identity, read_calibration
-from .storage.layout import FORMAT_VERSION, ITEM_BYTES, Layout, layer_file, layer_header
+from .storage.layout import (
+    ITEM_BYTES,
+    Layout,
+    layer_file,
+    layer_header,
+)
 from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
 BLOCKS = 4  # buffers between the reading and the writing thread
 PANEL_BYTES = 96 << 20  # columns of one down projection held at once
-MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
 
 
 def convert(
@@ -52,6 +53,11 @@ def convert(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int = 4,
+    q_group_size: int = 64,
+    dense_bits: int | None = None,
+    requantize: bool = False,
     progress: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Path:
@@ -60,6 +66,11 @@ def convert(
     revision: branch, tag or commit of a repository
     tokenizer: folder, file or repository id to take the tokenizer from, where the checkpoint has none
     dtype: "float32", "float16" or "bfloat16"; None keeps that of the checkpoint's FFNs
+    quantize: store codes of `q_bits` (4 or 8), each `q_group_size` (32, 64, 128) of a row with a scale and a bias, in
+        MLX's affine format; gate, up and down each along d, the dense part as mlx-lm does it, with `dense_bits`
+        (None: `q_bits`; 16: as it is)
+    requantize: with `quantize`, also what is quantised already; without, such a checkpoint is copied losslessly, and
+        its bundles are groups of neurons that share scales
     progress: show a bar on stderr; announce: receives warnings (default: printed to stderr)
 
     Bundles are neurons, [gate row | up row | down column] ("LLM in a flash", section 3.2). Memory stays under
@@ -73,8 +84,11 @@ def convert(
         raise UsageError(f"{out} exists; remove it or choose another folder")
     folder = find_folder(hf_path, revision=revision)
     words = None if tokenizer is None else _find_tokenizer(tokenizer)
-    with Source(folder) as source:
-        plan = _plan(source, dtype, words)
+    if dense_bits is not None and not quantize:
+        raise UsageError("--dense-bits goes with -q, which quantises")
+    settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None, requantize)
+    with _open(folder, requantize) as source:
+        plan = make_plan(source, settings, words)
         if not any(path.name in TOKENIZERS for path in plan.tokenizer):
             (announce or _to_stderr)(
                 f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "
@@ -84,6 +98,15 @@ def convert(
         check_free_space(out.absolute().parent, plan.nbytes)
         _write(source, plan, out, progress, announce or _to_stderr)
     return out
+
+
+def _open(folder: Path, requantise: bool) -> Source:
+    """The source; what is quantised in it as numbers, if it is to be quantised again."""
+    source = Source(folder)
+    if requantise and source.config.get("quantization"):
+        source.close()
+        return Dequantised(folder)
+    return source
 
 
 def _find_tokenizer(place: str | Path) -> Path:
@@ -102,151 +125,32 @@ def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """All that is decided before the first byte is written."""
-
-    spec: ModelSpec
-    dtype: str
-    config: dict[str, Any]
-    layouts: tuple[Layout, ...]
-    resident: dict[str, tuple[int, ...]]  # in the order in which the source holds them
-    tokenizer: tuple[Path, ...]
-    copies: tuple[Path, ...]
-
-    @property
-    def nbytes(self) -> int:
-        resident = sum(int(np.prod(shape)) for shape in self.resident.values()) * ITEM_BYTES[self.dtype]
-        others = sum(path.stat().st_size for path in self.tokenizer + self.copies)
-        return resident + others + sum(layout.file_bytes for layout in self.layouts) + MARGIN_BYTES
-
-
-def _plan(source: Source, dtype: str | None, tokenizer: Path | None) -> _Plan:
-    if "flash" in source.config:
-        raise UsageError(f"{source.folder} is a flash checkpoint already; it needs no conversion")
-    for key in ("quantization", "quantization_config"):
-        if source.config.get(key):
-            raise ConfigError(
-                f"{source.folder} is quantised ({key!r} in config.json); only 16- and 32-bit floats are converted yet"
-            )
-    if is_mixture(source.config):
-        raise UsageError(
-            f"{source.folder} is a mixture of experts, which is read in place: give it to generate as it is"
-        )
-    if family_of(source.config) not in DENSE:
-        read_spec(source.config)  # what is unknown is named before its files are looked for
-    source.open_tensors()
-    spec = read_spec(source.config, source.shapes)
-    check_tensors(source, spec)
-    kind = dtype or _ffn_dtype(source, spec)
-    order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
-    layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
-    flash = {
-        "format_version": FORMAT_VERSION,
-        "activation": spec.activation,
-        "dtype": kind,
-        "layers": [layout.to_json() for layout in layouts],
-        "source_hash": source_hash(source.folder, dtype=dtype, tokenizer=tokenizer),
-    }
-    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if (source.folder / n).exists()]
-    return _Plan(
-        spec=spec,
-        dtype=kind,
-        config=normalised_config(source.config, spec, kind) | {"flash": flash},
-        layouts=layouts,
-        resident=dict(order),
-        tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
-        copies=tuple(copies),
-    )
-
-
-def _place(source: Source, name: str) -> tuple[str, int]:
-    tensor = source.tensors[name]
-    return tensor.path.name, tensor.info.offset
-
-
-def check_tensors(source: Source, spec: ModelSpec) -> None:
-    """Raise ConfigError unless the checkpoint has exactly the tensors that its config describes."""
-    wanted = spec.resident_shapes() | spec.ffn_shapes()
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
-        raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
-    wrong = [
-        f"{name} is {list(source.tensors[name].info.shape)}, config.json says {list(shape)}"
-        for name, shape in wanted.items()
-        if source.tensors[name].info.shape != shape
-    ]
-    if wrong:
-        raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
-    head = spec.name("head") + ".weight" if spec.tied else None
-    extra = [
-        name
-        for name in source.tensors
-        if name not in wanted and name != head and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
-    ]
-    if extra:
-        raise ConfigError(
-            f"{source.folder} has {len(extra)} tensors that {spec.table.title} has no use for, so it is "
-            f"not what config.json says: {_some(extra)}"
-        )
-    for name in wanted:
-        source.dtype(name)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _ffn_dtype(source: Source, spec: ModelSpec) -> str:
-    found = {source.dtype(name) for name in spec.ffn_shapes()}
-    if len(found) > 1:
-        raise ConfigError(f"{source.folder} mixes {' and '.join(sorted(found))} in its FFNs; choose one with dtype")
-    return found.pop()
-
-
-def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """The config with every default spelled out on which readers differ, so that all read the same model.
-
-    Keys that name Python code of the original repository go: it is not copied, and nothing here runs it.
-    """
-    result = {key: value for key, value in config.items() if key not in ("auto_map", "model_file")}
-    result["torch_dtype"] = dtype
-    if "dtype" in result:
-        result["dtype"] = dtype
-    if isinstance(spec, DenseSpec):
-        return result  # mlx-lm's own code reads it
-    if spec.family == "openelm":
-        return result | {"share_input_output_layers": spec.tied}
-    result["tie_word_embeddings"] = spec.tied
-    if spec.rope is None:
-        return result
-    layer = spec.layers[0]
-    result |= {"head_dim": spec.head_dim, "num_key_value_heads": layer.kv_heads, "rope_theta": spec.rope.base}
-    result["max_position_embeddings"] = config.get("max_position_embeddings") or 2048
-    if not result.get("rope_scaling") and spec.rope.kind != "default":
-        parameters = config["rope_parameters"]
-        result["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return result
-
-
-def _write(source: Source, plan: _Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
+def _write(source: Source, plan: Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
     with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
-        pipeline = _Pipeline(source, plan.dtype, worker, plan.layouts)
+        pipeline: _Pipeline | GroupPipeline
+        if plan.groups is None:
+            pipeline = _Pipeline(source, plan, worker)
+        else:
+            pipeline = GroupPipeline(source, plan.spec, plan.stored)
         bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
         with bar:
             for i, layout in enumerate(plan.layouts):
-                pipeline.layer(writer.open(layer_file(i)), layout, plan.spec.ffn_sources(i))
+                pipeline.layer(writer.open(layer_file(i)), layout, i)
                 bar.update()
-            pipeline.resident(writer.open("model.safetensors"), plan.resident)
+            pipeline.resident(writer.open("model.safetensors"))
             pipeline.finish()
             bar.update()
         for path in plan.tokenizer + plan.copies:
             writer.copy_file(path, path.name)
+        if plan.encoder is not None and plan.encoder.loss is not None:
+            announce(
+                f"requantised: the weights differ by {plan.encoder.loss.share:.3%} (root mean square of the whole)"
+            )
         writer.commit(_with_calibration(source, plan, writer, announce))
 
 
 def _with_calibration(
-    source: Source, plan: _Plan, writer: FolderWriter, announce: Callable[[str], None]
+    source: Source, plan: Plan, writer: FolderWriter, announce: Callable[[str], None]
 ) -> dict[str, Any]:
     """The config; a calibration that lies beside the model goes along if it is of these very weights."""
     if not (source.folder / SHIPPED).exists():
@@ -270,12 +174,13 @@ class _Pipeline:
     what went wrong there.
     """
 
-    def __init__(self, source: Source, dtype: str, worker: ThreadPoolExecutor, layouts: Sequence[Layout]):
-        self.source, self.dtype, self.worker = source, dtype, worker
-        dim, stride, size = layouts[0].parts[0].length, layouts[0].stride, ITEM_BYTES[dtype]
+    def __init__(self, source: Source, plan: Plan, worker: ThreadPoolExecutor):
+        self.source, self.plan, self.dtype, self.worker = source, plan, plan.dtype, worker
+        dtype, dim, size = plan.dtype, plan.spec.dim, ITEM_BYTES[plan.dtype]
+        stride = plan.spec.layout(0, dtype).stride
         self.rows = max(1, BLOCK_BYTES // stride)
         self.width = max(self.rows, PANEL_BYTES // (dim * size))  # columns of a panel
-        widest = min(self.width, max(layout.count for layout in layouts))
+        widest = min(self.width, max(layout.count for layout in plan.layouts))
         # Zeroed once: the padding behind each bundle is never written.
         self.blocks = _Ring([np.zeros((self.rows, stride // size), RAW[dtype]) for _ in range(BLOCKS)])
         self.flats = _Ring([read_buffer(BLOCK_BYTES) for _ in range(BLOCKS)])
@@ -283,9 +188,12 @@ class _Pipeline:
         self.stage = read_buffer(0)
         self.failure: BaseException | None = None  # the worker's first; it does nothing more after that
 
-    def layer(self, file: HashedFile, layout: Layout, refs: Mapping[str, TensorRef]) -> None:
+    def layer(self, file: HashedFile, stored: Layout, index: int) -> None:
         """One layer's file, neurons ascending."""
-        self._submit(file.write, layer_header(layout))
+        self._submit(file.write, layer_header(stored))
+        refs, layout = self.plan.spec.ffn_sources(index), self.plan.spec.layout(index, self.dtype)
+        encoder = self.plan.encoder
+        encode = None if encoder is None else partial(encoder.encode, layout=stored, what=f"the FFN of layer {index}")
         down = next(ref for ref in refs.values() if ref.transposed)
         for first, panel, ring_slot in self._columns(down, layout.parts[0].length, layout.count):
             for start in range(0, panel.shape[1], self.rows):
@@ -302,21 +210,34 @@ class _Pipeline:
                         size = part.length * ITEM_BYTES[self.source.dtype(ref.name)]
                         items = self._read(ref.name, (ref.first_row + first + start) * size, count * size)
                         block[:, columns] = items.reshape(count, part.length)
-                done = self._submit(_turn_and_write, file, block, *turn)
+                done = self._submit(_turn_and_write, file, block, *turn, encode)
                 self.blocks.give(at, done)
                 self.panels.give(ring_slot, done)
         self._submit(file.close)
 
-    def resident(self, file: HashedFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def resident(self, file: HashedFile) -> None:
         """model.safetensors: the tensors that are no bundles, under their names."""
-        self._submit(file.write, safetensors_header(shapes, self.dtype, shapes))
-        for name in shapes:
+        stored, encoder = self.plan.stored, self.plan.encoder
+        dtypes = {name: dtype for name, (dtype, _) in stored.items()}
+        self._submit(
+            file.write, safetensors_header({name: shape for name, (_, shape) in stored.items()}, dtypes, stored)
+        )
+        coded = [] if encoder is None else encoder.coded(self.plan.resident)
+        for name, shape in self.plan.resident.items():
             kind = self.source.dtype(name)
             total = self.source.tensors[name].info.nbytes
-            for start in range(0, total, BLOCK_BYTES):
+            matrix = Matrix(encoder, shape[1], name) if encoder is not None and name in coded else None
+            step = BLOCK_BYTES - BLOCK_BYTES % (shape[-1] * ITEM_BYTES[kind] if matrix else 1)
+            for start in range(0, total, step):
                 at, memory = self.flats.take()
-                raw = self.source.read(name, start, min(BLOCK_BYTES, total - start), memory).view(RAW[kind])
-                self.flats.give(at, self._submit(file.write, cast(raw, kind, self.dtype, name).data))
+                raw = self.source.read(name, start, min(step, total - start), memory).view(RAW[kind])
+                items = cast(raw, kind, self.dtype, name)
+                done = (
+                    self._submit(file.write, items.data) if matrix is None else self._submit(matrix.write, file, items)
+                )
+                self.flats.give(at, done)
+            if matrix is not None:
+                self._submit(matrix.finish, file)
         self._submit(file.close)
 
     def finish(self) -> None:
@@ -379,8 +300,15 @@ class _Ring:
         self._users[at] = user
 
 
-def _turn_and_write(file: HashedFile, block: np.ndarray, target: np.ndarray, panel: np.ndarray) -> None:
-    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file."""
+def _turn_and_write(
+    file: HashedFile,
+    block: np.ndarray,
+    target: np.ndarray,
+    panel: np.ndarray,
+    encode: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
+    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file; encode: into
+    what is written of it."""
     for row in range(0, len(panel), 32):  # a whole .T walks panel and block a cache line per item: ten times slower
         target[:, row : row + 32] = panel[row : row + 32].T
-    file.write(block.data)
+    file.write((block if encode is None else encode(block)).data)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from .backends.base import BLOCK
 from .config import LONGEST_GAP, FlashConfig, format_bytes
 from .demand import Demand, LayerDemand
 from .machine import Machine
@@ -30,6 +29,8 @@ STAGING = (1, 2, 3, 4, 6, 8, 12, 16)
 SAME_RATE, SAME_TIME = 0.97, 1.01  # closer than a probe tells apart
 # Buffered reads must win clearly: what a page cache costs under a memory limit no probe on a quiet machine sees.
 CLEARLY, NEARLY = 1.1, 0.9
+# Bytes of codes per second, of those of 16-bit weights: measured once (two threads, AVX-512, groups of 64), not probed.
+CODED: Mapping[int | None, float] = {4: 0.55, 8: 0.75}
 PAYS = 0.98  # look-ahead, of the time without
 OVER = 1.0  # gaps that pay may be as many bytes as are asked for
 
@@ -110,8 +111,8 @@ class _Model:
 
     def __init__(self, machine: Machine, demand: Demand, tuning: Tuning, staging: int):
         self.machine, self.demand, self.tuning, self.staging = machine, demand, tuning, max(1, staging)
-        self.linear = machine.kernels[f"linear.{demand.dtype}"]
-        self.rows = machine.kernels[f"rows.{demand.dtype}"]
+        self.linear = machine.kernels[f"linear.{demand.dtype}"] * CODED.get(demand.dense_bits, 1.0)
+        self.rows = machine.kernels[f"rows.{demand.dtype}"] * CODED.get(demand.bits, 1.0)
         self.counts, self.latency = self._latencies(demand.read_bytes)
 
     def _latencies(self, nbytes: int) -> tuple[list[int], list[float]]:
@@ -134,18 +135,18 @@ class _Model:
 
     def _pieces(self, staging: int) -> int:
         """Reads in flight while so many staging slabs fill."""
-        return min(self.tuning.depth, staging * ceil(BLOCK * self.demand.stride / PIECE))
+        return min(self.tuning.depth, staging * ceil(self.demand.block * self.demand.stride / PIECE))
 
     def stream_rate(self, staging: int) -> float:
         """Bytes per second of blocks that are read one after the other into so many staging slabs."""
-        nbytes, depth = min(BLOCK * self.demand.stride, PIECE), self._pieces(staging)
+        nbytes, depth = min(self.demand.block * self.demand.stride, PIECE), self._pieces(staging)
         known = {read.depth for read in self.machine.reads if not read.scattered and read.depth < depth} | {1, depth}
         return max(self.machine.read_rate(nbytes, each, False, self.tuning.direct) for each in known)
 
     def stream_cpu_s(self, nbytes: float, staging: int) -> float:
         """What reading so much in a row costs the processor. All of it counts, here and below: the thread that computes
         is the one that begins the reads."""
-        piece = min(BLOCK * self.demand.stride, PIECE)
+        piece = min(self.demand.block * self.demand.stride, PIECE)
         return nbytes / piece * self.machine.read_cpu_s(piece, self._pieces(staging), False, self.tuning.direct)
 
     def cpu_s(self, count: float) -> float:
@@ -185,7 +186,7 @@ class _Model:
         dense, other = sum(map(self.dense_s, layers)) + self.head_s, self.other_s * len(layers)
         sparse = sum(self.ffn_s(layer.asked, layer.fired) for layer in layers)
         nbytes = sum((layer.bundles - layer.capacity) * demand.stride for layer in layers)
-        rate, block = self.stream_rate(staging), BLOCK * demand.stride
+        rate, block = self.stream_rate(staging), demand.block * demand.stride
         read, cpu = block / rate, self.stream_cpu_s(block, staging)
 
         def ring() -> Iterable[Row]:
@@ -193,8 +194,8 @@ class _Model:
                 for layer in layers:
                     share = layer.fired / layer.bundles
                     before = self.dense_s(layer) + self.other_s + self.ffn_s(layer.capacity, share * layer.capacity)
-                    blocks = (layer.bundles - layer.capacity) / BLOCK
-                    yield before, blocks, read, self.ffn_s(BLOCK, share * BLOCK) + cpu
+                    blocks = (layer.bundles - layer.capacity) / demand.block
+                    yield before, blocks, read, self.ffn_s(demand.block, share * demand.block) + cpu
                 yield self.head_s, 0, 0.0, 0.0
 
         other += nbytes / block * cpu
@@ -231,17 +232,20 @@ class _Model:
     def prompt_s(self, cold: bool) -> float:
         """A prompt of PROMPT tokens in chunks, each layer's blocks once per chunk. cold: nothing is in slots."""
         demand, machine, staging = self.demand, self.machine, self.staging
-        left, total, block = PROMPT, self.head_s, BLOCK * demand.stride
+        left, total, block = PROMPT, self.head_s, demand.block * demand.stride
         read, cpu = block / self.stream_rate(staging), self.stream_cpu_s(block, staging)
         circle = demand.selector == "all"
 
         def ring(flop_s: float) -> Iterable[Row]:
             bundle = (demand.stride / demand.item_bytes) * flop_s
             for layer in demand.layers:
-                before, work = layer.dense_bytes / demand.item_bytes * flop_s + self.other_s, BLOCK * bundle
-                blocks, resident = layer.bundles / BLOCK, layer.resident and not cold
+                before, work = (
+                    layer.dense_bytes / demand.dense_item_bytes * flop_s + self.other_s,
+                    demand.block * bundle,
+                )
+                blocks, resident = layer.bundles / demand.block, layer.resident and not cold
                 if circle and not cold:  # resident rows are computed where they are, the others pass through
-                    yield before + layer.capacity * bundle, blocks - layer.capacity / BLOCK, read, work + cpu
+                    yield before + layer.capacity * bundle, blocks - layer.capacity / demand.block, read, work + cpu
                 elif resident:  # copied from slots into staging
                     yield before, blocks, 0.0, work + 2 * block / machine.memory_bytes_per_s
                 else:
@@ -314,7 +318,7 @@ def choose_tuning(machine: Machine, demand: Demand, given: Mapping[str, Any] | N
 def _kind(demand: Demand) -> tuple[int, bool]:
     """Size of most reads, and whether they are scattered."""
     if demand.selector == "all":
-        return min(BLOCK * demand.stride, PIECE), False
+        return min(demand.block * demand.stride, PIECE), False
     return demand.read_bytes, True
 
 
@@ -360,7 +364,7 @@ def _choose_staging(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[i
 
 def _choose_depth(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[int, str]:
     nbytes, scattered = _kind(demand)
-    blocks = tuning.staging_blocks * ceil(BLOCK * demand.stride / PIECE)
+    blocks = tuning.staging_blocks * ceil(demand.block * demand.stride / PIECE)
     wanted = min(DEPTH, max(blocks, ceil(max(layer.missed for layer in demand.layers) if scattered else 0)))
     # More are begun at once where that costs little speed: the disk has work while the thread that computes does not
     # look. With 128 instead of 256 in flight decoding OpenELM-3B took a tenth longer.

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from .backends.base import BLOCK, block_of
 from .config import Selection
 from .models.families import ModelSpec
 from .residency.curves import lower_hull
 from .selection.factory import lead_of
 from .storage.calibration import Calibration, LayerCalibration
-from .storage.layout import ITEM_BYTES, Layout
+from .storage.layout import ITEM_BYTES, Layout, Quantisation
 
 WORST = "assuming that every neuron is asked for, as nothing is calibrated"
 ALIKE = "assuming that all neurons are asked for equally often"
@@ -53,7 +54,8 @@ class Demand:
     fires; `read_bytes` are read of one that is missing, `stride` where whole blocks stream.
 
     head_bytes: the output layer's; kv_bytes: keys and values that one token of context adds; chunk: tokens of a
-    prompt that pass the layers at once; assumption: what was not known, "" where all was
+    prompt that pass the layers at once; block: bundles that stream together; assumption: what was not known, "" where
+    all was; bits, dense_bits: of the codes of bundles and of resident matrices, None where they are not quantised
     """
 
     selector: str
@@ -67,10 +69,19 @@ class Demand:
     kv_bytes: int
     chunk: int
     assumption: str = ""
+    block: int = BLOCK
+    bits: int | None = None
+    dense_bits: int | None = None
 
     @property
-    def item_bytes(self) -> int:
-        return ITEM_BYTES[self.dtype]
+    def item_bytes(self) -> float:
+        """Of a weight in a bundle, scales and biases left aside."""
+        return ITEM_BYTES[self.dtype] if self.bits is None else self.bits / 8
+
+    @property
+    def dense_item_bytes(self) -> float:
+        """Of a resident weight."""
+        return ITEM_BYTES[self.dtype] if self.dense_bits is None else self.dense_bits / 8
 
     @property
     def all_resident(self) -> bool:
@@ -92,11 +103,14 @@ def demand(
     calibration: Calibration | None,
     capacities: Sequence[int],
     chunk: int,
+    dense: Quantisation | None = None,
 ) -> Demand:
-    """What a decoded token of this model asks for with `selection`, with so many slots per layer."""
-    parts, item = layouts[0].parts, ITEM_BYTES[dtype]
+    """What a decoded token of this model asks for with `selection`, with so many slots per layer; dense: how the
+    resident matrices are quantised."""
+    head, item, coded = layouts[0].matrices[0], ITEM_BYTES[dtype], layouts[0].quantisation
+    width = item if dense is None else dense.bits / 8 + 2 * item / dense.group_size  # bytes of a resident weight
     lead = lead_of(selection, layouts[0], calibration)
-    lead_bytes = layouts[0].part(lead).nbytes if lead else 0
+    lead_bytes = layouts[0].matrix_bytes(lead) if lead else 0
     used = [_use(spec, selection, calibration, i, layouts[i].count, capacities[i]) for i in range(len(layouts))]
     layers = []
     for i, (layout, shape) in enumerate(zip(layouts, spec.layers, strict=True)):
@@ -106,7 +120,7 @@ def demand(
             LayerDemand(
                 bundles=layout.count,
                 capacity=capacities[i],
-                dense_bytes=2 * (shape.heads + shape.kv_heads) * spec.head_dim * spec.dim * item,
+                dense_bytes=int(2 * (shape.heads + shape.kv_heads) * spec.head_dim * spec.dim * width),
                 lead_bytes=lead_bytes * layout.count,
                 predictor_bytes=known.predictor_bytes if known else 0,
                 asked=used[i][0],
@@ -117,19 +131,22 @@ def demand(
             )
         )
     others = layouts[0].bundle_bytes - lead_bytes
-    first = 0 if lead else parts[0].nbytes
+    first = 0 if lead else layouts[0].matrix_bytes(head)
     return Demand(
         selector=selection.name,
         dtype=dtype,
         layers=tuple(layers),
         stride=layouts[0].stride,
-        read_bytes=layouts[0].stride - (lead_bytes if lead == parts[0].name else 0),
+        read_bytes=layouts[0].stride - (lead_bytes if lead == head else 0),
         first_part_bytes=first,
         other_parts_bytes=others - first,
-        head_bytes=spec.vocab * spec.dim * item,
+        head_bytes=int(spec.vocab * spec.dim * width),
         kv_bytes=spec.kv_items_per_token * item,
         chunk=chunk,
         assumption=_assumption(selection, calibration),
+        block=block_of(layouts[0]),
+        bits=None if coded is None else coded.bits,
+        dense_bits=None if dense is None else dense.bits,
     )
 
 

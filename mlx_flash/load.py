@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .backends import choose
-from .backends.base import BLOCK, Backend, FFNSpec, Widths
+from .backends.base import BLOCK, Backend, FFNSpec, Widths, block_of
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
@@ -24,6 +24,7 @@ from .errors import BudgetError, FlashError, FormatError, UsageError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
+from .models.quantised import expected_layout, read_quantisation, resident_shapes
 from .models.read_config import read_spec
 from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
@@ -102,7 +103,8 @@ class RunPlan:
     def _demand(self, capacities: Sequence[int]) -> Demand:
         chunk = min(self.config.prefill_chunk, self.context)
         layouts = self.checkpoint.layouts
-        return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk)
+        dense = read_quantisation(self.checkpoint.config)
+        return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk, dense)
 
     @cached_property
     def prediction(self) -> Prediction | None:
@@ -141,7 +143,7 @@ class Run(BaseRun):
     def __init__(self, plan: RunPlan):
         layout = plan.checkpoint.layouts[0]
         names = [part.name for part in layout.parts]
-        staging = [plan.backend.slab(layout, BLOCK, names) for _ in range(plan.memory.staging_blocks)]
+        staging = [plan.backend.slab(layout, block_of(layout), names) for _ in range(plan.memory.staging_blocks)]
         reader = open_reader(plan.checkpoint.layer_files, **plan.tuning.reader_options)
         super().__init__(plan, Shared(plan.backend, reader, BlockStream(staging), Stats()))
         self.factory = SelectorFactory(
@@ -178,8 +180,8 @@ def run_costs(
     names = [part.name for part in largest.parts]
     resident = resident_parts(selection, largest, calibration)
     slot_parts = parts_in_slots(selection, largest, calibration)
-    item = ITEM_BYTES[layouts[0].parts[0].dtype]
-    block = backend.slab_bytes(layouts[0], BLOCK, names)
+    item = ITEM_BYTES[layouts[0].dtype]
+    block = backend.slab_bytes(layouts[0], block_of(layouts[0]), names)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
         "KV cache": spec.kv_items_per_token * item * context * config.sequences,
@@ -188,7 +190,8 @@ def run_costs(
     if resident:
         fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
     if selection.name != "all":
-        fixed["prefill scratch"] += 4 * min(chunk, context) * min(BLOCK, largest.count)  # scalars of a block
+        neurons = min(BLOCK, largest.count * largest.neurons)
+        fixed["prefill scratch"] += 4 * min(chunk, context) * neurons  # scalars of a block
     predicts = selection.name == "predictor" or (selection.name == "gate" and tuning.look_ahead == "on")
     if predicts and calibration is not None and calibration.has_predictors:
         fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
@@ -208,7 +211,7 @@ def run_costs(
         block,
         slot,
         counts,
-        unit=BLOCK if selection.name == "all" else 1,
+        unit=block_of(layouts[0]) if selection.name == "all" else 1,
         curves=curves,
         staging_blocks=tuning.staging_blocks,
         least_staging=tuning.staging_blocks if given else 1,
@@ -228,16 +231,20 @@ def spec_widths(spec: ModelSpec) -> Widths:
 
 
 def choose_selection(
-    config: FlashConfig, spec: ModelSpec, calibration: Calibration | None, costs: Callable[[Selection], Costs]
+    config: FlashConfig,
+    spec: ModelSpec,
+    calibration: Calibration | None,
+    costs: Callable[[Selection], Costs],
+    neurons: int = 1,
 ) -> Selection:
     """The selector that runs. `auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`;
     `prompt:auto` keeps the share of neurons that fits."""
     selection = parse_selection(config.select)
     if selection.name == "auto":
         gate = Selection("gate")
-        fits = spec.has_zeros and budget_for(config, costs(gate)) >= costs(gate).smallest
+        fits = spec.has_zeros and neurons == 1 and budget_for(config, costs(gate)) >= costs(gate).smallest
         return gate if fits else Selection("all")
-    check_selection(selection, spec.activation, spec.gated, calibration)
+    check_selection(selection, spec.activation, spec.gated, calibration, neurons)
     if selection != Selection("prompt"):
         return selection
     found = costs(selection)
@@ -260,14 +267,14 @@ def announce(message: str) -> None:
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raise FormatError unless config.json describes the bundles and the resident tensors that are there."""
     flash = checkpoint.config["flash"]
-    layouts = [spec.layout(i, flash["dtype"]) for i in range(len(spec.layers))]
+    layouts = [expected_layout(spec, i, flash["dtype"], checkpoint.layouts) for i in range(len(spec.layers))]
     if layouts != checkpoint.layouts or flash["activation"] != spec.activation:
         raise FormatError(
             f"{checkpoint.path}: config.json does not describe the bundles ({len(layouts)} layers by the config, "
             f"{len(checkpoint.layouts)} on flash); convert the model again"
         )
     found = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
-    wanted = spec.resident_shapes()
+    wanted = resident_shapes(checkpoint, spec)
     wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     if wrong:
         raise FormatError(
@@ -314,12 +321,13 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
 
     machine, problem = measured_machine(checkpoint)
     tuning = default_tuning(given_settings(config))
-    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+    neurons = checkpoint.layouts[0].neurons
+    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
     if machine is None:
         return plan(selection, tuning)
     tuning = tuned(plan(selection, tuning))
     if parse_selection(config.select) == Selection("prompt"):  # what fits beside the staging that was chosen
-        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs)
+        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
     return plan(selection, tuning)
 
 

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -27,7 +27,7 @@ from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
 from .storage.writer import is_safe_name
 
 DTYPE_OF = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-TAG_OF = {name: tag for tag, name in DTYPE_OF.items()}
+TAG_OF = {name: tag for tag, name in DTYPE_OF.items()} | {"uint32": "U32"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -290,8 +290,10 @@ class Source:
         self.close()
 
 
-def source_hash(folder: Path, *, dtype: str | None = None, tokenizer: Path | None = None) -> str:
-    """SHA-256 (hex) that names a checkpoint's content and the options of its conversion.
+def source_hash(
+    folder: Path, *, dtype: str | None = None, tokenizer: Path | None = None, more: Sequence[Any] | None = None
+) -> str:
+    """SHA-256 (hex) that names a checkpoint's content and the options of its conversion; more: those of quantising.
 
     Small files count with all their bytes. Hashing tens of GB at every start would cost more than the run, so
     above 64 MB of weights a file counts with its header, its size, its time of change and 64 blocks of 64 KiB
@@ -299,7 +301,8 @@ def source_hash(folder: Path, *, dtype: str | None = None, tokenizer: Path | Non
     sync) has other bytes in nearly every block, as training moves every weight. A mere copy gets another
     hash: a second conversion, never a wrong one.
     """
-    total = hashlib.sha256(json.dumps([FORMAT_VERSION, dtype]).encode())
+    options = [FORMAT_VERSION, dtype] if more is None else [FORMAT_VERSION, dtype, *more]
+    total = hashlib.sha256(json.dumps(options).encode())
     files = weight_files(folder)
     full = sum(path.stat().st_size for path in files.values()) <= FULL_HASH_BYTES
     for name, path in files.items():
@@ -336,14 +339,17 @@ def _hash_samples(path: Path) -> str:
     return digest.hexdigest()
 
 
-def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str, names: Iterable[str]) -> bytes:
-    """Length and header of a safetensors file that holds `names` back to back, all of one dtype; data begins
-    at a multiple of 512 bytes."""
+def safetensors_header(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str | Mapping[str, str], names: Iterable[str]
+) -> bytes:
+    """Length and header of a safetensors file that holds `names` back to back, all of one dtype or each of its own;
+    data begins at a multiple of 512 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
-        end = at + ITEM_BYTES[dtype] * _items(shapes[name])
-        header[name] = {"dtype": TAG_OF[dtype], "shape": list(shapes[name]), "data_offsets": [at, end]}
+        kind = dtype if isinstance(dtype, str) else dtype[name]
+        end = at + ITEM_BYTES[kind] * _items(shapes[name])
+        header[name] = {"dtype": TAG_OF[kind], "shape": list(shapes[name]), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)

@@ -245,7 +245,7 @@ class StreamRow:
         wanted = [
             Request(layer, np.arange(first, first + length))
             for layer, (capacity, count) in enumerate(zip(self.capacities, self.counts, strict=True))
-            for first, length in blocks(capacity, count)
+            for first, length in blocks(capacity, count, BLOCK)
         ]
         begin = time.perf_counter()
         stream.start(wanted, self.shared.fetch)

@@ -43,7 +43,7 @@ def made_up_layer(dim: int, count: int, seed: int, share: float | None = 0.4, ra
 def calibrate_by_hand(path: Path, share: float | None = 0.4, lead: str = "gate", **summary: Any) -> Path:
     """Write a made-up calibration into a flash checkpoint."""
     checkpoint = Checkpoint.open(path)
-    dim = checkpoint.layouts[0].parts[0].length
+    dim = checkpoint.layouts[0].dim
     layers = [made_up_layer(dim, layout.count, seed, share) for seed, layout in enumerate(checkpoint.layouts)]
     known = {"sparsities": list(SPARSITIES), "lead": lead, **summary}
     attach(checkpoint, Calibration(tuple(layers), known))

@@ -18,6 +18,11 @@ from ..storage.reader import Target
 BLOCK = 256
 
 
+def block_of(layout: Layout) -> int:
+    """Bundles of a layout that make up a block of BLOCK neurons."""
+    return BLOCK // layout.neurons
+
+
 @dataclass(frozen=True)
 class FFNSpec:
     """What one FFN computes: `act(gate.x) * (up.x)` or, not gated, `act(up.x + up_bias)`, times `down`.
@@ -90,7 +95,7 @@ class FFNPass(Protocol):
 
     def dense(self, slab: Slab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there.
-        h (T, count) fp32, if given, receives their scalars."""
+        h (T, count * neurons per bundle) fp32, if given, receives their scalars."""
 
     def settle(self) -> None:
         """When it returns, nothing pending reads any slab: rows may be overwritten."""

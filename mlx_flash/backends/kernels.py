@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..affine import AffineBundles, AffineRows
+
+Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
 NO_SPANS, NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
 
 
@@ -19,7 +22,7 @@ class Kernels(Protocol):
     """One set of kernels; results are bit-identical within a set, for Numba also at every number of threads.
 
     A weight array is (count, n) float32, float16, uint16 (bfloat16) or int8 whose rows are contiguous, any distance
-    apart.
+    apart; or `AffineRows` whose codes, scales and biases are such arrays.
     """
 
     name: str
@@ -31,7 +34,7 @@ class Kernels(Protocol):
     @threads.setter
     def threads(self, count: int) -> None: ...
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         """`w[r] . x` for r in `rows` (None: all). w (count, n), x (n,) fp32 -> (len(rows),) fp32."""
 
     def low_rank(
@@ -42,8 +45,8 @@ class Kernels(Protocol):
 
     def neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -61,8 +64,8 @@ class Kernels(Protocol):
 
     def begin_neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -82,7 +85,7 @@ class Kernels(Protocol):
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -100,9 +103,9 @@ class Kernels(Protocol):
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,
@@ -113,6 +116,29 @@ class Kernels(Protocol):
     ) -> np.ndarray:
         """`neurons` of all rows, added to y (d,) by blocks of `block` rows; returns them, (count,) fp32. down
         (count, d); the rest as there. The same bits as `neurons` and `add_blocks` give."""
+
+    def group_neurons(
+        self,
+        first: AffineBundles,
+        second: AffineBundles | None,
+        rows: np.ndarray,
+        x: np.ndarray,
+        *,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        """`neurons` of all neurons of these bundles, (len(rows), neurons) fp32."""
+
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        """`add_blocks` of bundles of neurons, h (m, neurons): the sum of bundle i is that of its neurons."""
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x / rms(x) * weight over the last axis. x (..., n), weight (n,) fp32 -> (..., n) fp32."""
@@ -140,7 +166,7 @@ def load(numba: bool | None = None) -> Kernels:
     return kernels
 
 
-def add_dense(kernels: Kernels, down: np.ndarray, h: np.ndarray, y: np.ndarray, block: int) -> None:
+def add_dense(kernels: Kernels, down: Weights, h: np.ndarray, y: np.ndarray, block: int) -> None:
     """Add h[i] down[i] of all rows to y, by blocks of `block` rows; those of zeros are not touched."""
     rows = np.flatnonzero(h)
     if len(rows):
@@ -164,9 +190,12 @@ def activate(name: str, values: np.ndarray) -> np.ndarray:
     return np.divide(values, divisor, out=values)
 
 
-def widen(w: np.ndarray, out: np.ndarray) -> None:
-    """Write weights, in whatever storage dtype, into `out`, fp32 of the same shape. Exact."""
-    if w.dtype == np.uint16:
+def widen(w: Weights, out: np.ndarray) -> None:
+    """Write weights, in whatever storage dtype, into `out`, fp32 of the same shape. Exact, but for codes, whose
+    products and sums are rounded to fp32."""
+    if isinstance(w, AffineRows):
+        w.widen(out)
+    elif w.dtype == np.uint16:
         np.left_shift(w, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         np.copyto(out, w)

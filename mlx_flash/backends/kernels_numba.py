@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..affine import AffineRows
 from . import kernels_llvm as compiled
-from .kernels import NO_SPANS, NO_SUMS, add_dense
+from .kernels import NO_SPANS, NO_SUMS, Weights, add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
+from .kernels_quant import QuantisedKernels
 from .workers import Workers
 
 KINDS = {
@@ -66,6 +68,7 @@ class KernelSet:
 
     def __init__(self) -> None:
         self._workers = Workers()
+        self._quantised = QuantisedKernels(self._workers)
         self._sums = np.empty((0, 0), np.float32)
         self._lock = threading.Lock()  # of _sums
 
@@ -77,7 +80,9 @@ class KernelSet:
     def threads(self, count: int) -> None:
         self._workers.count = count
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+        if isinstance(w, AffineRows):
+            return self._quantised.dots(w, rows, x)
         _check_rows(w)
         n = w.shape[1]
         _check_input(x, n)
@@ -95,8 +100,10 @@ class KernelSet:
     ) -> Callable[[np.ndarray], np.ndarray]:
         _check_rows(a, b)
         (rank, n), count = a.shape, len(b)
-        if a.dtype != b.dtype or b.shape != (count, rank) or bias.shape != (count,) or not rank * count:
+        if a.dtype != b.dtype or b.shape != (count, rank) or bias.shape != (count,):
             raise ValueError(f"a {a.dtype} {a.shape}, b {b.dtype} {b.shape}, bias {bias.shape}")
+        if not rank:  # calibration found nothing to tell the neurons apart by
+            return lambda x: bias.astype(np.float32)
         bias, z = np.ascontiguousarray(bias, np.float32), np.empty(rank, np.float32)
         weights = KINDS[a.dtype], a, a.strides[0], rank, b, b.strides[0], count
 
@@ -115,8 +122,8 @@ class KernelSet:
 
     def begin_neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -132,6 +139,9 @@ class KernelSet:
         if not parts:
             assert given is not None
             return lambda: given
+        if isinstance(parts[0], AffineRows):
+            options: Any = {"given": given, "bias": bias, "acts": acts, "cutoff": cutoff}
+            return self._quantised.begin_neurons(first, second, rows, x, **options)
         _check_rows(*parts)
         w, n = parts[0], len(x)
         if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
@@ -179,7 +189,7 @@ class KernelSet:
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -187,6 +197,9 @@ class KernelSet:
         y: np.ndarray,
         others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        if isinstance(sources[0], AffineRows):
+            self._quantised.add_blocks(sources, source, rows, h, starts, y)
+            return
         _check_rows(*sources)
         if len({w.dtype for w in sources}) != 1 or any(w.shape[1:] != y.shape for w in sources):
             raise ValueError(f"sources {[(w.dtype, w.shape) for w in sources]} for y {y.shape}")
@@ -219,9 +232,9 @@ class KernelSet:
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,
@@ -231,7 +244,9 @@ class KernelSet:
         cutoff: float = 0.0,
     ) -> np.ndarray:
         blocks = -(-len(down) // block)
-        if blocks < 2 * self.threads or down.strides != first.strides:  # too few tasks, or no records
+        if (
+            isinstance(first, AffineRows) or blocks < 2 * self.threads or down.strides != first.strides
+        ):  # too few tasks, or no records
             h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
             add_dense(self, down, h, y, block)
             return h
@@ -272,6 +287,12 @@ class KernelSet:
         if self._sums.size < blocks * d:
             self._sums = np.empty((blocks, d), np.float32)
         return self._sums.reshape(-1)[: blocks * d].reshape(blocks, d)
+
+    def group_neurons(self, *parts: Any, **options: Any) -> np.ndarray:
+        return self._quantised.group_neurons(*parts, **options)
+
+    def add_groups(self, *arguments: Any) -> None:
+        self._quantised.add_groups(*arguments)
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])

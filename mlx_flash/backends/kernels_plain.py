@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import NO_SPANS, NO_SUMS, activate, add_dense, narrow, widen
+from ..affine import AffineBundles
+from .kernels import NO_SPANS, NO_SUMS, Weights, activate, add_dense, narrow, widen
 
 ROWS = 256  # widened at a time
 
@@ -21,7 +22,7 @@ class KernelSet:
     name = "plain"
     threads = 1
 
-    def dots(self, w: np.ndarray, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         count = len(w) if rows is None else len(rows)
         out = np.empty(count, np.float32)
         scratch = np.empty((min(ROWS, count), w.shape[1]), np.float32)
@@ -44,8 +45,8 @@ class KernelSet:
 
     def neurons(
         self,
-        first: np.ndarray | None,
-        second: np.ndarray | None,
+        first: Weights | None,
+        second: Weights | None,
         rows: np.ndarray | None,
         x: np.ndarray,
         *,
@@ -87,7 +88,7 @@ class KernelSet:
 
     def add_blocks(
         self,
-        sources: Sequence[np.ndarray],
+        sources: Sequence[Weights],
         source: np.ndarray | None,
         rows: np.ndarray,
         h: np.ndarray,
@@ -106,9 +107,9 @@ class KernelSet:
 
     def dense(
         self,
-        first: np.ndarray,
-        second: np.ndarray | None,
-        down: np.ndarray,
+        first: Weights,
+        second: Weights | None,
+        down: Weights,
         x: np.ndarray,
         y: np.ndarray,
         block: int,
@@ -120,6 +121,42 @@ class KernelSet:
         h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
         add_dense(self, down, h, y, block)
         return h
+
+    def group_neurons(
+        self,
+        first: AffineBundles,
+        second: AffineBundles | None,
+        rows: np.ndarray,
+        x: np.ndarray,
+        *,
+        acts: tuple[str, str] = ("", ""),
+        cutoff: float = 0.0,
+    ) -> np.ndarray:
+        out = np.empty((len(rows), first.neurons), np.float32)
+        for mine, row in zip(out, rows, strict=True):
+            np.einsum("ij,j->i", first[row : row + 1].widen(), x, out=mine)
+            activate(acts[0], mine)
+            if cutoff:
+                mine[np.abs(mine) <= np.float32(cutoff)] = 0
+            if second is not None:
+                mine *= activate(acts[1], np.einsum("ij,j->i", second[row : row + 1].widen(), x))
+        return out
+
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+            total = np.zeros_like(y)
+            for at in range(begin, end):
+                neurons = sources[source[at]][rows[at] : rows[at] + 1].widen()
+                total += np.einsum("i,ij->j", h[at], neurons)
+            y += total
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean = np.mean(np.square(x), axis=-1, keepdims=True)

@@ -8,19 +8,31 @@ is said of Metal was read off MLX's source.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import ConfigError
-from ..storage.layout import Layout
+from ..storage.layout import ITEM_BYTES, Layout
 from .base import BLOCK, FFNSpec, Widths
-from .mlx_slab import DTYPES, SCALAR_ROWS, Found, Lagging, MlxSlab, gather, is_run, padded, pieces, slab_bytes, window
-
-Unary = Callable[[mx.array], mx.array]
+from .mlx_groups import MlxGroupPass, scratch_bytes
+from .mlx_rows import MlxRows
+from .mlx_slab import (
+    DTYPES,
+    SCALAR_ROWS,
+    Found,
+    Lagging,
+    MlxSlab,
+    gather,
+    has_gpu,
+    is_run,
+    padded,
+    pieces,
+    slab_bytes,
+    window,
+)
+from .mlx_sum import ACTIVATIONS, Sum
 
 # One token's terms summed by one product: for 256 rows MLX's CPU takes up to twice as long in bfloat16. Layers of fewer
 # than MANY neurons keep blocks of 256, as there each operation costs more than what it computes.
@@ -30,61 +42,9 @@ LAZY_BYTES = 32 << 20  # temporaries that prefill leaves to MLX before it waits 
 FUSED_HEAD_DIMS = (64, 80, 128)  # attention without a matrix of scores, on a GPU
 
 
-@dataclass(frozen=True)
-class Activation:
-    """`alone(g)`, and `times(g, u)` = alone(g) * u in one kernel."""
-
-    alone: Unary
-    times: Callable[[mx.array, mx.array], mx.array]
-
-
-def _relu(gate: mx.array) -> mx.array:
-    return mx.maximum(gate, 0)
-
-
-def _fused(alone: Unary) -> Activation:
-    return Activation(alone, mx.compile(lambda gate, up: alone(gate) * up, shapeless=True))
-
-
-_ALONE = {"silu": nn.silu, "relu": _relu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu2": nn.relu2}
-ACTIVATIONS = {name: _fused(alone) for name, alone in _ALONE.items()}
-
-
 def available() -> bool:
     """Whether MLX has a GPU here: Metal or CUDA."""
-    return bool(mx.metal.is_available() or mx.cuda.is_available())
-
-
-@dataclass
-class Sum:
-    """The terms added so far. One token: a list of partials, summed at the end in one operation of fixed shape;
-    more tokens: a running sum, so that a prompt's partials are not all alive at once."""
-
-    partials: list[mx.array] = field(default_factory=list)  # each (n, 1, d), n blocks' sums
-    running: mx.array | None = None  # (1, T, d) float32
-
-    def add(self, terms: mx.array) -> None:
-        """terms (n, T, d), each the sum of a block; n > 1 for one token only."""
-        if terms.shape[1] == 1:
-            self.partials.append(terms)
-        else:
-            terms = terms.astype(mx.float32)
-            self.running = terms if self.running is None else self.running + terms
-
-    def arrays(self) -> list[mx.array]:
-        return self.partials + ([] if self.running is None else [self.running])
-
-    def total(self, shape: tuple[int, ...]) -> mx.array:
-        """float32, as many items as `shape`; of that shape where there are no terms."""
-        if self.running is not None:
-            return self.running
-        if not self.partials:
-            return mx.zeros(shape, mx.float32)
-        if [len(terms) for terms in self.partials] == [1, 1]:  # one operation instead of three, in the same order
-            return self.partials[0].astype(mx.float32) + self.partials[1].astype(mx.float32)
-        whole = self.partials[0] if len(self.partials) == 1 else mx.concatenate(self.partials)
-        whole = whole.astype(mx.float32)
-        return whole if len(whole) == 1 else whole.sum(axis=0, keepdims=True)
+    return has_gpu()
 
 
 class MlxPass:
@@ -94,12 +54,10 @@ class MlxPass:
     """
 
     def __init__(self, spec: FFNSpec, x: mx.array):
-        if spec.activation not in ACTIVATIONS:
-            raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
         self._spec, self._activation = spec, ACTIVATIONS[spec.activation]
         self._shape, self._dtype = x.shape, x.dtype
         # MLX casts the operands of a product to a common type: of x and a slab only x may be the one that is cast.
-        dtype = DTYPES[spec.layout.parts[0].dtype]
+        dtype = DTYPES[spec.layout.dtype]
         self._x = x.reshape(1, -1, x.shape[-1]).astype(dtype)  # (1, T, d)
         self._tokens: int = self._x.shape[1]
         self._one_token = self._tokens == 1
@@ -110,13 +68,13 @@ class MlxPass:
         self._gates: mx.array | None = None  # (1, T, count)
         self._gate_slab: MlxSlab | None = None
         self._found: list[Found] = []
-        self._rest: tuple[mx.array, mx.array] | None = None  # h (1, T, m), down rows (1, m, d) of an unfilled group
+        self._rest: tuple[mx.array, MlxRows] | None = None  # h (1, T, m), down rows (1, m, d) of an unfilled group
         self._rest_in_place = False  # the rows are a slab's own
 
     def gate(self, slab: MlxSlab) -> np.ndarray:
         """Ids (n,) int32, ascending, that fire for any token; `slab` holds the first part of all `count` bundles."""
         spec = self._spec
-        product = self._x @ slab.view(spec.first, 0, 1, spec.layout.count, across=True)
+        product = slab.view(spec.first, 0, 1, spec.layout.count, across=True).product(self._x)
         self._gates = self._lead(product, spec.up_bias)
         fires = mx.any(self._gates != 0, axis=(0, 1))
         # After this the caller overwrites slots, so nothing may still read them. When mlx-lm generates, x comes from
@@ -181,20 +139,20 @@ class MlxPass:
 
     def _selected(self, slab: MlxSlab, index: mx.array, part: str) -> mx.array:
         """x times copies of the rows `index` (n,) of a part, (1, T, n), in groups of one shape."""
-        taken = mx.take(slab.parts[part], index, axis=0)
-        return self._joined(self._x @ taken.reshape(-1, SCALAR_ROWS, taken.shape[-1]).swapaxes(1, 2))
+        taken = slab.taken(part, index, len(index) // SCALAR_ROWS, across=True)
+        return self._joined(taken.product(self._x))
 
     def _in_window(self, slab: MlxSlab, part: str, low: int, high: int) -> mx.array:
         """x times the rows low..high of a part where they lie, (1, 1, at least high - low), in groups of that shape."""
         groups = -(-(high - low) // SCALAR_ROWS)
         if low + groups * SCALAR_ROWS <= slab.rows:
-            return self._joined(self._x @ slab.view(part, low, groups, SCALAR_ROWS, across=True))
+            return self._joined(slab.view(part, low, groups, SCALAR_ROWS, across=True).product(self._x))
         # The slab ends within a group: its last rows, of which some have been in the group before.
         whole, last = (groups - 1) * SCALAR_ROWS, slab.rows - SCALAR_ROWS
-        end = (self._x @ slab.view(part, last, 1, SCALAR_ROWS, across=True))[..., low + whole - last :]
+        end = slab.view(part, last, 1, SCALAR_ROWS, across=True).product(self._x)[..., low + whole - last :]
         if not whole:
             return end
-        begin = self._joined(self._x @ slab.view(part, low, groups - 1, SCALAR_ROWS, across=True))
+        begin = self._joined(slab.view(part, low, groups - 1, SCALAR_ROWS, across=True).product(self._x))
         return mx.concatenate([begin, end], axis=2)
 
     def _joined(self, products: mx.array) -> mx.array:
@@ -230,7 +188,7 @@ class MlxPass:
         scalars = mx.take(scalars, mx.array(columns[order].astype(np.uint32)), axis=2)
         lagging = Lagging()
         for begin, end in pieces(len(ids), PIECE if self._one_token else BLOCK):
-            self._add_selected(scalars[..., begin:end], gather(found, order[begin:end])[None])
+            self._add_selected(scalars[..., begin:end], gather(found, order[begin:end]))
             if end < len(ids) and self._one_token:
                 lagging.start(self._unfinished())
 
@@ -251,7 +209,7 @@ class MlxPass:
         """When it returns, nothing pending reads any slab."""
         if self._rest_in_place and self._rest is not None:
             scalars, down = self._rest
-            self._rest = scalars, mx.take(down, mx.arange(down.shape[1]), axis=1)
+            self._rest = scalars, down.copy()
         self._rest_in_place = False
         mx.eval(self._unfinished())
         self._lazy_bytes = 0
@@ -267,7 +225,8 @@ class MlxPass:
         return total.astype(self._dtype).reshape(self._shape)
 
     def _unfinished(self) -> list[mx.array]:
-        return [*self._sum.arrays(), *(each.scalars for each in self._found), *(self._rest or ())]
+        rest = [] if self._rest is None else [self._rest[0], *self._rest[1].arrays]
+        return [*self._sum.arrays(), *(each.scalars for each in self._found), *rest]
 
     def _follow(self, first_id: int, end_id: int) -> None:
         # Terms out of order would give other bits, silently.
@@ -280,9 +239,7 @@ class MlxPass:
         rows = blocks * length
 
         def product(name: str) -> mx.array:
-            # x stands on the left and is broadcast: the other way round MLX folds the blocks into the rows of one
-            # product, whose kernel then depends on their number. For T > 1 on Metal it does in any case: `blocks` is 1.
-            return self._x @ slab.view(name, row, blocks, length, across=True)
+            return slab.view(name, row, blocks, length, across=True).product(self._x)
 
         if self._spec.gated and not self._spec.cutoff:
             scalars = self._activation.times(product("gate"), product("up"))
@@ -296,7 +253,7 @@ class MlxPass:
             self._add_run(scalars.reshape(1, 1, rows), slab, row)
             self._add_rest()
             return scalars
-        self._sum.add(scalars @ slab.view("down", row, blocks, length))
+        self._sum.add(slab.view("down", row, blocks, length).product(scalars))
         self._lazy_bytes += _block_bytes(self._x.shape[2], self._x.dtype.size, self._tokens)
         if self._lazy_bytes > LAZY_BYTES:
             self.settle()
@@ -308,32 +265,32 @@ class MlxPass:
         groups, whole = count // self._down_rows, count - count % self._down_rows
         if groups:
             left = scalars[..., :whole].reshape(groups, 1, -1)
-            self._sum.add(left @ slab.view("down", row, groups, self._down_rows))
+            self._sum.add(slab.view("down", row, groups, self._down_rows).product(left))
         if whole < count:
             self._rest = scalars[..., whole:], slab.view("down", row + whole, 1, count - whole)
             self._rest_in_place = True
 
     def _add_rest(self) -> None:
         if self._rest is not None:
-            self._sum.add(self._rest[0] @ self._rest[1])
+            self._sum.add(self._rest[1].product(self._rest[0]))
             self._rest = None
 
-    def _add_selected(self, scalars: mx.array, down: mx.array) -> None:
+    def _add_selected(self, scalars: mx.array, down: MlxRows) -> None:
         """h (1, T, n) times rows (1, n, d), by groups of so many consecutive selected ids; keeps what fills no group.
 
         The groups run on through several `down`s, so they do not depend on how the ids were dealt out to them.
         """
         if self._rest is not None:
             scalars = mx.concatenate([self._rest[0], scalars], axis=2)
-            down = mx.concatenate([self._rest[1], down], axis=1)
+            down = self._rest[1].followed_by(down)
         rows, count = self._down_rows, scalars.shape[2]
         groups, whole = count // rows, count - count % rows
         step = max(groups, 1) if self._one_token else 1
         for group in range(0, groups, step):
             part = slice(group * rows, (group + step) * rows)
             left = scalars[..., part].reshape(self._tokens, step, rows).swapaxes(0, 1)
-            self._sum.add(left @ down[:, part].reshape(step, rows, -1))
-        self._rest = (scalars[..., whole:], down[:, whole:]) if whole < count else None
+            self._sum.add(down.rows(part, step).product(left))
+        self._rest = (scalars[..., whole:], down.rows(slice(whole, None), 1)) if whole < count else None
         self._rest_in_place = False
 
 
@@ -362,9 +319,11 @@ class MlxBackend:
         """Bytes that `slab` takes."""
         return slab_bytes(layout, rows, parts)
 
-    def ffn(self, spec: FFNSpec, x: mx.array) -> MlxPass:
+    def ffn(self, spec: FFNSpec, x: mx.array) -> MlxPass | MlxGroupPass:
         """Begin one FFN on x (..., d). Raises ConfigError for an activation that is not known."""
-        return MlxPass(spec, x)
+        if spec.activation not in ACTIVATIONS:
+            raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
+        return MlxPass(spec, x) if spec.layout.neurons == 1 else MlxGroupPass(spec, x)
 
     def predictor(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
@@ -394,8 +353,10 @@ class MlxBackend:
         dim, chunk, block = widths.dim, min(chunk, context), _block_bytes(widths.dim, 4, min(chunk, context))
         ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + block)
         fused = available() and widths.head_dim in FUSED_HEAD_DIMS
-        item = layout.parts[0].nbytes // layout.parts[0].length
+        item = ITEM_BYTES[layout.dtype]
         scores = 0 if fused else 2 * item * widths.heads * chunk * context
         activations = 4 * chunk * (5 * dim + 5 * widths.qkv_rows)
         copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts)  # two pieces at once
+        if layout.neurons > 1:
+            ffn, copies = scratch_bytes(layout, chunk, item), 0
         return max(max(ffn, scores) + activations, copies) + cache_limit_bytes(dim)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import mlx.core as mx
 import numpy as np
 
 from ..storage.layout import Layout
 from ..storage.reader import Target
+from .mlx_rows import MlxRows, make_rows
 
 DTYPES = {
     **{"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16},
@@ -55,15 +57,18 @@ class ExpertSlab:
 class MlxSlab:
     """One contiguous array per part, shape (rows, length); `targets` write through its memory.
 
+    Columns of a wider array would not do: MLX's quantised kernels copy anything else than contiguous rows.
+
     unfinished: for a slab of gate rows, what the layer's last pass left to be evaluated (see MlxPass.gate).
     """
 
     def __init__(self, layout: Layout, rows: int, parts: Sequence[str]):
-        self.rows = rows
+        self.rows, self._layout = rows, layout
+        self._wide = not has_gpu()
         self.nbytes = slab_bytes(layout, rows, parts)
         self.parts: dict[str, mx.array] = {}
         self.unfinished: list[mx.array] = []
-        self._views: dict[tuple[str, int, int, int, bool], mx.array] = {}
+        self._views: dict[tuple[str, int, int, int, bool], MlxRows] = {}
         targets = []
         for name in parts:
             part = layout.part(name)
@@ -76,22 +81,36 @@ class MlxSlab:
             targets.append(Target(layout.offset(name), memory.reshape(rows, part.nbytes)))
         self.targets = tuple(targets)
 
-    def view(self, part: str, row: int, groups: int, length: int, across: bool = False) -> mx.array:
-        """Rows `row`.. in place, as (groups, length, d); across: as (groups, d, length), for x . row.
+    def view(self, matrix: str, row: int, groups: int, length: int, across: bool = False) -> MlxRows:
+        """A matrix' rows `row`.. in place, as (groups, length, d); across: for x . row.
 
         Kept: the first evaluation that uses a view makes it an array on the slab's memory, from which the next graphs
         begin. Slicing and reshaping are operations like any other: anew for every token they cost a small model more
         than its products.
         """
-        key = part, row, groups, length, across
+        key = matrix, row, groups, length, across
         found = self._views.get(key)
         if found is None:
-            found = self.parts[part][row : row + groups * length].reshape(groups, length, -1)
-            found = found.swapaxes(1, 2) if across else found
+            found = self._made([array[row : row + groups * length] for array in self._arrays(matrix)], groups, across)
             if len(self._views) >= VIEWS:
                 self._views.clear()
             self._views[key] = found
         return found
+
+    def taken(self, matrix: str, index: mx.array, groups: int, across: bool = False) -> MlxRows:
+        """Copies of a matrix' rows `index` (n,), as so many groups."""
+        return self._made([mx.take(array, index, axis=0) for array in self._arrays(matrix)], groups, across)
+
+    def _arrays(self, matrix: str) -> list[mx.array]:
+        return [self.parts[name] for name in self._layout.parts_of(matrix)]
+
+    def _made(self, arrays: Sequence[mx.array], groups: int, across: bool) -> MlxRows:
+        return make_rows(arrays, groups, self._layout.quantisation, across, self._wide)
+
+
+def has_gpu() -> bool:
+    """Whether MLX has a GPU here: Metal or CUDA."""
+    return bool(mx.metal.is_available() or mx.cuda.is_available())
 
 
 def slab_bytes(layout: Layout, rows: int, parts: Sequence[str]) -> int:
@@ -136,23 +155,24 @@ def padded(index: np.ndarray) -> np.ndarray:
     return groups
 
 
-def gather(found: list[Found], order: np.ndarray) -> mx.array:
-    """Down rows (n, d) of positions `order` in the concatenation of `found`."""
+def gather(found: list[Found], order: np.ndarray) -> MlxRows:
+    """Down rows (1, n, d) of positions `order` in the concatenation of `found`."""
     rows = np.concatenate([each.rows for each in found]).astype(np.uint32)[order]
     slabs = list({id(each.slab): each.slab for each in found}.values())
     if len(slabs) == 1:
-        return mx.take(slabs[0].parts["down"], mx.array(rows), axis=0)
+        return slabs[0].taken("down", mx.array(rows), 1)
     source = np.concatenate([np.full(len(e.ids), slabs.index(e.slab)) for e in found])[order]
     # Slab by slab, then back into the order of ids.
     by_slab = np.argsort(source, kind="stable")
     taken = [
-        mx.take(slab.parts["down"], mx.array(rows[source == number]), axis=0)
+        slab.taken("down", mx.array(rows[source == number]), 1)
         for number, slab in enumerate(slabs)
         if (source == number).any()
     ]
     if len(taken) == 1:
         return taken[0]
-    return mx.take(mx.concatenate(taken), mx.array(np.argsort(by_slab).astype(np.uint32)), axis=0)
+    back = mx.array(np.argsort(by_slab).astype(np.uint32))
+    return reduce(MlxRows.followed_by, taken).ordered(back)
 
 
 def pieces(count: int, step: int) -> Iterator[tuple[int, int]]:

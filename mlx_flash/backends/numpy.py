@@ -10,20 +10,24 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
 from ..storage.layout import ALIGN, Layout
 from ..storage.pinned import anonymous
 from ..storage.reader import Target
+from ..storage.weights import VIEWS, coded_rows
 from . import kernels
 from .base import BLOCK, FFNSpec, Widths
+from .kernels import Weights
 from .numpy_ffn import BlockSums, DecodePass
+from .numpy_groups import GroupDecode, GroupPrefill
 from .numpy_prefill import TILE_COLUMNS, PrefillPass
 from .numpy_prefill import TILE_ROWS as PREFILL_ROWS
 from .products import Scratch, Tiles
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # that kernels multiply
 TILE_ROWS = 256  # of weights, widened for one product
 # A budget must not depend on how many cores a machine has: what further threads take counts as the libraries', as
 # BLAS's own buffers do.
@@ -63,12 +67,17 @@ class Slab:
         for name in parts:
             part, at = layout.part(name), layout.offset(name) - begin
             flat = memory[:, at : at + part.nbytes]
-            dtype = DTYPES[part.dtype]
+            dtype = VIEWS[part.dtype]
             self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
+        self._matrices: dict[str, Any] = {}
+        for name in layout.matrices:
+            held = [self._views[part] for part in layout.parts_of(name) if part in parts]
+            if held:
+                self._matrices[name] = held[0] if layout.quantisation is None else coded_rows(held, layout, name)
 
-    def part(self, name: str) -> np.ndarray:
-        """A part of every row, (rows, length) in its storage dtype: a view."""
-        return self._views[name]
+    def part(self, name: str) -> Any:
+        """A matrix' share of every row, (rows, d) as it is stored: a view; `Weights`, or `AffineBundles`."""
+        return self._matrices[name]
 
 
 class NumpyBackend:
@@ -101,8 +110,10 @@ class NumpyBackend:
         """Bytes that `slab` would take, in whole pages."""
         return _pages(rows * (-(-_range(layout, parts)[1] // ALIGN) * ALIGN))
 
-    def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass:
+    def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass | GroupDecode:
         """Begin one FFN on x (T, d)."""
+        if spec.layout.neurons > 1:
+            return GroupDecode(self.kernels, spec, x) if len(x) == 1 else GroupPrefill(self.tiles, spec, x)
         if len(x) == 1:
             return DecodePass(self.kernels, spec, x, self._sums)
         return PrefillPass(self.tiles, spec, x)
@@ -132,18 +143,18 @@ class NumpyBackend:
         return x
 
     def from_bytes(self, raw: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The weights in these bytes, a view. raw (nbytes,) uint8; dtype "float32", "float16" or "bfloat16"."""
-        return raw.view(DTYPES[dtype]).reshape(shape)
+        """The weights in these bytes, a view. raw (nbytes,) uint8; dtype: as in `VIEWS`."""
+        return raw.view(VIEWS[dtype]).reshape(shape)
 
-    def to_float32(self, w: np.ndarray) -> np.ndarray:
+    def to_float32(self, w: Weights) -> np.ndarray:
         """Weights as fp32: themselves, or a widened copy."""
-        if w.dtype == np.float32:
+        if isinstance(w, np.ndarray) and w.dtype == np.float32:
             return w
         out = np.empty(w.shape, np.float32)
         kernels.widen(w, out)
         return out
 
-    def linear(self, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    def linear(self, x: np.ndarray, w: Weights, bias: np.ndarray | None = None) -> np.ndarray:
         """x (T, n), w (rows, n), bias (rows,) -> (T, rows)."""
         if len(x) == 1:
             out = self.kernels.dots(w, None, np.ascontiguousarray(x[0]))[None]
@@ -159,7 +170,7 @@ class NumpyBackend:
             out += self.to_float32(bias)
         return out
 
-    def embed(self, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    def embed(self, w: Weights, ids: np.ndarray) -> np.ndarray:
         """Rows `ids` (T,) of w (V, d) -> (T, d)."""
         return self.to_float32(w[np.asarray(ids)])
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .base import BLOCK, FFNSpec, Fired
-from .kernels import Kernels, widen
+from .kernels import Kernels, Weights, widen
 
 _NO_IDS = np.empty(0, np.int64)
 
@@ -20,7 +20,7 @@ _NO_IDS = np.empty(0, np.int64)
 class Rows(Protocol):
     """What a pass needs of a slab: a part of every row, (rows, length) in its storage dtype."""
 
-    def part(self, name: str) -> np.ndarray: ...
+    def part(self, name: str) -> Weights: ...
 
 
 def _wide(w: Any) -> np.ndarray:
@@ -75,7 +75,7 @@ class BlockSums:
 class Term:
     """Ids (n,) whose scalars are being computed: `down` (., d) holds their last part, in `rows`."""
 
-    def __init__(self, ids: np.ndarray, down: np.ndarray, rows: np.ndarray, begun: Callable[[], np.ndarray]):
+    def __init__(self, ids: np.ndarray, down: Weights, rows: np.ndarray, begun: Callable[[], np.ndarray]):
         self.ids, self.down, self.rows, self._begun = ids, down, rows, begun
 
     def finish(self) -> None:
@@ -142,7 +142,7 @@ class DecodePass(FFNInput):
             options: dict[str, Any] = {"given": self.active[ids], "acts": self.acts}
         else:
             first, options = slab.part(self.first), self._options(None if self.bias is None else self.bias[ids])
-        if late is None:
+        if late is None or not isinstance(down, np.ndarray):  # sums of quantised rows begin when all are there
             begun = self.kernels.begin_neurons(first, second, rows, self.x, **options)
         else:
             sums, spans = self._begin_sums(ids, late)

@@ -22,6 +22,8 @@ Load = Callable[[str, slice, slice, np.ndarray], None]  # part, rows of the bloc
 class PrefillPass(FFNInput):
     """Several tokens."""
 
+    tile_rows = TILE_ROWS
+
     def __init__(self, tiles: Tiles, spec: FFNSpec, x: np.ndarray):
         super().__init__(spec, x)
         self.tiles = tiles
@@ -68,7 +70,7 @@ class PrefillPass(FFNInput):
         h = self.tiles.scratch.get("h", (len(self.x), count))
 
         def neurons(scratch: Scratch, k: int) -> None:
-            rows = slice(k * TILE_ROWS, min((k + 1) * TILE_ROWS, count))
+            rows = slice(k * self.tile_rows, min((k + 1) * self.tile_rows, count))
             ids = slice(first_id + rows.start, first_id + rows.stop)
             weights = scratch.get("wide", (rows.stop - rows.start, dim))
             if self.active is not None:
@@ -87,7 +89,7 @@ class PrefillPass(FFNInput):
             load("down", slice(0, count), mine, weights)
             self.y[:, mine] += np.matmul(h, weights, out=scratch.get("sum", (len(h), mine.stop - mine.start)))
 
-        self.tiles.each(-(-count // TILE_ROWS), neurons)
+        self.tiles.each(-(-count // self.tile_rows), neurons)
         self.tiles.each(-(-dim // TILE_COLUMNS), columns)
         return h
 

@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .cores import default_threads
-from .kernels import widen
+from .kernels import Weights, widen
 
 
 class Scratch:
@@ -31,9 +31,9 @@ class Scratch:
             self._flat[name] = np.empty(items, np.float32)
         return self._flat[name][:items].reshape(shape)
 
-    def wide(self, w: np.ndarray) -> np.ndarray:
+    def wide(self, w: Weights) -> np.ndarray:
         """Weights of any storage dtype as fp32: themselves, or in memory that the next call uses again."""
-        if w.dtype == np.float32:
+        if isinstance(w, np.ndarray) and w.dtype == np.float32:
             return w
         out = self.get("wide", w.shape)
         widen(w, out)

@@ -65,8 +65,8 @@ class Job:
 
     keep: tuple[Any, ...] | None
 
-    def __init__(self, board: Board, kernel: int, tasks: int, arguments: tuple[Any, ...]):
-        self.board, self.tasks, self.keep = board, tasks, arguments
+    def __init__(self, board: Board, kernel: int, tasks: int, arguments: tuple[Any, ...], keep: Any):
+        self.board, self.tasks, self.keep = board, tasks, (arguments, keep)
         self.place: int | None = None
         with suppress(IndexError):
             self.place = board.free.popleft()
@@ -136,14 +136,14 @@ class Workers:
         self.start(kernel, tasks, *arguments, alone=alone)()
 
     def start(
-        self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False
+        self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False, keep: Any = None
     ) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
-        which takes part and returns when all is done."""
+        which takes part and returns when all is done. keep: what else stays in memory until then."""
         board = Workers._board
         if board is None:
             board = Workers._board = Board()
-        job = Job(board, compiled.address_of(kernel), tasks, arguments)
+        job = Job(board, compiled.address_of(kernel), tasks, arguments, keep)
         helpers = 0
         if tasks > 1 and not alone and self._count > 1 and job.place is not None:
             helpers = board.hire(min(self._count, tasks) - 1)

@@ -31,9 +31,13 @@ ITEM = 8  # bytes
 PATIENCE = 20000  # times that a thread asks whether the others are done: some 100 microseconds
 VIGIL = 300  # times that a helper looks for the next job before it sleeps
 
+
 # Numba's disk cache looks at a function's own file only: what that file is built on goes into the functions' names.
-_SOURCES = (Path(kernels_emit.__file__), Path(__file__))
-BUILT_ON = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:8]
+def built_on(*files: str) -> str:
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
+
+
+BUILT_ON = built_on(kernels_emit.__file__, __file__)
 _INT = ir.IntType(64)
 
 

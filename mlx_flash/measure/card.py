@@ -49,7 +49,7 @@ def attach_random_predictors(checkpoint: Checkpoint, trace: Trace, rank: int = R
     rng = np.random.default_rng(seed)
     layers = []
     for index, (layout, tokens) in enumerate(zip(checkpoint.layouts, trace.ids, strict=True)):
-        dim, count = layout.parts[0].length, layout.count
+        dim, count = layout.dim, layout.count
         rate = np.bincount(np.concatenate(tokens), minlength=count) / np.float32(len(tokens))
         curve = window_curve(tokens, count)
         layers.append(

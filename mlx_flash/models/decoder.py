@@ -21,6 +21,7 @@ from ..storage.pinned import load_tensors
 from ..tokenizer import Tokenizer
 from ..tokenizer import load_tokenizer as load_tokenizer_files
 from .families import OPT_POSITION_OFFSET, ModelSpec, Rope
+from .quantised import join_coded, read_quantisation, resident_shapes
 
 FFN = Callable[[np.ndarray], np.ndarray]
 
@@ -163,7 +164,11 @@ def build(
     checkpoint: Checkpoint, spec: ModelSpec, backend: Any, make_ffn: Callable[..., FFN], dtype: str, context: int
 ) -> Decoder:
     """The decoder of a flash checkpoint: loads the dense part into pinned memory. Raises FormatError, ReadError."""
-    tensors = load_tensors(checkpoint.resident_tensors(), spec.resident_shapes(), backend.from_bytes)
+    shapes = resident_shapes(checkpoint, spec)
+    tensors = load_tensors(checkpoint.resident_tensors(), shapes, backend.from_bytes)
+    quantisation = read_quantisation(checkpoint.config)
+    if quantisation is not None:
+        tensors = join_coded(tensors, quantisation.bits)
     decoder = Decoder(spec, backend, tensors, dtype, context)
     for index in range(len(spec.layers)):
         biases = (decoder.weight("up", index)[1], decoder.weight("down", index)[1]) if spec.ffn_bias else (None, None)

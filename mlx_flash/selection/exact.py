@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import FFNSpec
+from ..backends.base import FFNSpec, block_of
 from ..residency.stream import Request
 from .shared import Shared, blocks, is_decode
 
@@ -39,7 +39,7 @@ class AllSelector:
         work = self.shared.backend.ffn(self.spec, x)
         if self.capacity:
             work.dense(self.slab, 0, 0, self.capacity)
-        for first, length in blocks(self.capacity, self.count):
+        for first, length in blocks(self.capacity, self.count, block_of(self.spec.layout)):
             _, staging = self.shared.stream.take()
             work.dense(staging, 0, first, length)
             work.settle()
@@ -65,5 +65,5 @@ class AllSelector:
         layers = len(self.counts)
         for step in count(self.layer):
             layer = step % layers
-            for first, length in blocks(self.capacities[layer], self.counts[layer]):
+            for first, length in blocks(self.capacities[layer], self.counts[layer], block_of(self.spec.layout)):
                 yield Request(layer, np.arange(first, first + length))

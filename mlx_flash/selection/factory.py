@@ -28,11 +28,18 @@ from .sparse import slot_parts, top
 EXACT = ("all", "gate")
 
 
-def check_selection(selection: Selection, activation: str, gated: bool, calibration: Calibration | None) -> None:
-    """Raise UsageError, saying what to do, for a selector that this model cannot run."""
+def check_selection(
+    selection: Selection, activation: str, gated: bool, calibration: Calibration | None, neurons: int = 1
+) -> None:
+    """Raise UsageError, saying what to do, for a selector that this model cannot run. neurons: per bundle."""
     name, sparse = selection.name, activation in ("relu", "fatrelu")
     if name == "router":
         raise UsageError("--select router needs a mixture of experts; this model has none: use auto")
+    if neurons > 1 and name not in ("all", "prompt"):
+        raise UsageError(
+            f"--select {name} needs single neurons; this checkpoint was quantised before, and groups of {neurons} "
+            "share scales: use all or prompt:F, or convert with --requantize -q (which loses a little)"
+        )
     if name in ("gate", "predictor") and not sparse:
         raise UsageError(
             f"--select {name} needs a ReLU model; this one has {activation!r}: use all, prompt:F or threshold:S, or "
@@ -57,7 +64,7 @@ def check_selection(selection: Selection, activation: str, gated: bool, calibrat
 def lead_of(selection: Selection, layout: Layout, calibration: Calibration | None) -> str | None:
     """The part that is resident for every bundle, or None."""
     if selection.name == "gate":
-        return layout.parts[0].name
+        return layout.matrices[0]
     if selection.name == "threshold":
         assert calibration is not None
         return str(calibration.summary["lead"])
@@ -66,12 +73,12 @@ def lead_of(selection: Selection, layout: Layout, calibration: Calibration | Non
 
 def resident_parts(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
     lead = lead_of(selection, layout, calibration)
-    return [lead] if lead else []
+    return layout.parts_of(lead) if lead else []
 
 
 def parts_in_slots(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
     """The parts of a bundle that its slot holds."""
-    return slot_parts([part.name for part in layout.parts], lead_of(selection, layout, calibration))
+    return slot_parts(layout, lead_of(selection, layout, calibration))
 
 
 @dataclass

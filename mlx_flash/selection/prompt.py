@@ -42,16 +42,17 @@ class PromptSelector(SparseSelector):
     ):
         super().__init__(layer, spec, shared, residency)
         self.fraction, self.reselect = fraction, reselect
-        self.prior = np.zeros(self.count) if prior is None else self.PRIOR_TOKENS * prior.astype(np.float64)
-        self.down_squares = np.full(self.count, -1.0)
+        every = self.count * self.neurons  # what is summed up is so per neuron
+        self.prior = np.zeros(every) if prior is None else self.PRIOR_TOKENS * prior.astype(np.float64)
+        self.down_squares = np.full(every, -1.0)
         self.compensates = spec.activation != "relu"
         self.reply, self.decoded = shared.reply, 0
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
         self.tokens = 0  # those that count, with their weights
-        self.energy, self.scalars = np.zeros(self.count), np.zeros(self.count)  # sums over them, scalars too
-        self.output = np.zeros(self.spec.layout.part("down").length)
+        self.energy, self.scalars = np.zeros_like(self.prior), np.zeros_like(self.prior)  # sums over them, scalars too
+        self.output = np.zeros(self.spec.layout.dim)
         self.ids: np.ndarray | None = None
         self.offset: np.ndarray | None = None
 
@@ -67,7 +68,8 @@ class PromptSelector(SparseSelector):
 
     def choose(self, x: Any, work: FFNPass) -> np.ndarray:
         if self.ids is None:
-            self.ids = top(self.energy + self.prior, self.fraction).astype(np.int32)
+            energy = (self.energy + self.prior).reshape(self.count, self.neurons).sum(axis=1)
+            self.ids = top(energy, self.fraction).astype(np.int32)
             if self.compensates:
                 self.offset = ((self.output - self._chosen_output()) / self.tokens).astype(np.float32)
         return self.ids
@@ -76,13 +78,14 @@ class PromptSelector(SparseSelector):
         """What the chosen neurons gave over the prompt, (d,) fp64, summed block by block; they are read for it, in the
         order of the file, and get their slots."""
         assert self.ids is not None
-        per_block = [self.ids[(self.ids >= f) & (self.ids < f + n)] for f, n in blocks(0, self.count)]
+        per_block = [self.ids[(self.ids >= f) & (self.ids < f + n)] for f, n in blocks(0, self.count, self.block)]
         requests = [Request(self.layer, ids) for ids in per_block if len(ids)]
         self.shared.stream.start(requests, self._fetch_chosen)
         total = np.zeros_like(self.output)
         for request in requests:
             _, staging = self.shared.stream.take()
-            total += self.scalars[request.ids] @ part_rows(staging, self.spec.layout, "down", len(request.ids))
+            scalars = self.scalars.reshape(self.count, self.neurons)[request.ids].reshape(-1)
+            total += scalars @ part_rows(staging, self.spec.layout, "down", len(request.ids))
             self._place(request.ids, np.ones((1, len(request.ids)), bool), staging, np.arange(len(request.ids)))
             self.shared.stream.release(staging)
         return total
@@ -96,7 +99,7 @@ class PromptSelector(SparseSelector):
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
         """Known only when the whole prompt has been seen."""
-        return np.zeros(h.shape, bool)
+        return np.zeros((len(h), h.shape[1] // self.neurons), bool)
 
     def _prefill(self, x: Any) -> Any:
         self.sequences = int(np.prod(x.shape[:-2]))
@@ -114,11 +117,11 @@ class PromptSelector(SparseSelector):
         return rows.reshape(self.sequences, -1, rows.shape[1])[:, self.skipped :].reshape(-1, rows.shape[1])
 
     def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:
-        ids = slice(first, first + h.shape[1])
+        ids = slice(first * self.neurons, first * self.neurons + h.shape[1])
         if first == 0:
             self._begin_chunk(len(h) // self.sequences)
-        if self.down_squares[first] < 0:
-            rows = part_rows(staging, self.spec.layout, "down", h.shape[1])
+        if self.down_squares[ids.start] < 0:
+            rows = part_rows(staging, self.spec.layout, "down", h.shape[1] // self.neurons)
             self.down_squares[ids] = np.square(rows).sum(axis=1, dtype=np.float64)
         counted = self._counted(h)
         self.scalars[ids] += self.weight * counted.sum(axis=0, dtype=np.float64)

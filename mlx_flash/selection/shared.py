@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..backends.base import BLOCK, Backend, Slab
+from ..backends.base import Backend, Slab
 from ..residency.stream import BlockStream, Request
 from ..stats import Stats
 from ..storage.reader import Done, Pending, Reader, ReadReport, Target
@@ -106,10 +106,10 @@ class Counted:
         return report
 
 
-def blocks(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """(first id, length) of the fixed blocks of ids from `first` (a multiple of BLOCK) to `last`."""
-    for begin in range(first, last, BLOCK):
-        yield begin, min(BLOCK, last - begin)
+def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first id, length) of the fixed blocks of `size` ids from `first` (a multiple of it) to `last`."""
+    for begin in range(first, last, size):
+        yield begin, min(size, last - begin)
 
 
 def is_decode(x: Any) -> bool:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backends.base import BLOCK
-
 
 @dataclass(frozen=True)
 class Span:
@@ -22,18 +20,18 @@ class Span:
         return self.first + np.flatnonzero(slots[self.first : self.last] >= 0)
 
 
-def overflow_spans(ids: np.ndarray, overflow: np.ndarray) -> Iterator[Span]:
+def overflow_spans(ids: np.ndarray, overflow: np.ndarray, block: int) -> Iterator[Span]:
     """Cut a step's ids (ascending) at block borders so that the overflow of each span fits one staging slab of
-    BLOCK rows. Nothing when there is no overflow."""
+    `block` rows. Nothing when there is no overflow."""
     if not len(overflow):
         return
-    borders = np.flatnonzero(np.diff(ids // BLOCK)) + 1
+    borders = np.flatnonzero(np.diff(ids // block)) + 1
     ends = [*borders.tolist(), len(ids)]
     begin = taken = 0
     previous = 0
     for end in ends:
         upto = int(np.searchsorted(overflow, end))
-        if upto - taken > BLOCK:
+        if upto - taken > block:
             cut = int(np.searchsorted(overflow, previous))
             yield Span(begin, previous, overflow[taken:cut])
             begin, taken = previous, cut

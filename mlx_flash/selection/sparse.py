@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backends.base import BLOCK, FFNPass, FFNSpec, Fired, Slab
-from ..casting import RAW, to_float32
+from ..backends.base import FFNPass, FFNSpec, Fired, Slab, block_of
 from ..residency.residency import Plan, Residency
 from ..residency.rows import clip_targets, copy_rows
 from ..residency.stream import Request
 from ..storage.layout import Layout
 from ..storage.reader import Done, Pending, Target
+from ..storage.weights import wide_rows
 from .lookahead import LookAhead
 from .shared import Shared, blocks, is_decode
 from .spans import overflow_spans
@@ -57,11 +57,11 @@ class SparseSelector(ABC):
         self.layer, self.spec, self.shared = layer, spec, shared
         self.decode_spec = decode_spec or spec
         self.residency, self.look_ahead = residency, look_ahead
-        self.count = spec.layout.count
-        names = [part.name for part in spec.layout.parts]
-        self.fixed = shared.backend.slab(spec.layout, self.count, [fixed]) if fixed else None
-        self.skipped_bytes = spec.layout.parts[0].nbytes if fixed == names[0] else 0
-        self.slab = shared.backend.slab(spec.layout, residency.capacity, slot_parts(names, fixed))
+        self.count, self.neurons, self.block = spec.layout.count, spec.layout.neurons, block_of(spec.layout)
+        layout = spec.layout
+        self.fixed = shared.backend.slab(layout, self.count, layout.parts_of(fixed)) if fixed else None
+        self.skipped_bytes = layout.matrix_bytes(fixed) if fixed and fixed == layout.matrices[0] else 0
+        self.slab = shared.backend.slab(layout, residency.capacity, slot_parts(layout, fixed))
         self.loaded = False
         self._ahead: Ahead | None = None
         self._unsettled: deque[FFNPass] = deque()  # the last decoding steps, which may still be reading slots
@@ -73,11 +73,12 @@ class SparseSelector(ABC):
         """The ids that a decoding step computes, ascending (n,)."""
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
-        """What a prompt's block tells of what decoding will use, (T, n) bool; h (T, n): the scalars of ids first.. ."""
+        """What a prompt's block tells of what decoding will use, (T, n) bool; h: the scalars of the neurons of ids
+        first.. , (T, n * neurons)."""
         return h != 0
 
     def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:  # noqa: B027
-        """A block of a prompt's chunk: scalars (T, n) of ids first.. , which lie in rows 0.. of `staging`."""
+        """A block of a prompt's chunk: scalars (T, n) of the neurons of ids first.. , in rows 0.. of `staging`."""
 
     def __call__(self, x: Any) -> Any:
         self.shared.begin(self)
@@ -195,7 +196,7 @@ class SparseSelector(ABC):
         """The same where there are not enough slots: some of the ids pass through staging, in order."""
         ids, slots = plan.ids, plan.slots
         pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
-        spans, found = list(overflow_spans(ids, plan.overflow)), []
+        spans, found = list(overflow_spans(ids, plan.overflow, self.block)), []
         self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
         self._finish_ahead()
         pending.wait()
@@ -223,15 +224,15 @@ class SparseSelector(ABC):
 
     def _prefill(self, x: Any) -> Any:
         self._finish_ahead()
-        requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count))
+        requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count, self.block))
         self.shared.stream.start(requests, self._fetch_block)
         work = self.shared.backend.ffn(self.spec, x)
         tokens = int(np.prod(x.shape[:-1]))
-        memory = self.shared.prompt_scalars(tokens * min(BLOCK, self.count))
+        memory = self.shared.prompt_scalars(tokens * min(self.block, self.count) * self.neurons)
         self.residency.begin_prompt(tokens)
-        for first, length in blocks(0, self.count):
+        for first, length in blocks(0, self.count, self.block):
             _, staging = self.shared.stream.take()
-            h = memory[: tokens * length].reshape(tokens, length)
+            h = memory[: tokens * length * self.neurons].reshape(tokens, -1)
             work.dense(staging, 0, first, length, h)
             work.settle()
             self.prompt_block(first, h, staging)
@@ -284,14 +285,14 @@ def top(values: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def part_rows(slab: Slab, layout: Layout, name: str, rows: int) -> np.ndarray:
-    """A part of the bundles in a slab's first rows, (rows, length) fp32: a copy, whatever the backend."""
-    part, begin = layout.part(name), layout.offset(name)
-    whole = np.empty((rows, part.nbytes), np.uint8)
-    copy_rows(slab.targets, np.arange(rows), [Target(begin, whole)], np.arange(rows))
-    return to_float32(whole.view(RAW[part.dtype]), part.dtype)
+    """A matrix' rows of the neurons in a slab's first rows, (rows * neurons, d) fp32: a copy, whatever the backend."""
+    whole = np.empty((rows, layout.matrix_bytes(name)), np.uint8)
+    copy_rows(slab.targets, np.arange(rows), [Target(layout.offset(name), whole)], np.arange(rows))
+    return wide_rows(whole, layout, name)
 
 
-def slot_parts(names: Sequence[str], fixed: str | None) -> list[str]:
-    """The parts that a slot holds when `fixed` is resident for all bundles: a slab's parts follow each other, so one
-    that lies between others stays in the slots too."""
-    return list(names[1:] if fixed == names[0] else names)
+def slot_parts(layout: Layout, fixed: str | None) -> list[str]:
+    """The parts that a slot holds when matrix `fixed` is resident for all bundles: a slab's parts follow each other, so
+    what lies between others stays in the slots too."""
+    left_out = layout.parts_of(fixed) if fixed and fixed == layout.matrices[0] else []
+    return [part.name for part in layout.parts if part.name not in left_out]

@@ -193,7 +193,7 @@ def load_calibration(checkpoint: Checkpoint) -> Calibration | None:
         raise _bad(checkpoint.path / CONFIG, f"names the calibration {str(name)[:80]!r}, which is not one of its files")
     return read_calibration(
         checkpoint.path / name,
-        checkpoint.layouts[0].parts[0].length,
+        checkpoint.layouts[0].dim,
         tuple(layout.count for layout in checkpoint.layouts),
         model_identity(checkpoint.files),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,30 @@ from .header import TensorInfo as TensorInfo
 from .header import read_header as read_header
 
 FORMAT_VERSION = 1
+QUANTISED_VERSION = 2  # an older release must not try to read these
 ALIGN = 512
 DATA_START = 16384
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
 MAX_COUNT = (1 << 31) - 1  # ids are int32 in the residency
 MAX_PART_ITEMS = 1 << 40
+BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """MLX's affine format: `group_size` consecutive items of a row share a scale and a bias, an item is a code of
+    `bits` in 32-bit words, the first item in the lowest bits."""
+
+    bits: int
+    group_size: int
+
+    def words(self, items: int) -> int:
+        """32-bit words that hold the codes of so many items."""
+        return items * self.bits // WORD_BITS
+
+    def groups(self, items: int) -> int:
+        return items // self.group_size
 
 
 @dataclass(frozen=True)
@@ -41,10 +60,41 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of each bundle of one layer, and how many bundles there are."""
+    """The parts of each bundle of one layer, and how many bundles there are.
+
+    quantisation: where the weights are codes: matrix `gate` is then the parts `gate` (uint32 codes), `gate.scales` and
+    `gate.biases`. neurons: per bundle; with more than one, `down` is quantised along them: its codes are d rows of
+    `neurons` items, and a row has one scale and one bias.
+    """
 
     parts: tuple[Part, ...]
     count: int
+    quantisation: Quantisation | None = None
+    neurons: int = 1
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """gate, up and down, or those of them that there are."""
+        return tuple(part.name for part in self.parts if "." not in part.name)
+
+    def parts_of(self, matrix: str) -> list[str]:
+        """The names of the parts that hold a matrix' share."""
+        return [part.name for part in self.parts if part.name.partition(".")[0] == matrix]
+
+    def matrix_bytes(self, matrix: str) -> int:
+        return sum(self.part(name).nbytes for name in self.parts_of(matrix))
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in: the dtype of the weights, or of their scales."""
+        return self.parts[0].dtype if self.quantisation is None else self.parts[1].dtype
+
+    @property
+    def dim(self) -> int:
+        """The width of a neuron's rows, in items."""
+        if self.quantisation is None:
+            return self.parts[0].length
+        return self.parts[1].length * self.quantisation.group_size // self.neurons
 
     @property
     def bundle_bytes(self) -> int:
@@ -89,21 +139,51 @@ class Layout:
     def to_json(self) -> dict[str, Any]:
         """What config.json holds of this layout."""
         parts = [{"name": part.name, "dtype": part.dtype, "length": part.length} for part in self.parts]
-        return {"count": self.count, "stride": self.stride, "parts": parts}
+        found: dict[str, Any] = {"count": self.count, "stride": self.stride, "parts": parts}
+        if self.quantisation is not None:
+            found["quantization"] = {"bits": self.quantisation.bits, "group_size": self.quantisation.group_size}
+            found["neurons"] = self.neurons
+        return found
 
     @classmethod
     def from_json(cls, value: Any) -> Layout:
         """The layout that `to_json` wrote; raises FormatError naming the field for anything else."""
-        _need_fields(value, "a layout", {"count", "stride", "parts"})
+        coded = isinstance(value, dict) and "quantization" in value
+        _need_fields(
+            value, "a layout", {"count", "stride", "parts"} | ({"quantization", "neurons"} if coded else set())
+        )
         if not isinstance(value["parts"], list) or not value["parts"]:
             raise _bad(f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one")
         layout = cls(tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT))
+        if coded:
+            layout = _quantised(layout, value["quantization"], value["neurons"])
         names = [part.name for part in layout.parts]
         if len(set(names)) != len(names):
             raise _bad(f"layout names a part twice: {', '.join(names)[:200]}")
         if type(value["stride"]) is not int or value["stride"] != layout.stride:
             raise _bad(f"layout has the stride {str(value['stride'])[:40]}, its parts need {layout.stride}")
         return layout
+
+
+def quantised(layout: Layout, quantisation: Quantisation, neurons: int = 1) -> Layout:
+    """The layout of the same weights as codes, `neurons` of them to a bundle. Raises FormatError where the shapes
+    cannot be quantised so."""
+    dtype, dim, size = layout.dtype, layout.dim, quantisation.group_size
+    if dim % size:
+        raise FormatError(f"rows of {dim} items are no whole groups of {size}; choose a group size that divides {dim}")
+    if layout.count % neurons:
+        raise FormatError(f"{layout.count} neurons are no whole bundles of {neurons}")
+    codes, groups = neurons * quantisation.words(dim), neurons * quantisation.groups(dim)
+    parts = [
+        part
+        for name in layout.matrices
+        for part in (
+            Part(name, "uint32", codes),
+            Part(f"{name}.scales", dtype, groups),
+            Part(f"{name}.biases", dtype, groups),
+        )
+    ]
+    return Layout(tuple(parts), layout.count // neurons, quantisation, neurons)
 
 
 def layer_file(layer: int) -> str:
@@ -144,6 +224,27 @@ def _size(value: Any, what: str, largest: int) -> int:
     if type(value) is not int or not 1 <= value <= largest:  # `type`, because True is an int too
         raise _bad(f"layout has the {what} {str(value)[:40]}, which is not a number from 1 to {largest}")
     return value
+
+
+def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
+    """The layout of codes that a JSON layout's parts are to be; raises FormatError if they are not."""
+    _need_fields(value, "a quantisation", {"bits", "group_size"})
+    bits, size = value["bits"], value["group_size"]
+    if type(bits) is not int or type(size) is not int or bits not in BITS or size not in GROUP_SIZES:
+        raise _bad(f"layout is quantised to {str(bits)[:20]} bits in groups of {str(size)[:20]}, which is not known")
+    if type(neurons) is not int or neurons not in (1, size):
+        raise _bad(f"layout has {str(neurons)[:20]} neurons to a bundle; known: 1 and the group size, {size}")
+    found = replace(layout, quantisation=Quantisation(bits, size), neurons=neurons)
+    if len(found.parts) % 3 or found.dim < 1:
+        raise _bad("layout is quantised, but its parts are not codes, scales and biases")
+    plain = Layout(tuple(Part(name, found.dtype, found.dim) for name in found.matrices), found.count * neurons)
+    try:
+        wanted = quantised(plain, found.quantisation, neurons)  # type: ignore[arg-type]
+    except FormatError as error:
+        raise _bad(f"layout is quantised, but {error}") from None
+    if wanted != found or found.dtype in ("uint32", "uint8"):
+        raise _bad("layout is quantised, but its parts are not codes, scales and biases of the same weights")
+    return found
 
 
 def _part(value: Any) -> Part:

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import FormatError, ReadError
 from .layout import TensorInfo
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32"}
 ALIGN = 64  # a cache line, and the widest vector load
 PIECE = 64 << 20
 

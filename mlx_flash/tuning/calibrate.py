@@ -112,6 +112,11 @@ def calibrate(
             f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
             "use --select all or prompt:F, which need no calibration"
         )
+    if (neurons := plan.checkpoint.layouts[0].neurons) > 1:
+        raise UsageError(
+            f"{plan.checkpoint.path} was quantised before it was converted: groups of {neurons} neurons share scales, "
+            "and there is nothing to calibrate for all and prompt; for single neurons convert with --requantize -q"
+        )
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
     plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)

@@ -7,8 +7,9 @@ import numpy as np
 from ..casting import RAW, to_float32
 from ..errors import ReadError
 from ..load import RunPlan
-from ..storage.layout import DATA_START, ITEM_BYTES
+from ..storage.layout import DATA_START
 from ..storage.protocol import LayerFile
+from ..storage.weights import wide_rows
 from .statistics import Weights
 
 BLOCK_BUNDLES = 1024
@@ -23,9 +24,9 @@ def layer_weights(plan: RunPlan, layer: int) -> Weights:
 
 
 def read_parts(file: LayerFile) -> dict[str, np.ndarray]:
-    """All of a layer's bundles in fp32, (count, length) by part. Raises ReadError."""
+    """All of a layer's bundles in fp32, (count, d) by matrix. Raises ReadError."""
     layout = file.layout
-    parts = {part.name: np.empty((layout.count, part.length), np.float32) for part in layout.parts}
+    parts = {name: np.empty((layout.count, layout.dim), np.float32) for name in layout.matrices}
     try:
         with open(file.path, "rb") as opened:
             opened.seek(DATA_START)
@@ -35,10 +36,10 @@ def read_parts(file: LayerFile) -> dict[str, np.ndarray]:
                 if data.size != count * layout.stride:
                     raise ReadError(f"{file.path} is too short for its layout; download or convert it again")
                 bundles = data.reshape(count, layout.stride)
-                for part in layout.parts:
-                    first = layout.offset(part.name)
-                    raw = np.ascontiguousarray(bundles[:, first : first + part.length * ITEM_BYTES[part.dtype]])
-                    parts[part.name][begin : begin + count] = to_float32(raw.view(RAW[part.dtype]), part.dtype)
+                for name in layout.matrices:
+                    first = layout.offset(name)
+                    raw = np.ascontiguousarray(bundles[:, first : first + layout.matrix_bytes(name)])
+                    parts[name][begin : begin + count] = wide_rows(raw, layout, name)
     except OSError as error:
         raise ReadError(f"cannot read {file.path}: {error.strerror or error}") from error
     return parts

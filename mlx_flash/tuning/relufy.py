@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..convert import check_tensors
+from ..convert_plan import check_tensors
 from ..errors import UsageError
 from ..models.families import ModelSpec
 from ..models.read_config import read_spec
@@ -158,7 +158,7 @@ def _check_source(source: Source) -> ModelSpec:
         raise UsageError(f"{spec.table.title} has no gated FFN to relufy: it is a ReLU model as it is")
     source.open_tensors()
     spec = read_spec(source.config, source.shapes)
-    check_tensors(source, spec)
+    check_tensors(source, spec, spec.resident_shapes() | spec.ffn_shapes())
     return spec
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..casting import RAW, to_float32
-from ..convert import normalised_config
+from ..convert_plan import normalised_config
 from ..errors import FlashError, FormatError, SpaceError, UsageError
 from ..models.families import ModelSpec
 from ..source import WEIGHTS, Source, read_buffer, safe_file, source_hash, tokenizer_files

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from mlx_flash.errors import FormatError, IntegrityError
 from mlx_flash.storage.checkpoint import Checkpoint, is_checkpoint, verify
-from mlx_flash.storage.layout import DATA_START, FORMAT_VERSION, Layout, Part, layer_file, layer_header
+from mlx_flash.storage.layout import (
+    DATA_START,
+    FORMAT_VERSION,
+    QUANTISED_VERSION,
+    Layout,
+    Part,
+    layer_file,
+    layer_header,
+)
 from mlx_flash.storage.reader import Target, open_reader
 from mlx_flash.storage.writer import FolderWriter
 
@@ -126,10 +134,16 @@ def test_what_is_no_checkpoint(tmp_path, folder):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, None, "1", True, 1.0])
+@pytest.mark.parametrize("version", [0, QUANTISED_VERSION + 1, None, "1", True, 1.0])
 def test_another_version(folder, version):
     edit(folder, lambda flash: flash.update(format_version=version))
-    with pytest.raises(FormatError, match=f"format version {version}, this mlx_flash reads {FORMAT_VERSION}; convert"):
+    with pytest.raises(FormatError, match=f"format version {version}, this mlx_flash reads 1 and 2; convert"):
+        Checkpoint.open(folder)
+
+
+def test_a_version_that_is_not_that_of_the_bundles(folder):
+    edit(folder, lambda flash: flash.update(format_version=QUANTISED_VERSION))
+    with pytest.raises(FormatError, match="format version 2, and bundles that are not quantised"):
         Checkpoint.open(folder)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_flash.casting import RAW, from_float32
+from mlx_flash.convert_plan import normalised_config
 from mlx_flash.errors import ConfigError, FlashError, FormatError, UsageError
 from mlx_flash.models.read_config import read_spec
 from tests.conftest import shared_path
@@ -127,7 +128,7 @@ def test_float16_overflow_is_refused(tmp_path: Path) -> None:
 
 def test_config_is_spelled_out() -> None:
     def normal(config: dict[str, Any], names: list[str] | None = None) -> dict[str, Any]:
-        return module.normalised_config(config, read_spec(config, names), "float32")
+        return normalised_config(config, read_spec(config, names), "float32")
 
     config = normal(
         LLAMA | {"auto_map": {"AutoModel": "x.Y"}, "model_file": "x.py", "dtype": "bfloat16"},
@@ -202,8 +203,8 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes())
     config = json.loads((source / "config.json").read_text())
     for change, error, match in (
-        ({"quantization": {"bits": 4}}, ConfigError, "quantised"),
-        ({"quantization_config": {"bits": 4}}, ConfigError, "quantised"),
+        ({"quantization": {"bits": 4}}, ConfigError, "groups of None"),
+        ({"quantization_config": {"bits": 4}}, ConfigError, "affine"),
         ({"model_type": "mamba"}, ConfigError, "gpt2"),
         ({"hidden_act": "gelu_new"}, ConfigError, "gelu_new"),
         ({"flash": {}}, UsageError, "already"),

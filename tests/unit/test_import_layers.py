@@ -12,7 +12,7 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "stats", "casting", "options"),
+    ("errors", "config", "stats", "casting", "options", "affine"),
     ("machine",),
     ("storage",),
     ("residency",),
@@ -20,7 +20,7 @@ LAYERS = [
     ("selection",),
     ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "kept"),
     ("models",),
-    ("source", "convert", "random_model", "resolve"),
+    ("source", "convert", "convert_groups", "convert_plan", "convert_quant", "random_model", "resolve"),
     ("demand", "cost_model"),
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
@@ -73,8 +73,9 @@ def test_only_the_mlx_files_import_mlx() -> None:
         for path in FILES
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
+    backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
     models = {f"models/{name}.py" for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_kv", "mlx_switch")}
-    assert users == {"backends/mlx.py", "backends/mlx_slab.py", "http_server.py"} | models
+    assert users == {"http_server.py"} | backends | models
 
 
 def test_public_names() -> None:

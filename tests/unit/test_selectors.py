@@ -20,7 +20,7 @@ def test_spans_cover_every_position_once_at_block_borders(
     rng = np.random.default_rng(seed)
     ids = np.flatnonzero(rng.random(count) < density)
     overflow = np.flatnonzero(rng.random(len(ids)) < missing)
-    spans = list(overflow_spans(ids, overflow))
+    spans = list(overflow_spans(ids, overflow, BLOCK))
     if not len(overflow):
         assert spans == []
         return
@@ -35,8 +35,8 @@ def test_spans_cover_every_position_once_at_block_borders(
 
 
 def test_blocks_cut_at_fixed_borders() -> None:
-    assert list(blocks(0, 2 * BLOCK + 1)) == [(0, BLOCK), (BLOCK, BLOCK), (2 * BLOCK, 1)]
-    assert list(blocks(BLOCK, BLOCK)) == []
+    assert list(blocks(0, 2 * BLOCK + 1, BLOCK)) == [(0, BLOCK), (BLOCK, BLOCK), (2 * BLOCK, 1)]
+    assert list(blocks(BLOCK, BLOCK, BLOCK)) == []
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.lists(st.integers(1, 9), min_size=1, max_size=4))
