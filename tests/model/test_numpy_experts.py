@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,12 @@ import numpy as np
 import pytest
 
 from mlx_flash.config import FlashConfig
-from mlx_flash.errors import BackendError, ConfigError, FormatError
 from mlx_flash.experts import ExpertRun, decide_experts
-from tests.tiny_experts import config_of, make_model, per_expert, save, save_shards
+from tests.tiny_experts import config_of, make_model, save
 
 mx = pytest.importorskip("mlx.core", reason="the checkpoints and the tokens to compare with are mlx-lm's")
 pytest.importorskip("mlx_lm", reason="the checkpoints and the tokens to compare with are mlx-lm's")
 
-from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 W = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
