@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..storage.layout import Layout
-from .kernels import activate
+from ..affine import AffineRows
+from ..storage.layout import WORD_BITS, Layout
+from .kernels import Weights, activate
 from .numpy import NumpyBackend, Slab
 from .products import Scratch
 
@@ -22,15 +23,23 @@ TILE_ROWS = 256  # of weights, widened for one product
 
 
 class ExpertSlab(Slab):
-    """`rows` experts. shapes: of each part, (rows, columns)."""
+    """`rows` experts. shapes: of each matrix, (rows, columns); a quantised one is a part of codes, one of scales and
+    one of biases."""
 
     def __init__(self, layout: Layout, shapes: Mapping[str, tuple[int, int]], rows: int):
         super().__init__(layout, rows, [part.name for part in layout.parts])
-        self._matrices = {name: self.part(name).reshape(rows, *shapes[name]) for name in PARTS}
+        self._shapes = shapes
+        self._fields = {
+            name: [self._views[part].reshape(rows, shape[0], -1) for part in layout.parts_of(name)]
+            for name, shape in shapes.items()
+        }
 
-    def matrix(self, name: str, row: int) -> np.ndarray:
-        """A part of the expert in a slot, in its storage dtype: a view."""
-        return self._matrices[name][row]
+    def matrix(self, name: str, row: int) -> Weights:
+        """A matrix of the expert in a slot, as it is stored: a view."""
+        found = [field[row] for field in self._fields[name]]
+        if len(found) == 1:
+            return found[0]
+        return AffineRows(*found, WORD_BITS * found[0].shape[1] // self._shapes[name][1])
 
 
 class ExpertPass:
@@ -82,7 +91,7 @@ class ExpertPass:
         """Experts with several tokens each: tiles of weights, widened, through BLAS."""
         tiles, k = self.backend.tiles, self.chosen.shape[1]
         places = np.cumsum([0] + [len(pairs) for _, pairs in experts])
-        width, dim = slab.matrix("gate", 0).shape
+        width, dim = slab.matrix("gate", experts[0][0]).shape
         h = tiles.scratch.get("expert h", (int(places[-1]), width))
         x = tiles.scratch.get("expert x", (int(places[-1]), dim))
         for (_, pairs), at in zip(experts, places.tolist(), strict=False):
@@ -107,7 +116,7 @@ class ExpertPass:
         tiles.each(len(experts) * -(-width // TILE_ROWS), neurons)
         tiles.each(len(experts) * -(-dim // TILE_ROWS), sums)
 
-    def _product(self, scratch: Scratch, name: str, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def _product(self, scratch: Scratch, name: str, x: np.ndarray, weights: Weights) -> np.ndarray:
         """x (n, columns), weights (rows, columns) -> (n, rows), in memory that the next call of this name uses again"""
         return np.matmul(x, scratch.wide(weights).T, out=scratch.get(name, (len(x), len(weights))))
 

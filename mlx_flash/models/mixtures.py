@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
+from ..storage.layout import BITS
 from .families import FAMILIES, Family, ModelSpec
 from .read_config import ConfigValues, spec_of
 
@@ -85,8 +86,18 @@ def _several(value: Any) -> bool:
 
 def mixture_backends(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The backends' columns that run this mixture of experts."""
-    quantised = any(config.get(key) for key in ("quantization", "quantization_config"))
-    return _NUMPY if config.get("model_type") in MIXTURES and not quantised else ("mlx",)
+    return _NUMPY if config.get("model_type") in MIXTURES and _is_affine(config) else ("mlx",)
+
+
+def _is_affine(config: Mapping[str, Any]) -> bool:
+    """Whether a config's weights are plain numbers or MLX's affine codes of 4 or 8 bits."""
+    if not config.get("quantization"):
+        return not config.get("quantization_config")
+    value = config["quantization"]
+    if not isinstance(value, Mapping):
+        return False
+    each = [value, *(other for other in value.values() if isinstance(other, Mapping))]
+    return all(one.get("mode", "affine") == "affine" and one.get("bits", 4) in BITS for one in each)
 
 
 @dataclass(frozen=True)

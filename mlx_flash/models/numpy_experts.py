@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..affine import AffineRows
 from ..backends.base import Widths
 from ..backends.kernels import activate
 from ..backends.numpy import COUNTED_THREADS, NumpyBackend
@@ -19,12 +20,14 @@ from ..backends.numpy_experts import PARTS, ExpertPass, ExpertSlab, expert_scrat
 from ..errors import FormatError
 from ..selection.router import RouterSelector
 from ..storage.extents import LayerExtents
-from ..storage.layout import ITEM_BYTES, Layout, Part, TensorInfo
+from ..storage.layout import BITS, GROUP_SIZES, ITEM_BYTES, WORD_BITS, Layout, Part, Quantisation, TensorInfo
 from ..storage.pinned import DTYPES, load_tensors
 from .decoder import FFN, Decoder, Layer
 from .mixtures import MixtureSpec, read_mixture
 
 Tensors = Mapping[str, tuple[Path, TensorInfo]]
+FLOAT_TAGS = ("F32", "F16", "BF16")
+FLOATS = ("float32", "float16", "bfloat16")
 IGNORED = (".rotary_emb.inv_freq",)  # what old checkpoints also hold, computed anew
 
 
@@ -39,6 +42,7 @@ class ExpertDecoder:
     spec: MixtureSpec
     tensors: Tensors
     extents: list[LayerExtents]
+    shapes: dict[str, tuple[int, ...]]
     dtype: str
 
     @property
@@ -51,7 +55,7 @@ class ExpertDecoder:
 
     @property
     def dense_bytes(self) -> int:
-        return sum(self.tensors[name][1].nbytes for name in self.spec.resident_shapes())
+        return sum(self.tensors[name][1].nbytes for name in self.shapes)
 
     @property
     def page_bytes(self) -> int:
@@ -83,7 +87,12 @@ class ExpertDecoder:
         """The model, its dense part in memory and its experts behind the selectors. Raises FormatError, ReadError."""
         selectors = [make_selector(layer) for layer in range(len(self.extents))]
         backend: Any = selectors[0].shared.backend
-        tensors = load_tensors(self.tensors, self.spec.resident_shapes(), backend.from_bytes)
+        tensors = load_tensors(self.tensors, self.shapes, backend.from_bytes)
+        for name, shape in self.spec.resident_shapes().items():
+            _, scales, biases = coded_names(name)
+            if scales in tensors:
+                bits = WORD_BITS * tensors[name].shape[1] // shape[1]
+                tensors[name] = AffineRows(tensors[name], tensors.pop(scales), tensors.pop(biases), bits)
         decoder = Decoder(self.spec, backend, tensors, self.dtype, context)
         waiting = iter(selectors)
         for index, count in enumerate(self.spec.experts):
@@ -140,49 +149,85 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     not known, FormatError for tensors that are not the model's.
     """
     spec = read_mixture(config, {name: info.shape for name, (_, info) in tensors.items()})
-    used = set(spec.resident_shapes()) | {"lm_head.weight"}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in spec.resident_shapes().items():
-        _check(folder, name, shape, tensors)
+        shapes |= _check(folder, name, shape, tensors)
+    used = shapes.keys() | set(coded_names("lm_head.weight"))
     extents = [_extents(folder, spec, layer, tensors, used) for layer in spec.sparse]
     strays = sorted(name for name in tensors.keys() - used if not name.endswith(IGNORED))
     if strays:
         raise FormatError(
             f"{folder}: {len(strays)} tensors are not those of a {spec.mixture.title}: {strays[0][:80]!r}"
         )
-    dtypes = sorted({part.dtype for each in extents for part in each.layout.parts})
-    if len(dtypes) > 1:
-        raise FormatError(f"{folder}: its experts are {' and '.join(dtypes)}; convert the model to one precision")
-    return ExpertDecoder(spec, tensors, extents, dtypes[0])
+    if len({each.layout.parts for each in extents}) > 1:
+        raise FormatError(f"{folder}: its layers hold experts of different precisions; convert the model to one")
+    parts = extents[0].layout.parts
+    dtypes = sorted({part.dtype for part in parts if part.dtype in FLOATS})
+    gate, up = ([(part.dtype, part.length) for part in parts if part.name.startswith(name)] for name in ("gate", "up"))
+    if len(dtypes) > 1 or gate != up:
+        raise FormatError(f"{folder}: an expert's parts differ in precision; convert the model to one")
+    return ExpertDecoder(spec, tensors, extents, shapes, dtypes[0])
 
 
 def _extents(folder: Path, spec: MixtureSpec, layer: int, tensors: Tensors, used: set[str]) -> LayerExtents:
     """Where a layer's experts are: stacked, or each in tensors of its own. Adds the tensors' names to `used`."""
     count, paths = spec.experts[layer], []
     parts, files, offsets = [], [], []
-    for name, (rows, columns) in spec.part_shapes().items():
-        stacked = spec.stacked_name(layer, name)
-        names = [stacked] if stacked in tensors else [spec.single_name(layer, name, e) for e in range(count)]
-        shape = (count, rows, columns) if stacked in tensors else (rows, columns)
-        found = [_check(folder, each, shape, tensors) for each in names]
-        used.update(names)
-        dtypes = {info.dtype for _, info in found}
-        if len(dtypes) > 1:
-            raise FormatError(f"{folder}: the experts of {names[0]!r} are {' and '.join(sorted(dtypes))}, not alike")
-        part = Part(name, DTYPES[found[0][1].dtype], rows * columns)
-        repeat, step = (count, part.nbytes) if stacked in tensors else (1, 0)
-        paths += [path for path, _ in found if path not in paths]
-        files.append([paths.index(path) for path, _ in found * repeat])
-        offsets.append([info.offset + e * step for e, (_, info) in enumerate(found * repeat)])
-        parts.append(part)
+    for matrix, (rows, columns) in spec.part_shapes().items():
+        stacked = spec.stacked_name(layer, matrix)
+        together = stacked in tensors
+        names = [stacked] if together else [spec.single_name(layer, matrix, e) for e in range(count)]
+        lead = (count,) if together else ()
+        shapes = [list(_check(folder, name, (*lead, rows, columns), tensors).items()) for name in names]
+        for each in zip(*shapes, strict=False):  # the weights, or their codes, their scales, their biases
+            found = [tensors[name] for name, _ in each]
+            used.update(name for name, _ in each)
+            kinds = {(info.dtype, info.shape) for _, info in found}
+            if len(kinds) > 1 or len({len(shape) for shape in shapes}) > 1:
+                raise FormatError(f"{folder}: the experts of {names[0]!r} are not all stored alike")
+            part = Part(_part_name(matrix, each[0][0]), DTYPES[found[0][1].dtype], rows * each[0][1][-1])
+            repeat, step = (count, part.nbytes) if together else (1, 0)
+            paths += [path for path, _ in found if path not in paths]
+            files.append([paths.index(path) for path, _ in found * repeat])
+            offsets.append([info.offset + e * step for e, (_, info) in enumerate(found * repeat)])
+            parts.append(part)
     layout = Layout(tuple(parts), count)
     return LayerExtents(tuple(paths), layout, np.array(files, np.int64), np.array(offsets, np.int64))
 
 
-def _check(folder: Path, name: str, shape: tuple[int, ...], tensors: Tensors) -> tuple[Path, TensorInfo]:
-    """The tensor, which must have this shape and a floating dtype. Raises FormatError."""
+def _part_name(matrix: str, tensor: str) -> str:
+    """gate for its weights or codes, gate.scales, gate.biases"""
+    kind = tensor.rpartition(".")[2]
+    return matrix if kind == "weight" else f"{matrix}.{kind}"
+
+
+def coded_names(name: str) -> tuple[str, str, str]:
+    """The tensors of a matrix `x.weight` where it is quantised: codes, scales, biases."""
+    module = name.removesuffix("weight")
+    return name, module + "scales", module + "biases"
+
+
+def _check(folder: Path, name: str, shape: tuple[int, ...], tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Names and shapes on disk of what holds a tensor of this shape: itself, or its codes, scales and biases in MLX's
+    affine format. Raises FormatError."""
     if name not in tensors:
         raise FormatError(f"{folder} lacks the tensor {name!r}, which its config.json asks for")
-    path, info = tensors[name]
-    if tuple(info.shape) != shape or info.dtype not in DTYPES:
-        raise FormatError(f"{path}: {name!r} is {info.dtype} {list(info.shape)}; the config asks for {list(shape)}")
-    return path, info
+    _, scales, biases = coded_names(name)
+    wanted, kinds = {name: shape}, {name: FLOAT_TAGS}
+    if scales in tensors and biases in tensors and len(shape) > 1:
+        columns, words, groups = shape[-1], tensors[name][1].shape[-1], tensors[scales][1].shape[-1]
+        known = [
+            Quantisation(bits, size)
+            for bits in BITS
+            for size in GROUP_SIZES
+            if (words, groups) == (columns * bits / WORD_BITS, columns / size)
+        ]
+        if not known:
+            raise FormatError(f"{folder}: {name!r} has {words} words and {groups} groups for {columns} columns")
+        wanted = {name: (*shape[:-1], words), scales: (*shape[:-1], groups), biases: (*shape[:-1], groups)}
+        kinds = {name: ("U32",), scales: FLOAT_TAGS, biases: FLOAT_TAGS}
+    for each, size in wanted.items():
+        path, info = tensors[each]
+        if tuple(info.shape) != size or info.dtype not in kinds[each]:
+            raise FormatError(f"{path}: {each!r} is {info.dtype} {list(info.shape)}; the config asks for {list(size)}")
+    return wanted
