@@ -17,6 +17,7 @@ from .backends.base import Backend
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Tuning, default_tuning, given_settings
 from .errors import BackendError, FormatError, UsageError
+from .models.mixtures import mixture_backends
 from .residency.budget import MemoryPlan
 from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
@@ -29,7 +30,6 @@ from .stats import Stats
 from .storage.layout import Layout
 from .storage.reader import open_reader
 
-FAMILIES = ("mlx",)  # the backends' columns that run mixtures of experts
 MAX_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "seq_length", "model_max_length")
 
 
@@ -133,11 +133,11 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
     tensors = {name: (tensor.path, tensor.info) for name, tensor in read_tensors(folder).items()}
     _check_strays(folder)
-    backend_name, entry = choose(config.backend, FAMILIES)
+    backend_name, entry = choose(config.backend, mixture_backends(values))
     if entry.experts is None:
         raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     backend = entry.make()
-    opened = import_module(entry.experts).open_experts(folder, tensors)
+    opened = import_module(entry.experts).open_experts(folder, tensors, values)
     layouts = [extents.layout for extents in opened.extents]
     chunk = min(config.prefill_chunk, context)
     fixed = {
@@ -183,7 +183,7 @@ def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
     plan = plan_experts(folder, config)
     run = ExpertRun(plan)
     try:
-        model = plan.opened.start(run.make_selector)
+        model = plan.opened.start(run.make_selector, plan.context)
         tokenizer = plan.models.load_tokenizer(folder, plan.spec.eos_ids)
     except BaseException:
         run.close()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .casting import check_dtype, from_float32
 from .errors import FlashError, SpaceError, UsageError
+from .models.mixtures import is_mixture, read_mixture
 from .models.read_config import read_spec
 from .resolve import models_folder
 from .source import INDEX, TOKENIZERS, WEIGHTS, read_json, safe_file, safetensors_header, tokenizer_files
@@ -50,7 +51,7 @@ def make_random(
     out = Path(out)
     if out.exists():
         raise UsageError(f"{out} exists; remove it or choose another folder")
-    spec = read_spec(config)
+    spec = read_mixture(config) if is_mixture(config) else read_spec(config)
     shapes = spec.resident_shapes() | spec.ffn_shapes()
     needed = sum(_nbytes(shape, dtype) for shape in shapes.values())
     parent = out.absolute().parent

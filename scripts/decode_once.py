@@ -17,9 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import mlx_flash
 from mlx_flash.measure.replay import Replay
-from mlx_flash.measure.trace import Trace
+from mlx_flash.measure.trace import Trace, read_route_csv
 
 
 def replay_trace(model: Any, path: str, recall: float, precision: float) -> None:
@@ -28,6 +30,23 @@ def replay_trace(model: Any, path: str, recall: float, precision: float) -> None
     model.flash.shared.override, model.flash.shared.override_guess = replay.ids, replay.guess
     for layer in model.layers:
         layer.ffn.decode_spec = replace(layer.ffn.decode_spec, activation="silu")
+
+
+def follow_routes(model: Any, path: str) -> None:
+    """Let a route trace's decoded tokens choose the experts of a mixture on the numpy backend: its layers evenly taken,
+    its experts folded onto the model's."""
+    trace = read_route_csv(path)
+    layers = [layer.ffn for layer in model.layers if hasattr(layer.ffn, "route")]
+    for number, ffn in enumerate(layers):
+        steps = iter(trace.ids[number * len(trace.ids) // len(layers)][trace.prompt :])
+
+        def route(x: Any, ffn: Any = ffn, own: Any = ffn.route, steps: Any = steps) -> tuple[Any, Any]:
+            if len(x) > 1:
+                return own(x)
+            chosen = np.unique(next(steps) % ffn.selector.residency.count)[None]
+            return chosen, np.full(chosen.shape, 1 / chosen.size, np.float32)
+
+        ffn.route = route
 
 
 def seconds_each(steps: Iterator[Any], count: int) -> list[float]:
@@ -55,6 +74,7 @@ def main() -> None:
     parser.add_argument("--memory", required=True)
     parser.add_argument("--look-ahead", default="auto")
     parser.add_argument("--trace")
+    parser.add_argument("--routes", help="a route trace whose choices replace those of a mixture's routers")
     parser.add_argument("--recall", type=float, default=0.95)
     parser.add_argument("--precision", type=float, default=0.95)
     parser.add_argument("--context", type=int, default=512)
@@ -70,6 +90,8 @@ def main() -> None:
     load_s = time.perf_counter() - begin
     if args.trace:
         replay_trace(model, args.trace, args.recall, args.precision)
+    if args.routes:
+        follow_routes(model, args.routes)
     run = model.flash
     ids = [5 + k % 1000 for k in range(args.prompt)]
     if args.again:

@@ -50,7 +50,7 @@ def _make_numpy() -> Backend:
 
 _ENTRIES: dict[str, Entry] = {
     "mlx": Entry(_make_mlx, "mlx_flash.models.mlx", "mlx", _mlx_has_gpu, "mlx_flash.models.mlx_experts"),
-    "numpy": Entry(_make_numpy, "mlx_flash.models.decoder", "numpy", lambda: True),
+    "numpy": Entry(_make_numpy, "mlx_flash.models.decoder", "numpy", lambda: True, "mlx_flash.models.numpy_experts"),
 }
 
 

@@ -60,6 +60,11 @@ class Layer:
         weight, bias = self.weights[role]
         return self.backend.linear(x, weight, bias)
 
+    def normed(self, role: str, x: np.ndarray) -> np.ndarray:
+        """x (T, heads, D), normalised over as many items as the norm has weights: each head, or all at once."""
+        weight, bias = self.weights[role]
+        return self.decoder.norm(x.reshape(len(x), -1, len(weight)), weight, bias).reshape(x.shape)
+
     def attend(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:  # (T, d) -> (T, d)
         heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.decoder.spec.head_dim
         if "qkv" in self.weights:
@@ -68,7 +73,7 @@ class Layer:
             q, k, v = (self.linear(role, x) for role in ("q", "k", "v"))
         q, k, v = (part.reshape(len(x), -1, size) for part in (q, k, v))  # (T, H or K, D)
         if "q_norm" in self.weights:
-            q, k = self.decoder.norm(q, *self.weights["q_norm"]), self.decoder.norm(k, *self.weights["k_norm"])
+            q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         if self.decoder.rotations is not None:
             cos, sin = self.decoder.rotations[:, start : start + len(x)]
             q, k = self.backend.rope(q, cos, sin), self.backend.rope(k, cos, sin)

@@ -135,8 +135,9 @@ class ExpertModel:
         """Memory for `rows` experts of a layer."""
         return ExpertSlab(self.extents[layer].layout, self.shapes[layer], rows) if rows else None
 
-    def start(self, make_selector: Callable[[int], RouterSelector]) -> nn.Module:
-        """The model, its dense part in memory and its experts behind the selectors. Raises FormatError."""
+    def start(self, make_selector: Callable[[int], RouterSelector], context: int = 0) -> nn.Module:
+        """The model, its dense part in memory and its experts behind the selectors. context: not looked at, mlx-lm's
+        caches grow. Raises FormatError."""
         try:
             mx.eval(self.model.parameters())
         except RuntimeError as error:
@@ -149,19 +150,20 @@ class ExpertModel:
         return self.model
 
 
-def open_experts(folder: Path, tensors: Tensors) -> ExpertModel:
+def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertModel:
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
-    tensors: every tensor of the folder's files, checked. Raises ConfigError for an architecture that mlx-lm does not
+    tensors: every tensor of the folder's files, checked. config: as mlx-lm reads it itself; not looked at. Raises
+    ConfigError for an architecture that mlx-lm does not
     have or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
     bytes can be read from as they are, BackendError for what MLX cannot compute here.
     """
     loaded = _Loaded()
-    model, config = _build(folder, tensors, loaded)
+    model, built = _build(folder, tensors, loaded)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
     if not switches:
         raise ConfigError(
-            f"{folder}: mlx-lm's {config.get('model_type')!r} keeps its experts in no SwitchGLU or SwitchMLP, so that "
+            f"{folder}: mlx-lm's {built.get('model_type')!r} keeps its experts in no SwitchGLU or SwitchMLP, so that "
             "they cannot be read one by one; run it with mlx-lm itself"
         )
     extents, shapes, surveys = [], [], []
@@ -183,7 +185,7 @@ def open_experts(folder: Path, tensors: Tensors) -> ExpertModel:
             name, key = part.split(".")
             module[name][key] = mx.zeros((0, *array.shape[1:]), array.dtype)
     loaded.clear()
-    return ExpertModel(model, config, paths, modules, extents, shapes, top_k, kinds)
+    return ExpertModel(model, built, paths, modules, extents, shapes, top_k, kinds)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

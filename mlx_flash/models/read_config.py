@@ -18,7 +18,7 @@ MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
 MAX_LAYERS = 10_000
 
 
-class _Config:
+class ConfigValues:
     """A config dict whose missing or mistyped keys become ConfigError."""
 
     def __init__(self, values: Mapping[str, Any]):
@@ -90,7 +90,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     return name
 
 
-def _activation(config: _Config, family: Family) -> str:
+def _activation(config: ConfigValues, family: Family) -> str:
     name = config.need(family.activation_key, str)
     if name not in ACTIVATIONS:
         raise ConfigError(
@@ -102,7 +102,7 @@ def _activation(config: _Config, family: Family) -> str:
     return activation
 
 
-def _cutoffs(config: _Config, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+def _cutoffs(config: ConfigValues, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
     """The layers with FATReLU's thresholds, one per layer under "fatrelu_thresholds" (arXiv 2402.13516)."""
     values = config.get("fatrelu_thresholds")
     if not isinstance(values, list) or len(values) != len(layers):
@@ -113,7 +113,7 @@ def _cutoffs(config: _Config, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec,
     return tuple(replace(layer, cutoff=float(value)) for layer, value in zip(layers, values, strict=True))
 
 
-def _rope(config: _Config) -> Rope:
+def _rope(config: ConfigValues) -> Rope:
     parameters = config.get("rope_parameters", {})
     scaling = config.get("rope_scaling", {})
     for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
@@ -124,7 +124,7 @@ def _rope(config: _Config) -> Rope:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ConfigError(f"unknown RoPE type {_short(kind)}; known: {', '.join(ROPE_TYPES)}")
-    numbers = _Config(scaling)
+    numbers = ConfigValues(scaling)
     if kind == "default":
         return Rope(base)
     factor = numbers.check("factor", numbers.get("factor"), NUMBER)
@@ -138,7 +138,7 @@ def _rope(config: _Config) -> Rope:
     return Rope(base, kind, float(factor), low, high, numbers.positive("original_max_position_embeddings", 8192))
 
 
-def _eos_ids(config: _Config) -> tuple[int, ...]:
+def _eos_ids(config: ConfigValues) -> tuple[int, ...]:
     value = config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
     if not all(_is_id(i) for i in ids):
@@ -146,7 +146,7 @@ def _eos_ids(config: _Config) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _bos_id(config: _Config) -> int | None:
+def _bos_id(config: ConfigValues) -> int | None:
     value = config.get("bos_token_id")
     if value is not None and not _is_id(value):
         raise ConfigError(f"config.json: 'bos_token_id' is {_short(value)}; it must be an id")
@@ -157,7 +157,7 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE  # `type`, because True is an int too
 
 
-def _openelm(config: _Config) -> dict[str, Any]:
+def _openelm(config: ConfigValues) -> dict[str, Any]:
     count, dim = config.layers("num_transformer_layers"), config.need("model_dim")
     heads, kv_heads = config.sequence("num_query_heads", count), config.sequence("num_kv_heads", count)
     divisor, multipliers = config.need("ffn_dim_divisor"), config.sequence("ffn_multipliers", count, NUMBER)
@@ -181,12 +181,12 @@ def _openelm(config: _Config) -> dict[str, Any]:
     }
 
 
-def _llama(config: _Config, family: str, has_head: bool | None) -> dict[str, Any]:
+def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | None) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     attention_bias = config.flag("attention_bias", False)
     if config.flag("mlp_bias", False):
         raise ConfigError("config.json: 'mlp_bias' is true; FFN biases are known for OPT only")
-    if family == "qwen3" and attention_bias:
+    if family.startswith("qwen3") and attention_bias:
         raise ConfigError("config.json: 'attention_bias' is true, which is not known for Qwen3")
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
     context = config.positive("max_position_embeddings", 2048)
@@ -201,13 +201,13 @@ def _llama(config: _Config, family: str, has_head: bool | None) -> dict[str, Any
         "tied": config.flag("tie_word_embeddings", has_head is False),
         "max_context": context,
         "rope": _rope(config),
-        "qk_norm": family == "qwen3",
+        "qk_norm": "q_norm" in table.names,
         "qkv_bias": family == "qwen2" or attention_bias,
         "out_bias": family != "qwen2" and attention_bias,
     }
 
 
-def _opt(config: _Config) -> dict[str, Any]:
+def _opt(config: ConfigValues) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim), ("enable_bias", True)):
         if config.get(key, wanted) != wanted:
@@ -236,14 +236,20 @@ def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] |
     """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
     config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
     family or activation that is missing or unknown."""
-    family, values = family_of(config), _Config(config)
+    family, values = family_of(config), ConfigValues(config)
     if family in DENSE:
         return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
-    table = FAMILIES[family]
+    return spec_of(values, family, FAMILIES[family], shapes)
+
+
+def spec_of(
+    values: ConfigValues, family: str, table: Family, shapes: Mapping[str, tuple[int, ...]] | None
+) -> ModelSpec:
+    """The spec of a family with this table; see `read_spec`."""
     activation = _activation(values, table)
     has_head = None if shapes is None else table.names["head"] + ".weight" in shapes
     read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
-    fields = read.get(family, lambda: _llama(values, family, has_head))()
+    fields = read.get(family, lambda: _llama(values, family, table, has_head))()
     fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields
     if activation == "fatrelu":
         fields["layers"] = _cutoffs(values, fields["layers"])
