@@ -171,12 +171,12 @@ def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[in
     ]
     if wrong:
         raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
-    head = spec.name("head") + "."
+    head = spec.name("head") + "." if spec.tied else None
     extra = [
         name
         for name in source.tensors
         if name not in wanted
-        and not (spec.tied and name.startswith(head))
+        and not (head is not None and name.startswith(head))
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
     ]
     if extra:

@@ -42,8 +42,20 @@ class Board:
         self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
         self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
         self.free = deque(range(JOBS))
+        self.open: dict[int, Job] = {}  # begun and not finished, by place; keeps their arrays in memory
         self._started = 0
         self._lock = threading.Lock()
+
+    def take(self) -> int:
+        """A free place. Where there is none, one of a job that was begun and perhaps forgotten, which is finished."""
+        while True:
+            try:
+                return self.free.popleft()
+            except IndexError:
+                if not self.open:  # an interrupt has come right after a place was taken, JOBS times
+                    self.free.extend(range(JOBS))
+            for job in list(self.open.values())[:1]:
+                job.finish()
 
     def hire(self, count: int) -> int:
         """See to it that so many helpers live; returns how many do: none where the system has no pipes to sleep on."""
@@ -67,14 +79,12 @@ class Job:
 
     def __init__(self, board: Board, kernel: int, tasks: int, arguments: tuple[Any, ...], keep: Any):
         self.board, self.tasks, self.keep = board, tasks, (arguments, keep)
-        self.place: int | None = None
-        with suppress(IndexError):
-            self.place = board.free.popleft()
-        # With every place taken it is done by the caller alone, in a place of its own.
-        self.row = pages(JOB_ITEMS) if self.place is None else board.jobs[self.place]
-        self.at = int(self.row.ctypes.data)
-        self.row[DONE] = tasks  # until it begins, for `finish`
-        self.row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
+        self.place = board.take()
+        row = board.jobs[self.place]
+        self.at = board.at + self.place * row.nbytes
+        row[DONE] = tasks  # until it begins, for `finish`
+        row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
+        board.open[self.place] = self
 
     def finish(self) -> None:
         """Take part, and return when all is done; a second call does nothing."""
@@ -87,13 +97,10 @@ class Job:
     def _finish(self) -> None:
         while self.keep is not None and not compiled.finish(self.at, self.tasks):
             time.sleep(0)
-        if self.keep is not None:
-            self.keep = None
-            if self.place is not None:
-                self.board.free.append(self.place)
-
-    def __del__(self) -> None:
-        self._finish()
+        self.keep = None
+        if self.board.open.get(self.place) is self:
+            del self.board.open[self.place]
+            self.board.free.append(self.place)
 
 
 def as_item(argument: Any) -> int:
@@ -145,7 +152,7 @@ class Workers:
             board = Workers._board = Board()
         job = Job(board, compiled.address_of(kernel), tasks, arguments, keep)
         helpers = 0
-        if tasks > 1 and not alone and self._count > 1 and job.place is not None:
+        if tasks > 1 and not alone and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
         compiled.begin(job.at, tasks, board.helpers_at, helpers)
         return job.finish
