@@ -5,6 +5,7 @@ Families and names are in `mixtures`; what computes is the backend's. Nothing is
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class ExpertDecoder:
     @property
     def page_bytes(self) -> int:
         """At most so much is lost to rounding slabs up to pages."""
-        return 4096 * (len(self.extents) + 1)
+        return mmap.PAGESIZE * (len(self.extents) + 1)
 
     def slot_bytes(self, layer: int) -> int:
         return self.extents[layer].layout.stride
