@@ -39,7 +39,8 @@ class ExpertSlab(Slab):
         found = [field[row] for field in self._fields[name]]
         if len(found) == 1:
             return found[0]
-        return AffineRows(*found, WORD_BITS * found[0].shape[1] // self._shapes[name][1])
+        codes, scales, biases = found
+        return AffineRows(codes, scales, biases, WORD_BITS * codes.shape[1] // self._shapes[name][1])
 
 
 class ExpertPass:

@@ -214,7 +214,8 @@ def _check(folder: Path, name: str, shape: tuple[int, ...], tensors: Tensors) ->
     if name not in tensors:
         raise FormatError(f"{folder} lacks the tensor {name!r}, which its config.json asks for")
     _, scales, biases = coded_names(name)
-    wanted, kinds = {name: shape}, {name: FLOAT_TAGS}
+    wanted: dict[str, tuple[int, ...]] = {name: shape}
+    kinds: dict[str, tuple[str, ...]] = {name: FLOAT_TAGS}
     if scales in tensors and biases in tensors and len(shape) > 1:
         columns, words, groups = shape[-1], tensors[name][1].shape[-1], tensors[scales][1].shape[-1]
         known = [
