@@ -222,7 +222,8 @@ class _Model:
             # What reads take includes the processor's part, which nothing hides and is counted by itself.
             guess_cpu, left_cpu = self.cpu_s(guessed), self.cpu_s(layer.missed - ahead)
             waited += max(0.0, guess_s - guess_cpu - window) + max(0.0, left_s - left_cpu - hidden)
-            cpu += guess_cpu + left_cpu
+            # A request is planned and begun by about as many steps of Python as a layer takes without any.
+            cpu += guess_cpu + left_cpu + self.other_s * ((guessed > 0) + (layer.missed > ahead))
             reads += guess_s + left_s
             nbytes += (guessed + layer.missed - ahead) * demand.read_bytes
             selection += choice + (self.predictor_s(layer) if look_ahead else 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,11 @@ def reply(model) -> list[int]:
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("select", ["all", "gate"])
-def test_fail_the_first_second_third_read_until_a_run_passes(flash: Path, select: str, share: float) -> None:
+def test_fail_reads_from_the_first_until_a_run_passes(flash: Path, select: str, share: float) -> None:
     model, _ = load(flash, select, share)
     wanted = reply(model)
     model.flash.close()
-    for fail_at in range(1, 2000):
+    for fail_at in chain(range(1, 9), range(9, 2000, 3)):  # every third of the later ones, which are alike
         model, _ = load(flash, select, share)
         reader = model.flash.shared.reader
         model.flash.shared.reader = FaultyReader(reader, fail_at)

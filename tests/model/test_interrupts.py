@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ class InterruptingReader:
 @pytest.mark.parametrize("reader", [PreadReader, open_reader])
 @pytest.mark.parametrize("where", ["before", "after", "wait"])
 @pytest.mark.parametrize("select", ["all", "gate"])
-def test_interrupt_the_first_second_third_read_until_a_run_passes(
+def test_interrupt_reads_from_the_first_until_a_run_passes(
     flash: Path, monkeypatch: pytest.MonkeyPatch, select: str, where: str, reader
 ) -> None:
     fresh = load(flash, select)
@@ -132,7 +133,7 @@ def test_interrupt_the_first_second_third_read_until_a_run_passes(
     slow = Slow(os.preadv) if reader is PreadReader else None
     if slow is not None:
         monkeypatch.setattr(os, "preadv", slow)
-    for at in range(1, 500):
+    for at in chain(range(1, 9), range(9, 500, 3)):  # every third of the later ones, which are alike
         model = load(flash, select, reader)
         plain = model.flash.shared.reader
         model.flash.shared.reader = InterruptingReader(plain, at, where, slow)
