@@ -7,7 +7,7 @@ where its expert lies nor on what is computed beside it; how, and in which order
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,7 @@ class RouterSelector:
         self.layer, self.shared, self.residency = layer, shared, residency
         self.slab, self.staging, self.look_ahead = slab, staging, look_ahead
         self._coming: dict[int, Pending] = {}  # what is being read ahead, by slots that count as filled
+        self._given_up: list[int] = []  # of these slots: for nothing that a later call could ask for
         self._unsettled: deque[list[Group]] = deque()  # of the last calls, which may still be reading slots
         if look_ahead is not None:
             look_ahead.add(self)
@@ -101,14 +102,14 @@ class RouterSelector:
     def forget(self) -> None:
         """The slots hold unknown bytes. What is lazily computed from them is waited for as ever, before others come."""
         self.residency.reset()
-        self._coming = {}
+        self._coming, self._given_up = {}, []
         if self.look_ahead is not None:
             self.look_ahead.forget()
 
     def read_ahead(self, ids: np.ndarray) -> int:
         """Begin to read those of `ids` (n,), ascending, that are missing, each by itself; returns how many. None that
         is resident gives way."""
-        self._land(wait=True)
+        self._land(list(self._coming))
         plan = self.residency.plan(ids)
         slots = plan.slots[plan.loads]
         if not len(slots):
@@ -130,29 +131,30 @@ class RouterSelector:
         """What was being read ahead may not have come."""
         if self._coming:
             self.residency.reset()
-            self._coming = {}
+            self._coming, self._given_up = {}, []
 
-    def _land(self, wait: bool) -> None:
-        """Note which guesses have come; wait: for all of them. One whose read failed or was given up left its slot
-        empty: if it is needed, it is read as if it had not been guessed."""
-        for slot, pending in list(self._coming.items()):
-            if wait or pending.ended():
-                try:
-                    pending.wait()
-                except ReadError:
-                    self.residency.vacate(np.array([slot]))
-                del self._coming[slot]
+    def _land(self, slots: Sequence[int]) -> None:
+        """Wait for what is being read ahead into these. What failed or was given up left its slot empty: if it is
+        needed, it is read as if it had not been guessed."""
+        for slot in slots:
+            try:
+                self._coming[slot].wait()
+            except ReadError:
+                self.residency.vacate(np.array([slot]))
+            del self._coming[slot]
+        self._given_up = [slot for slot in self._given_up if slot in self._coming]
 
     def _check_guesses(self, ids: np.ndarray) -> int:
-        """Note which guesses were right, returned as their number, and give up the others as far as they have not
-        begun: what is missing is read first."""
+        """How many guesses were right. The others are given up as far as they have not begun, so that what is missing
+        comes first."""
         if not self._coming:
             return 0
         right = set(self.residency.slot_of[ids].tolist()) & self._coming.keys()
         self.shared.stats.guessed_right += len(right)
-        for slot in self._coming.keys() - right:
+        self._given_up = [slot for slot in self._coming if slot not in right]
+        for slot in self._given_up:
             self._coming[slot].give_up()
-        self._land(wait=False)
+        self._land([slot for slot, pending in self._coming.items() if pending.ended()])
         return len(right)
 
     def groups(self, chosen: np.ndarray, decoding: bool, x: Any = None) -> Iterator[Group]:
@@ -167,11 +169,9 @@ class RouterSelector:
         ids = np.unique(chosen)
         if decoding and self.shared.recorder is not None:
             self.shared.recorder(self.layer, ids)
-        lone, missed = len(chosen) == 1, int((self.residency.slot_of[ids] < 0).sum())
-        if lone:
-            missed += self._check_guesses(ids)
-        else:
-            self._land(wait=True)
+        lone = len(chosen) == 1
+        self._land(self._given_up if lone else list(self._coming))
+        missed = int((self.residency.slot_of[ids] < 0).sum()) + self._check_guesses(ids)
         plan = self._plan(ids, chosen)
         if decoding:
             self.shared.stats.hits += len(ids) - missed

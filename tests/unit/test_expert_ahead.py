@@ -26,7 +26,7 @@ class Late:
     """A read that is done when it is waited for, or when `ended` happens to come after it."""
 
     def __init__(self, reader, read):
-        self.reader, self.read, self.outcome = reader, read, None
+        self.reader, self.read, self.outcome, self.begun = reader, read, None, reader.rng.random() < reader.begins
 
     def wait(self):
         if self.outcome is None:
@@ -41,13 +41,15 @@ class Late:
         return self.outcome is not None
 
     def give_up(self):
-        self.outcome = self.outcome or ReadError("given up")
+        if not self.begun:
+            self.outcome = self.outcome or ReadError("given up")
+        self.read = lambda: ReadError("given up")  # some of it was in flight
 
 
 class LateReader(Recording):
     """Bytes come late, one request in `failing` never, and one `submit` in `interrupting` is interrupted."""
 
-    def __init__(self, seed=0, quick=0.0, failing=0.0, interrupting=0.0):
+    def __init__(self, seed=0, quick=0.0, failing=0.0, interrupting=0.0, begins=0.0):
         super().__init__()
         MemoryReader.__init__(self, [(LAYOUT, BUNDLES)] * LAYERS)
         self.rng, self.quick, self.failing, self.interrupting = (
@@ -56,7 +58,7 @@ class LateReader(Recording):
             failing,
             interrupting,
         )
-        self.late, self.came = [], []
+        self.late, self.came, self.begins = [], [], begins
 
     def submit(self, layer, ids, rows, targets):
         if self.rng.random() < self.interrupting:
@@ -119,7 +121,7 @@ def token(layers, reader, chosen, guesses):
     seed=st.integers(0, 9999),
 )
 def test_no_guess_changes_what_is_served(capacity, kind, quick, failing, interrupting, seed):
-    reader = LateReader(seed, quick, failing, interrupting)
+    reader = LateReader(seed, quick, failing, interrupting, begins=0.5)
     layers, _ = make(capacity, reader)
     rng = np.random.default_rng(seed)
     for _ in range(12):
@@ -135,13 +137,15 @@ def test_no_guess_changes_what_is_served(capacity, kind, quick, failing, interru
                 "random": [rng.permutation(COUNT)[:TOP_K] for _ in range(LAYERS)],
                 "half": [np.append(a[:1], b[:2]) for a, b in zip([*chosen[1:], chosen[0]], others, strict=True)],
             }[kind]
+            guesses = guesses if rng.random() < 0.7 else [None] * LAYERS  # off, as a trial has it for some tokens
             work = [lambda chosen=chosen, guesses=guesses: token(layers, reader, chosen, guesses)]
         try:
             for each in work:
                 each()
                 if rng.random() < 0.05:
                     break  # the reply is dropped between two layers
-        except (KeyboardInterrupt, ReadError):
+        except (KeyboardInterrupt, ReadError) as error:
+            assert failing if isinstance(error, ReadError) else interrupting
             reader.in_use = []  # the reply's results are dropped
     assert not layers[0].shared.stats.guessed or capacity >= 4
     if capacity == COUNT:
