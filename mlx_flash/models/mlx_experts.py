@@ -171,6 +171,7 @@ def open_experts(folder: Path, tensors: Tensors) -> ExpertModel:
     loaded = _Loaded()
     model, config = _build(folder, tensors, loaded)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
+    switches.sort(key=_in_order)
     if not switches:
         raise ConfigError(
             f"{folder}: mlx-lm's {config.get('model_type')!r} keeps its experts in no SwitchGLU or SwitchMLP, so that "
@@ -198,6 +199,11 @@ def open_experts(folder: Path, tensors: Tensors) -> ExpertModel:
             module[name][key] = mx.zeros((0, *array.shape[1:]), array.dtype)
     loaded.clear()
     return ExpertModel(model, config, paths, modules, extents, shapes, top_k, kinds, routers)
+
+
+def _in_order(switch: tuple[str, nn.Module]) -> list[tuple[int, str]]:
+    """By the numbers in a path, as layers are called: mlx lists modules the other way round."""
+    return [(int(name), "") if name.isdigit() else (-1, name) for name in switch[0].split(".")]
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

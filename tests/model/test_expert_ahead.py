@@ -44,6 +44,9 @@ def test_no_bit_depends_on_what_is_guessed(both: tuple[Path, Any], share: float,
         logits(model, 5, 8)
         queue = {layer: iter(steps) for layer, steps in chosen.items()}
         shared.recorder = None
+        shared.stats.reset()
+        for selector in selectors(model):
+            selector.forget()
 
     def guess(layer: int) -> np.ndarray:
         if kind == "random":
@@ -93,8 +96,8 @@ def test_a_failed_read_or_an_interrupt_or_a_dropped_reply_leaves_the_model_right
 
 
 def selectors(model: Any) -> list[Any]:
-    ahead = model.flash.look_ahead
-    return [ahead.layers[layer]() for layer in range(LAYERS)]
+    modules = dict(model.named_modules())
+    return [modules[path]._run.selector for path in model.flash.plan.opened.paths]
 
 
 def test_auto_times_itself_and_off_guesses_nothing(both: tuple[Path, Any]) -> None:
