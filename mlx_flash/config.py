@@ -89,7 +89,8 @@ class FlashConfig:
         or one that loses quality: "predictor", "prompt:F" and "static:F" (share of neurons kept), "prompt:auto" (as
         many as fit), "threshold:S" (dropped)
     reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
-    look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors
+    look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors,
+        or routers
     prefill_chunk: prompt tokens per pass over the layers
     sequences: KV caches of max_context tokens that the budget holds
 

@@ -23,6 +23,8 @@ from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
 from .residency.stream import BlockStream
 from .run import DEFAULT_CONTEXT, BaseRun, budget_for
+from .selection.expert_ahead import ExpertLookAhead
+from .selection.lookahead import GUESS_SHARE
 from .selection.router import RouterSelector, Staging
 from .selection.shared import Shared
 from .source import read_json, read_tensors, safe_file, weight_files
@@ -74,7 +76,15 @@ class ExpertPlan:
     selector = "router"
     exact = True
     measured_loss = calibration = machine = machine_problem = prediction = None
-    look_ahead = "off"
+
+    @property
+    def look_ahead(self) -> str:
+        """Whether the next layer's experts are guessed and their reads begin early."""
+        enough = any(
+            GUESS_SHARE <= capacity < count
+            for capacity, count in zip(self.memory.capacities[1:], self.costs.counts[1:], strict=True)
+        )
+        return self.tuning.look_ahead if enough and self.opened.foresees else "off"
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -110,13 +120,16 @@ class ExpertRun(BaseRun):
         self._staging = {kind: Staging(opened.slab(costs.kinds.index(kind), n), n) for kind, n in rows.items()}
         reader = open_reader(opened.extents, **plan.tuning.reader_options)
         super().__init__(plan, Shared(plan.backend, reader, BlockStream([]), Stats()))
+        mode = plan.look_ahead
+        self.look_ahead = None if mode == "off" else ExpertLookAhead(self.shared, costs.top_k, mode)
 
     def make_selector(self, layer: int) -> RouterSelector:
         """The selector of one layer's experts, and memory for its slots."""
         plan = self.plan
-        capacity = plan.memory.capacities[layer]
+        capacity, count = plan.memory.capacities[layer], plan.costs.counts[layer]
         slab, staging = plan.opened.slab(layer, capacity), self._staging.get(plan.costs.kinds[layer])
-        return RouterSelector(layer, self.shared, Residency(plan.costs.counts[layer], capacity), slab, staging)
+        look_ahead = self.look_ahead if capacity < count else None
+        return RouterSelector(layer, self.shared, Residency(count, capacity), slab, staging, look_ahead)
 
 
 def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:

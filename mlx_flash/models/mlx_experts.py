@@ -29,6 +29,7 @@ from ..storage.header import TensorInfo
 from ..storage.layout import Layout, Part
 from .mlx import flash_model
 from .mlx_kv import kv_bytes
+from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -79,7 +80,8 @@ class ExpertModel:
     """An mlx-lm model that holds no experts. Nothing has been evaluated until `start`.
 
     paths: its switch layers' names; extents, shapes, top_k, kinds per switch layer: where the experts are, each part's
-    shape for one expert, experts chosen per token, and a number that layers with equal experts share.
+    shape for one expert, experts chosen per token, and a number that layers with equal experts share. routers: what
+    says which experts a layer chooses, None where it was not found.
     """
 
     model: nn.Module
@@ -90,6 +92,12 @@ class ExpertModel:
     shapes: list[dict[str, tuple[int, ...]]]
     top_k: list[int]
     kinds: list[int]
+    routers: list[Router | None]
+
+    @property
+    def foresees(self) -> bool:
+        """Whether a layer says what the next one will probably choose."""
+        return any(router is not None for router in self.routers[1:])
 
     @property
     def dense_bytes(self) -> int:
@@ -142,8 +150,12 @@ class ExpertModel:
             mx.eval(self.model.parameters())
         except RuntimeError as error:
             raise FormatError(f"cannot load the resident tensors: {error}") from error
+        following = [*self.routers[1:], None]
         for layer, (path, switch) in enumerate(zip(self.paths, self.switches, strict=True)):
-            _put(self.model, path, ExpertModule(SlotExperts(switch, make_selector(layer))))
+            selector = make_selector(layer)
+            if selector.look_ahead is not None and self.routers[layer] is not None:
+                selector.look_ahead.learn(layer, np.array)  # the layer before it has applied the router
+            _put(self.model, path, ExpertModule(SlotExperts(switch, selector, following[layer])))
         self.switches = []
         mx.set_cache_limit(cache_limit_bytes(self.number("hidden_size", "d_model", "n_embd", default=4096)))
         mx.clear_cache()
@@ -161,6 +173,7 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     loaded = _Loaded()
     model, built = _build(folder, tensors, loaded)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
+    switches.sort(key=_in_order)
     if not switches:
         raise ConfigError(
             f"{folder}: mlx-lm's {built.get('model_type')!r} keeps its experts in no SwitchGLU or SwitchMLP, so that "
@@ -180,12 +193,19 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     kinds = [alike.index(each) for each in alike]
     paths, modules = [path for path, _ in switches], [module for _, module in switches]
     top_k = [max(1, survey.top_k) for survey in surveys]
+    found = zip(paths, extents, surveys, strict=True)
+    routers = [find_router(model, path, each.layout.count, survey.width) for path, each, survey in found]
     for module in modules:  # the lazy arrays, and the files that they hold open
         for part, array in expert_arrays(module).items():
             name, key = part.split(".")
             module[name][key] = mx.zeros((0, *array.shape[1:]), array.dtype)
     loaded.clear()
-    return ExpertModel(model, built, paths, modules, extents, shapes, top_k, kinds)
+    return ExpertModel(model, built, paths, modules, extents, shapes, top_k, kinds, routers)
+
+
+def _in_order(switch: tuple[str, nn.Module]) -> list[tuple[int, str]]:
+    """By the numbers in a path, as layers are called: mlx lists modules the other way round."""
+    return [(int(name), "") if name.isdigit() else (-1, name) for name in switch[0].split(".")]
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

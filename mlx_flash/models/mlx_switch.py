@@ -17,6 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 
 from ..backends.mlx_slab import ExpertSlab
 from ..selection.router import Group, RouterSelector
+from .mlx_routers import Router
 
 SWITCHES = (SwitchGLU, SwitchMLP)
 LINEARS = (SwitchLinear, QuantizedSwitchLinear)
@@ -58,21 +59,26 @@ class ExpertModule(nn.Module):
 
 
 class Survey:
-    """In place of experts, where only shapes are asked for: notes how many are chosen per token, computes nothing."""
+    """In place of experts, where only shapes are asked for: notes how many are chosen per token and how wide their
+    input is, computes nothing."""
 
     def __init__(self) -> None:
-        self.top_k = 0
+        self.top_k = self.width = 0
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        self.width = x.shape[-1]
         self.top_k = max(self.top_k, indices.shape[-1])
         return mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
 
 
 class SlotExperts:
-    """One layer's experts: `selector` brings those that are chosen into slots, `switch` is mlx-lm's module."""
+    """One layer's experts: `selector` brings those that are chosen into slots, `switch` is mlx-lm's module.
 
-    def __init__(self, switch: nn.Module, selector: RouterSelector):
-        self.selector = selector
+    following: the next layer's router, where one is known.
+    """
+
+    def __init__(self, switch: nn.Module, selector: RouterSelector, following: Router | None = None):
+        self.selector, self._following = selector, following
         self._switches: dict[int, nn.Module] = {}  # by slab
         self._switch = switch
         self._slots: mx.array | None = None  # of every expert, when all are there for good
@@ -86,12 +92,15 @@ class SlotExperts:
         if self.selector.complete:
             return self._resident(x, indices)
         # The one wait for the device per layer; in mlx-lm's loops it also means that the last token has been computed.
+        ahead = self._ahead(x, indices)
+        if ahead is not None:
+            mx.eval(indices, ahead)
         chosen = np.array(indices)
         pairs = chosen.reshape(-1)
         decoding = x.ndim < 2 or x.shape[-2] == 1
         orders: list[np.ndarray] = []
         results: list[mx.array] = []
-        for group in self.selector.groups(chosen.reshape(-1, chosen.shape[-1]), decoding):
+        for group in self.selector.groups(chosen.reshape(-1, chosen.shape[-1]), decoding, ahead):
             slot_of = np.full(self.selector.residency.count, -1, np.int64)
             slot_of[group.ids] = group.rows
             slots = slot_of[pairs]
@@ -108,6 +117,15 @@ class SlotExperts:
             return results[0]
         back = np.argsort(np.concatenate(orders))
         return mx.concatenate(results)[mx.array(back.astype(np.uint32))].reshape(*indices.shape, -1)
+
+    def _ahead(self, x: mx.array, indices: mx.array) -> mx.array | None:
+        """What the next layer's router says of x, (count,) fp32 lazily, where that is asked for."""
+        look_ahead = self.selector.look_ahead
+        if look_ahead is None or self._following is None or indices.size != indices.shape[-1]:
+            return None
+        if look_ahead.wanted(self.selector.layer + 1) is None:
+            return None
+        return self._following(x).reshape(-1).astype(mx.float32)
 
     def _resident(self, x: mx.array, indices: mx.array) -> mx.array:
         """Every expert has its slot: nothing need be known of the choice here, so nothing waits for it."""

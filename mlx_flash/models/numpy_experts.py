@@ -55,6 +55,11 @@ class ExpertDecoder:
         return [0] * len(self.extents)
 
     @property
+    def foresees(self) -> bool:
+        """Whether a layer says what the next one will probably choose."""
+        return len(self.extents) > 1
+
+    @property
     def dense_bytes(self) -> int:
         return sum(self.tensors[name][1].nbytes for name in self.shapes)
 
@@ -109,6 +114,9 @@ class ExpertFFN:
         assert isinstance(decoder.spec, MixtureSpec)
         self.spec, self.backend, self.selector = decoder.spec, decoder.backend, selector
         self.router = decoder.weight("router", index)[0]
+        if selector.look_ahead is not None:
+            backend, router = self.backend, self.router
+            selector.look_ahead.learn(selector.layer, lambda x: backend.linear(x, router, None)[0])
 
     def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x (T, d) -> the experts chosen (T, k), best first, and their weights (T, k) fp32."""
@@ -125,7 +133,7 @@ class ExpertFFN:
         """x (T, d) -> (T, d): an expert's weights are read once for all tokens."""
         chosen, weights = self.route(x)
         work = ExpertPass(self.backend, self.spec.activation, x, chosen)
-        for group in self.selector.groups(chosen, self.selector.shared.is_decode(x)):
+        for group in self.selector.groups(chosen, self.selector.shared.is_decode(x), x):
             work.add(group.ids, group.rows, group.slab)
         return work.result(weights)
 

@@ -73,11 +73,13 @@ class History:
         self.policy, self.clock = policy, 0  # tokens seen
         # A use adds `gain`, which grows instead of the scores of everything shrinking with every token.
         self.gain = 1.0
-        self.score, self.last_used = np.zeros(count), np.full(count, -1, np.int64)
+        # One more: a slot that holds nothing has the id -1, and is worth less than any.
+        self.score, self.last_used = np.zeros(count + 1), np.full(count + 1, -1, np.int64)
+        self.score[-1] = -np.inf
         self.base = None if rates is None or not policy.prior else policy.prior * rates.astype(np.float64)
         self.pins: np.ndarray | None = None
         if rates is not None and pins:
-            self.pins = np.zeros(count, bool)
+            self.pins = np.zeros(count + 1, bool)
             self.pins[np.argsort(-rates, kind="stable")[:pins]] = True
 
     def use(self, ids: np.ndarray) -> None:
@@ -94,7 +96,7 @@ class History:
         if fade * RESCALE > self.gain:
             self.gain /= fade
         else:
-            self.score *= fade / self.gain
+            self.score[:-1] *= fade / self.gain
             self.gain = 1.0
 
     def use_many(self, ids: np.ndarray, used: np.ndarray) -> None:

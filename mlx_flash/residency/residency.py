@@ -79,7 +79,10 @@ class Residency:
 
     def evict(self, plan: Plan) -> None:
         """Before the reads: the slots about to be overwritten hold nothing."""
-        slots = plan.slots[plan.loads]
+        self.vacate(plan.slots[plan.loads])
+
+    def vacate(self, slots: np.ndarray) -> None:
+        """These slots (n,) hold nothing: they are the first to be filled again."""
         old = self.id_of[slots]
         self.slot_of[old[old >= 0]] = -1
         self.id_of[slots] = -1

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..residency.residency import Residency
 from .shared import Shared
-
-if TYPE_CHECKING:
-    from .sparse import SparseSelector
 
 TRIAL = 12  # tokens timed with guesses, and as many without, in turn
 KEEP = 500  # tokens until the next trial
 GUESS_SHARE = 4  # a guess fills at most one slot in so many of its layer
 GAIN = 0.98  # guesses stay while a token takes at most this share of the time it takes without
+
+
+Predict = Callable[[Any], np.ndarray]
 
 
 class Trial:
@@ -47,6 +48,22 @@ class Trial:
             self.on = not self.on
 
 
+class Foreseen(Protocol):
+    """One layer, whose bundles may be read ahead."""
+
+    layer: int
+    residency: Residency
+
+    def read_ahead(self, ids: np.ndarray) -> int:
+        """Begin to read those of `ids` (n,), ascending, that are missing; returns how many."""
+
+    def ahead_ended(self) -> bool:
+        """Whether all that is being read ahead has come; reads that wait for their turn go on."""
+
+    def forget_ahead(self) -> None:
+        """What was being read ahead may not have come."""
+
+
 class LookAhead:
     """Guesses for all layers of a model, each made while the layer before computes.
 
@@ -57,24 +74,29 @@ class LookAhead:
     def __init__(
         self,
         shared: Shared,
-        predictors: Sequence[Callable[[Any], np.ndarray]],
+        predictors: Sequence[Predict] | Mapping[int, Predict],
         margins: Sequence[float],
         mode: str = "auto",
     ):
         self.shared, self.predictors, self.margins = shared, predictors, margins
         self.trial = Trial() if mode == "auto" else None
         # Weakly: a cycle would keep their slabs in memory after the model is dropped.
-        self.layers: dict[int, weakref.ref[SparseSelector]] = {}
-        self._last: weakref.ref[SparseSelector] | None = None  # whose bundles were guessed last
+        self.layers: dict[int, weakref.ref[Foreseen]] = {}
+        self._last: weakref.ref[Foreseen] | None = None  # whose bundles were guessed last
         self._begin = 0.0
 
-    def add(self, selector: SparseSelector) -> None:
+    def add(self, selector: Foreseen) -> None:
         """A layer whose bundles may be guessed."""
         self.layers[selector.layer] = weakref.ref(selector)
 
     @property
     def on(self) -> bool:
         return self.trial is None or self.trial.on
+
+    def wanted(self, layer: int) -> Foreseen | None:
+        """The layer, where guesses of it are to be made now."""
+        found = self.layers.get(layer)
+        return found() if found is not None and self.on else None
 
     def forget(self) -> None:
         """Reads were drained: slots that were being filled ahead hold unknown bytes."""
@@ -83,16 +105,16 @@ class LookAhead:
                 selector.forget_ahead()
 
     def guess(self, layer: int, x: Any) -> None:
-        """After the reads of the layer before were begun: begin those that `layer` will probably need."""
+        """After the reads of the layer before were begun: begin those that `layer` will probably need. x None: nothing
+        is known of it, the token is timed only."""
         if layer - 1 == min(self.layers):
             self._begin = time.perf_counter()
-        if layer not in self.layers:
+        if layer - 1 == max(self.layers):
             if self.trial is not None and self._begin:
                 self.trial.token(time.perf_counter() - self._begin)
             self._begin = 0.0
-            return
-        selector = self.layers[layer]()
-        if not self.on or selector is None:
+        selector = None if x is None else self.wanted(layer)
+        if selector is None:
             return
         likely = self._likely(selector, x)
         if len(likely):
@@ -104,15 +126,17 @@ class LookAhead:
         if self._last is not None and (selector := self._last()) is not None:
             selector.ahead_ended()
 
-    def _likely(self, selector: SparseSelector, x: Any) -> np.ndarray:
+    def named(self, layer: int, logits: np.ndarray) -> np.ndarray:
+        """Ids that logits (count,) name, ascending."""
+        return np.flatnonzero(logits > self.margins[layer])
+
+    def _likely(self, selector: Foreseen, x: Any) -> np.ndarray:
         """Ids that the layer will probably ask for, ascending: those that are resident, so that they stay, and as many
         of the others as may take the place of resident ones."""
         layer, residency = selector.layer, selector.residency
         logits = self.predictors[layer](x)
-        if self.shared.override_guess is None:
-            likely = np.flatnonzero(logits > self.margins[layer])
-        else:
-            likely = self.shared.override_guess(layer)
+        override = self.shared.override_guess
+        likely = self.named(layer, logits) if override is None else override(layer)
         missing = np.flatnonzero(residency.slot_of[likely] < 0)
         most = residency.capacity // GUESS_SHARE
         if len(missing) > most:

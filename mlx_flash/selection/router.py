@@ -7,14 +7,16 @@ where its expert lies nor on what is computed beside it; how, and in which order
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..errors import ReadError
 from ..residency.residency import Plan, Residency
-from ..storage.reader import Pending
+from ..storage.protocol import Done, Pending, Together
+from .expert_ahead import ExpertLookAhead
 from .shared import Shared
 
 AHEAD = 2  # calls that a lazy backend may leave uncomputed while nothing is read: mlx-lm's loop is one ahead
@@ -73,12 +75,24 @@ class RouterSelector:
 
     exact = True
 
-    def __init__(self, layer: int, shared: Shared, residency: Residency, slab: Any, staging: Staging | None):
+    def __init__(
+        self,
+        layer: int,
+        shared: Shared,
+        residency: Residency,
+        slab: Any,
+        staging: Staging | None,
+        look_ahead: ExpertLookAhead | None = None,
+    ):
         if residency.capacity < residency.count and staging is None:
             raise ValueError(f"{residency.capacity} slots for {residency.count} experts, and no staging")
         self.layer, self.shared, self.residency = layer, shared, residency
-        self.slab, self.staging = slab, staging
+        self.slab, self.staging, self.look_ahead = slab, staging, look_ahead
+        self._coming: dict[int, Pending] = {}  # what is being read ahead, by slots that count as filled
+        self._given_up: list[int] = []  # of these slots: for nothing that a later call could ask for
         self._unsettled: deque[list[Group]] = deque()  # of the last calls, which may still be reading slots
+        if look_ahead is not None:
+            look_ahead.add(self)
 
     @property
     def complete(self) -> bool:
@@ -88,37 +102,97 @@ class RouterSelector:
     def forget(self) -> None:
         """The slots hold unknown bytes. What is lazily computed from them is waited for as ever, before others come."""
         self.residency.reset()
+        self._coming, self._given_up = {}, []
+        if self.look_ahead is not None:
+            self.look_ahead.forget()
 
-    def groups(self, chosen: np.ndarray, decoding: bool) -> Iterator[Group]:
+    def read_ahead(self, ids: np.ndarray) -> int:
+        """Begin to read those of `ids` (n,), ascending, that are missing, each by itself; returns how many. None that
+        is resident gives way."""
+        self._land(list(self._coming))
+        plan = self.residency.plan(ids)
+        slots = plan.slots[plan.loads]
+        if not len(slots):
+            return 0
+        self._coming = dict.fromkeys(slots.tolist(), Done())  # whatever interrupts this: `forget_ahead` knows of it
+        self._settle()
+        self.residency.evict(plan)
+        for k, slot in zip(plan.loads.tolist(), slots.tolist(), strict=True):
+            one = slice(k, k + 1)
+            self._coming[slot] = self.shared.read(self.layer, ids[one], plan.slots[one], self.slab.targets)
+        self.residency.place(plan)
+        return len(slots)
+
+    def ahead_ended(self) -> bool:
+        """Whether all that is being read ahead has come; reads that wait for their turn go on."""
+        return all([pending.ended() for pending in self._coming.values()])
+
+    def forget_ahead(self) -> None:
+        """What was being read ahead may not have come."""
+        if self._coming:
+            self.residency.reset()
+            self._coming, self._given_up = {}, []
+
+    def _land(self, slots: Sequence[int]) -> None:
+        """Wait for what is being read ahead into these. What failed or was given up left its slot empty: if it is
+        needed, it is read as if it had not been guessed."""
+        for slot in slots:
+            try:
+                self._coming[slot].wait()
+            except ReadError:
+                self.residency.vacate(np.array([slot]))
+            del self._coming[slot]
+        self._given_up = [slot for slot in self._given_up if slot in self._coming]
+
+    def _check_guesses(self, ids: np.ndarray) -> int:
+        """How many guesses were right. The others are given up as far as they have not begun, so that what is missing
+        comes first."""
+        if not self._coming:
+            return 0
+        right = set(self.residency.slot_of[ids].tolist()) & self._coming.keys()
+        self.shared.stats.guessed_right += len(right)
+        self._given_up = [slot for slot in self._coming if slot not in right]
+        for slot in self._given_up:
+            self._coming[slot].give_up()
+        self._land([slot for slot, pending in self._coming.items() if pending.ended()])
+        return len(right)
+
+    def groups(self, chosen: np.ndarray, decoding: bool, x: Any = None) -> Iterator[Group]:
         """Yield groups that hold every expert of `chosen` (T, k) integers once: first those in slots already, one
         group alone where all are. Ask for the next group only when the last one's pairs are (lazily) computed; a call
         that is left before its end forgets its slots.
 
-        decoding: one new token per sequence, which counts as hits and misses. Raises ReadError.
+        decoding: one new token per sequence, which counts as hits and misses. x: of a lone new token, what the
+        look-ahead's predictor of the next layer takes. Raises ReadError.
         """
         self.shared.begin(self)
         ids = np.unique(chosen)
         if decoding and self.shared.recorder is not None:
             self.shared.recorder(self.layer, ids)
+        lone = len(chosen) == 1
+        self._land(self._given_up if lone else list(self._coming))
+        missed = int((self.residency.slot_of[ids] < 0).sum()) + self._check_guesses(ids)
         plan = self._plan(ids, chosen)
         if decoding:
-            self.shared.stats.hits += len(ids) - len(plan.loads) - len(plan.overflow)
-            self.shared.stats.misses += len(plan.loads) + len(plan.overflow)
+            self.shared.stats.hits += len(ids) - missed
+            self.shared.stats.misses += missed
         groups: list[Group] = []
-        for group in self._groups(plan, lone=len(chosen) == 1):
+        for group in self._groups(plan, lone, x if decoding else None):
             groups.append(group)
             yield group
         if self.residency.capacity < self.residency.count:  # else no slot is ever given to another expert
             self._unsettled.append([group for group in groups if group.slab is self.slab])
             # A prompt's results are large: they are not kept to be waited for later.
-            self._settle(AHEAD if len(chosen) == 1 else 0)
+            self._settle(AHEAD if lone else 0)
+        if lone and self.look_ahead is not None:
+            self.look_ahead.go_on()
         self.shared.end()
 
     def _plan(self, ids: np.ndarray, chosen: np.ndarray) -> Plan:
         """Where each of these ids is, is read to (loads), or that it has no slot (overflow)."""
         residency, tokens = self.residency, len(chosen)
         if tokens == 1:
-            return residency.plan(ids)
+            return residency.plan(ids, keep=np.array(list(self._coming), np.int64) if self._coming else None)
         residency.begin_prompt(tokens)
         used = np.zeros((tokens, residency.count), bool)
         np.put_along_axis(used, chosen.astype(np.int64), True, axis=1)
@@ -133,11 +207,13 @@ class RouterSelector:
         overflow = np.setdiff1d(np.flatnonzero(slots < 0), loads)
         return Plan(ids, slots, hits, loads, overflow)
 
-    def _groups(self, plan: Plan, lone: bool) -> Iterator[Group]:
+    def _groups(self, plan: Plan, lone: bool, x: Any) -> Iterator[Group]:
         ids, slots = plan.ids, plan.slots
         streamed = self._stream(ids[plan.overflow])
         coming = next(streamed, None)  # is being read from now on
-        here = Group(ids[plan.hits], slots[plan.hits], self.slab) if len(plan.hits) else None
+        late = np.isin(slots[plan.hits], list(self._coming))
+        hits, late = plan.hits[~late], plan.hits[late]
+        here = Group(ids[hits], slots[hits], self.slab) if len(hits) else None
         if len(plan.loads):
             if here is not None and np.isin(here.rows, slots[plan.loads]).any():
                 yield here  # a prompt: the slots of some are given away, once they have been computed
@@ -147,11 +223,18 @@ class RouterSelector:
             self.residency.evict(plan)
         parts = [part for part in np.array_split(plan.loads, 1 if lone else PIECES) if len(part)]
         reads = [self.shared.read(self.layer, ids[part], slots[part], self.slab.targets) for part in parts]
+        if len(late):  # a lone token
+            parts = [np.concatenate([late, plan.loads])]
+            reads = [Together([*(self._coming[slot] for slot in slots[late].tolist()), *reads])]
+        if lone and self.look_ahead is not None:
+            self.look_ahead.guess(self.layer + 1, x)
         if here is not None:
             yield here  # is computed while the others are read
         for part, pending in zip(parts, reads, strict=True):
             pending.wait()
             yield Group(ids[part], slots[part], self.slab)
+        for slot in slots[late].tolist():
+            del self._coming[slot]
         if lone:
             self.residency.commit(plan)
         else:

@@ -164,6 +164,18 @@ def test_threads_and_kernels(one: tuple[Path, Any]) -> None:
     np.testing.assert_array_equal(found[0], found[1])
 
 
+def test_look_ahead_changes_no_bit(one: tuple[Path, Any]) -> None:
+    path, _ = one
+    model = load(path, 1.0)
+    wanted = logits(model, 5)
+    for share in (0.5, 0.7):
+        model = load(path, share, look_ahead="on")
+        for got, expected in zip(logits(model, 5), wanted, strict=True):
+            np.testing.assert_array_equal(got, expected)
+        assert model.flash.stats.guessed > 0
+        model.flash.close()
+
+
 def test_each_needed_expert_is_read_once_per_layer_and_chunk(one: tuple[Path, Any]) -> None:
     path, _ = one
     model = load(path, 0.0, prefill_chunk=32)

@@ -74,7 +74,9 @@ def test_only_the_mlx_files_import_mlx() -> None:
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
-    models = {f"models/{name}.py" for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_kv", "mlx_switch")}
+    models = {
+        f"models/{name}.py" for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_kv", "mlx_routers", "mlx_switch")
+    }
     assert users == {"http_server.py"} | backends | models
 
 

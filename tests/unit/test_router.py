@@ -54,11 +54,11 @@ def make(capacity, staging, reader=None):
     return RouterSelector(0, shared, Residency(COUNT, capacity), slab(capacity), ring), reader
 
 
-def serve(selector, reader, chosen, lazily=True):
+def serve(selector, reader, chosen, lazily=True, x=None):
     """Run a call as a lazy backend does: rows count as used until the group is settled. Returns the ids served."""
     served = []
     reader = getattr(reader, "inner", reader)
-    for group in selector.groups(chosen, len(chosen) == 1):
+    for group in selector.groups(chosen, len(chosen) == 1, x):
         memory = group.slab.targets[0].rows
         np.testing.assert_array_equal(memory[group.rows, 0], group.ids + 1)
         served += group.ids.tolist()
