@@ -22,10 +22,12 @@ from measure_convert_3b import Table, capped, run
 
 from mlx_flash.measure.card import attach_random_predictors, make_card
 from mlx_flash.measure.replay import synthetic_trace
+from mlx_flash.measure.trace import Trace
 from mlx_flash.storage.checkpoint import Checkpoint
 
 CAP_MIB, NO_CAP_MIB = 3072, 20480
 BUDGET = "2.84GB"  # and 0.35 GB for the interpreter and its libraries
+CAP_4_BIT_MIB, BUDGET_4_BIT = 1280, "0.98GB"
 EVERYTHING = "16GB"
 DEPTH, BUNDLE_BYTES, PROMPT = 256, 18432, 512
 
@@ -37,6 +39,7 @@ class Machine:
         self.args, self.tools, self.work = args, args.tools, args.work
         self.flash, self.gguf = self.work / "flash", self.work / "openelm-3b.gguf"
         self.trace = self.work / "trace.npz"
+        self.flash_4_bit, self.gguf_4_bit = self.work / "4-bit" / "flash", self.work / "openelm-3b-q4.gguf"
 
     def prepare(self) -> None:
         if not self.flash.exists():
@@ -48,10 +51,21 @@ class Machine:
         if not self.gguf.exists():
             run(sys.executable, self.tools / "make_openelm_gguf.py", self.gguf, "BF16")
 
+    def prepare_4_bit(self) -> None:
+        if not self.flash_4_bit.exists():
+            self.flash_4_bit.parent.mkdir(exist_ok=True)
+            make_card("openelm-3b", self.flash_4_bit.parent, relu=True, bits=4)
+            attach_random_predictors(Checkpoint.open(self.flash_4_bit), Trace.load(self.trace))
+        if not self.gguf_4_bit.exists():
+            run(sys.executable, self.tools / "make_openelm_gguf.py", self.gguf_4_bit, "Q4_0")
+
     def flash_run(self, cap: bool, *options: str) -> dict[str, float]:
-        """Both under `capped`, which takes some of the processors' time to look at the memory."""
-        command = [sys.executable, Path(__file__).with_name("decode_once.py"), "--model", self.flash, *options]
-        output, _, peak = capped(self.tools, CAP_MIB if cap else NO_CAP_MIB, *command)
+        return self.decode(self.flash, CAP_MIB if cap else NO_CAP_MIB, *options)
+
+    def decode(self, model: Path, cap_mib: int, *options: str) -> dict[str, float]:
+        """Always under `capped`, which takes some of the processors' time to look at the memory."""
+        command = [sys.executable, Path(__file__).with_name("decode_once.py"), "--model", model, *options]
+        output, _, peak = capped(self.tools, cap_mib, *command)
         found = dict(json.loads(next(line for line in output.splitlines() if line.startswith("{"))))
         return found | {"peak_over_budget_bytes": peak - found["budget_bytes"]}
 
@@ -70,8 +84,17 @@ class Machine:
         # Twice in one process: the first prompt also fills the slots.
         return self.flash_run(False, "--select", "all", "--memory", EVERYTHING, *short, "--again")
 
-    def llama(self, cap: bool) -> dict[str, float]:
-        command = [sys.executable, self.tools / "decode_llama_cpp.py", self.gguf, "6" if cap else "16"]
+    def predictor_4_bit(self, cap: bool) -> dict[str, float]:
+        self.prepare_4_bit()
+        options = ("--select", "predictor", "--memory", BUDGET_4_BIT if cap else EVERYTHING, "--trace", str(self.trace))
+        return self.decode(self.flash_4_bit, CAP_4_BIT_MIB if cap else NO_CAP_MIB, *options)
+
+    def llama_4_bit(self) -> dict[str, float]:
+        self.prepare_4_bit()
+        return self.llama(False, self.gguf_4_bit)
+
+    def llama(self, cap: bool, gguf: Path | None = None) -> dict[str, float]:
+        command = [sys.executable, self.tools / "decode_llama_cpp.py", gguf or self.gguf, "6" if cap else "16"]
         output = capped(self.tools, CAP_MIB, *command)[0] if cap else run(*command)
         found = re.search(r"median_s ([\d.]+)", output)
         assert found is not None, output
@@ -95,6 +118,9 @@ class Machine:
             "all, in memory": lambda: self.everything(False),
             "llama.cpp, cap": lambda: self.llama(True),
             "llama.cpp, in memory": lambda: self.llama(False),
+            "4-bit predictor, cap": lambda: self.predictor_4_bit(True),
+            "4-bit predictor, in memory": lambda: self.predictor_4_bit(False),
+            "4-bit llama.cpp, in memory": lambda: self.llama_4_bit(),
             "fio scattered": lambda: self.fio(True),
             "fio in order": lambda: self.fio(False),
             "prompt, cap": lambda: self.prompt(True),
@@ -126,6 +152,11 @@ def report(table: Table) -> None:
     ratio("llama.cpp mmap / predictor, same cap", lambda: seconds("llama.cpp, cap") / seconds(ours), ">= 12, aim 25")
     ratio("predictor / max(reads at fio's rate, kernels in memory)", lambda: seconds(ours) / limit(), "<= 1.3")
     ratio("llama.cpp in memory / predictor", lambda: seconds("llama.cpp, in memory") / seconds(ours), ">= 1.5, aim 2")
+    ratio(
+        "llama.cpp Q4_0 in memory / 4-bit predictor, cap of 1280 MiB",
+        lambda: seconds("4-bit llama.cpp, in memory") / seconds("4-bit predictor, cap"),
+        ">= 1",
+    )
     ratio("llama.cpp mmap / all, same cap", lambda: seconds("llama.cpp, cap") / seconds(exact), ">= 1.6")
     ratio(
         "read rate under `all` / fio's in order",

@@ -24,9 +24,17 @@ GUESSES = {"recall": 0.95, "precision": 0.95}  # what is guessed a layer ahead, 
 RANK = 256  # of a predictor; what the paper's models and ours need lies between 64 and 1024
 
 
-def make_card(card: str, folder: Path, dtype: str = "bfloat16", relu: bool = False, progress: bool = False) -> Path:
+def make_card(
+    card: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    relu: bool = False,
+    progress: bool = False,
+    bits: int | None = None,
+) -> Path:
     """Write `folder`/flash, a random-weight checkpoint of a card under models/; relu: with that activation, whatever
-    the card's is. Takes twice the model's size on disk while it runs. Raises the errors of make_random and convert."""
+    the card's is; bits: quantised to so many, 4 or 8, in groups of 64. Takes twice the model's size on disk while it
+    runs. Raises the errors of make_random and convert."""
     source, out, described = folder / "weights", folder / "flash", folder / "card"
     config_file = models_folder() / card / "config.json"
     if relu and config_file.is_file():
@@ -37,7 +45,7 @@ def make_card(card: str, folder: Path, dtype: str = "bfloat16", relu: bool = Fal
         card = str(described)
     try:
         make_random(card, source, dtype=dtype, progress=progress)
-        convert(source, out, progress=progress)
+        convert(source, out, progress=progress, quantize=bits is not None, q_bits=bits or 4)
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(described, ignore_errors=True)
