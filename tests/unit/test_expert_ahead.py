@@ -25,8 +25,14 @@ LAYERS, TOP_K = 3, 3
 class Late:
     """A read that is done when it is waited for, or when `ended` happens to come after it."""
 
-    def __init__(self, reader, read):
+    def __init__(self, reader, read, rows, which):
+        self.rows, self.which = rows, which
         self.reader, self.read, self.outcome, self.begun = reader, read, None, reader.rng.random() < reader.begins
+
+    def half(self):
+        """What was in flight when the request was given up still comes."""
+        self.rows[self.which, :4] = 255
+        return ReadError("given up")
 
     def wait(self):
         if self.outcome is None:
@@ -43,7 +49,7 @@ class Late:
     def give_up(self):
         if not self.begun:
             self.outcome = self.outcome or ReadError("given up")
-        self.read = lambda: ReadError("given up")  # some of it was in flight
+        self.read = self.half
 
 
 class LateReader(Recording):
@@ -74,7 +80,7 @@ class LateReader(Recording):
             self.came += ids.tolist()
 
         self.read += ids.tolist()
-        self.late.append(Late(self, read))
+        self.late.append(Late(self, read, targets[0].rows, rows))
         return self.late[-1]
 
     def drain(self):
@@ -160,8 +166,10 @@ def test_right_guesses_are_read_once_and_counted():
     assert reader.read == [0, 1, 2, 3, 4, 5, 6, 7, 8]  # two of a layer's three early: a quarter of its slots
     stats = layers[0].shared.stats
     assert (stats.guessed, stats.guessed_right, stats.hits, stats.misses) == (4, 4, 0, 9)
-    token(layers, reader, chosen, [[3, 4, 5], [6, 7, 8], None])
+    token(layers, reader, chosen, [None, None, None])
     assert len(reader.read) == 9 and (stats.guessed, stats.hits, stats.misses) == (4, 9, 9)
+    token(layers, reader, chosen, [[3, 4, 5], [6, 7, 8], None])
+    assert (stats.guessed_right, stats.hits, stats.misses) == (4, 18, 9)
 
 
 def test_a_wrong_guess_that_has_not_begun_is_given_up_and_its_slot_is_the_first_to_be_filled():
@@ -214,6 +222,10 @@ def test_auto_times_every_token_and_turns_itself_off():
         assert (layers[0].shared.stats.guessed > before) == (n < 3) and len(seen) == n + 1
         assert (ahead.wanted(1) is layers[1]) == (n < 3)
     assert ahead.wanted(LAYERS) is None
+    for layer in range(1, LAYERS + 1):
+        assert len(seen) == 6
+        ahead.guess(layer, None)
+    assert len(seen) == 7
 
 
 @pytest.mark.parametrize(("capacity", "known"), [(3, True), (8, False)])
@@ -222,6 +234,44 @@ def test_too_few_slots_or_no_router_mean_no_guess(capacity, known):
     layers, ahead = make(capacity, reader)
     if not known:
         ahead._known.clear()
+    assert ahead.wanted(1) is None
     chosen = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     token(layers, reader, chosen, [chosen[1], chosen[2], None])
     assert not layers[0].shared.stats.guessed
+
+
+def test_an_empty_slot_is_filled_first():
+    residency = Residency(6, 4)
+    residency.place(residency.plan(np.arange(4)))
+    residency.vacate(np.array([2]))
+    assert residency.slot_of[2] == -1
+    plan = residency.plan(np.array([5]))
+    assert plan.slots.tolist() == [2]
+    residency.evict(plan)
+    residency.commit(plan)
+    assert residency.id_of.tolist() == [0, 1, 5, 3]
+    residency.vacate(np.array([2]))
+    residency.history.pass_tokens(100_000)  # what is worth less than anything stays so
+    assert residency.plan(np.array([4])).slots.tolist() == [2]
+
+
+@pytest.mark.parametrize("step", ["evict", "place"])
+def test_an_interrupt_while_slots_change_hands_forgets_them(step):
+    reader = LateReader(quick=1.0)
+    layers, _ = make(4, reader)
+    chosen = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    for extra in (9, 10, 11):
+        token(layers, reader, np.array([[0, 1, 2], [3, 4, extra], [6, 7, 8]]), [None] * LAYERS)
+    residency = layers[1].residency
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    setattr(residency, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        token(layers, reader, chosen, [[0, 1, 2], None, None])
+    delattr(residency, step)
+    reader.in_use = []
+    serve(layers[0], reader, chosen[:1])
+    assert (residency.slot_of < 0).all() and residency.num_used == 0 and not layers[1]._coming
+    token(layers, reader, chosen, [None] * LAYERS)
