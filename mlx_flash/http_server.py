@@ -13,6 +13,8 @@ import logging
 import socket
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
 from queue import Queue
@@ -290,7 +292,21 @@ def check_messages(messages: Any) -> None:
 
 
 class HttpServer(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = True  # a client that reads nothing keeps nobody from ending
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._answering: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        self._answering.add(threading.current_thread())
+        super().process_request_thread(request, client_address)
+
+    def wait_for_answers(self, seconds: float) -> None:
+        """Until the threads that answer have ended, so long at most: Python aborts if one is writing when it ends."""
+        end = time.monotonic() + seconds
+        for thread in list(self._answering):
+            thread.join(max(0.0, end - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], ConnectionError):  # the client hung up: its reply has been stopped
@@ -395,6 +411,7 @@ class Server:
         finally:
             self._socket.server_close()
             self.generator.stop_and_join()
+            self._socket.wait_for_answers(5)
 
     def stop(self) -> None:
         """End `serve`, from another thread."""
