@@ -297,6 +297,7 @@ class HttpServer(ThreadingHTTPServer):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._answering: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self.ending = False
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         self._answering.add(threading.current_thread())
@@ -309,7 +310,9 @@ class HttpServer(ThreadingHTTPServer):
             thread.join(max(0.0, end - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if isinstance(sys.exc_info()[1], ConnectionError):  # the client hung up: its reply has been stopped
+        if self.ending:  # nobody generates any more
+            logging.info("the reply to %s ended with the server", client_address[0])
+        elif isinstance(sys.exc_info()[1], ConnectionError):  # the client hung up: its reply has been stopped
             logging.info("%s hung up", client_address[0])
         else:
             logging.exception("a request from %s failed", client_address[0])
@@ -409,6 +412,7 @@ class Server:
         try:
             self._socket.serve_forever(poll_interval=0.1)
         finally:
+            self._socket.ending = True
             self._socket.server_close()
             self.generator.stop_and_join()
             self._socket.wait_for_answers(5)
