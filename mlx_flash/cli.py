@@ -247,9 +247,29 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
     add_relufy_arguments(command)
 
 
+def add_checkpoint_commands(add: Callable[[str, Command, str], argparse.ArgumentParser]) -> None:
+    from .convert_quant import add_quantising_arguments
+
+    command = add("verify", verify_command, "Check every byte of a flash checkpoint against its hashes.")
+    command.add_argument("--model", help="flash checkpoint; the default model's copy without")
+
+    command = add("convert", convert_command, "Write a flash checkpoint from a Hugging Face one.")
+    command.add_argument("--hf-path", required=True, metavar="PATH_OR_REPO")
+    command.add_argument("--flash-path", required=True, metavar="OUT")
+    command.add_argument("--revision", help="branch, tag or commit of the repo")
+    command.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where to take the tokenizer from")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
+    add_quantising_arguments(command)
+
+    command = add("make-random", make_random_command, "Write a random-weight Hugging Face checkpoint of a card.")
+    command.add_argument("--card", required=True, help="a name under models/, such as openelm-3b, or a config's folder")
+    command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    command.add_argument("--out", required=True, metavar="DIR")
+    command.add_argument("--seed", type=int, default=0)
+
+
 def make_parser() -> argparse.ArgumentParser:
     from .chat import add_chat_arguments, chat_command
-    from .convert_quant import add_quantising_arguments
     from .measure.bench import add_bench_arguments, bench_command
     from .serve import add_server_arguments, server_command
 
@@ -293,22 +313,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("inspect", inspect_command, "Show what would be resident and read, before anything is loaded.")
     add_run_options(command)
 
-    command = add("verify", verify_command, "Check every byte of a flash checkpoint against its hashes.")
-    command.add_argument("--model", help="flash checkpoint; the default model's copy without")
-
-    command = add("convert", convert_command, "Write a flash checkpoint from a Hugging Face one.")
-    command.add_argument("--hf-path", required=True, metavar="PATH_OR_REPO")
-    command.add_argument("--flash-path", required=True, metavar="OUT")
-    command.add_argument("--revision", help="branch, tag or commit of the repo")
-    command.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="where to take the tokenizer from")
-    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the checkpoint's")
-    add_quantising_arguments(command)
-
-    command = add("make-random", make_random_command, "Write a random-weight Hugging Face checkpoint of a card.")
-    command.add_argument("--card", required=True, help="a name under models/, such as openelm-3b, or a config's folder")
-    command.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    command.add_argument("--out", required=True, metavar="DIR")
-    command.add_argument("--seed", type=int, default=0)
+    add_checkpoint_commands(add)
     return parser
 
 

@@ -55,10 +55,23 @@ def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
     return chosen
 
 
-def _within(spans: np.ndarray, count: int) -> bool:
-    """Whether all spans (blocks, 2) int64 lie within 0..count."""
+def _check_scalars(count: int, *values: np.ndarray | None) -> None:
+    for each in values:
+        if each is not None and (each.shape != (count,) or each.dtype != np.float32):
+            raise ValueError(f"{each.dtype} {each.shape} for {count} rows")
+
+
+def _check_sums(sums: np.ndarray, blocks: int, d: int) -> None:
+    if sums.dtype != np.float32 or sums.shape != (blocks, d) or not sums.flags.c_contiguous:
+        raise ValueError(f"sums {sums.dtype} {sums.shape} for {blocks} blocks of {d}; they must be contiguous fp32")
+
+
+def _checked_spans(spans: np.ndarray, count: int) -> np.ndarray:
+    """Spans (blocks, 2) as contiguous int64, all within 0..count."""
     begin, end = spans[:, 0], spans[:, 1]
-    return bool((begin >= 0).all() and (begin <= end).all() and (end <= count).all())
+    if (begin < 0).any() or (begin > end).any() or (end > count).any():
+        raise ValueError(f"spans {spans.tolist()[:4]}... over {count} scalars")
+    return np.ascontiguousarray(spans, np.int64)
 
 
 class KernelSet:
@@ -151,11 +164,10 @@ class KernelSet:
         h = np.empty(len(w) if rows is None else len(chosen), np.float32)
         if not len(h):
             return lambda: h
-        for values in (given, bias):
-            if values is not None and (values.shape != h.shape or values.dtype != np.float32):
-                raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
-        if down is not None and (sums.shape != (len(spans), down.shape[1]) or not _within(spans, len(h))):
-            raise ValueError(f"sums {sums.shape} of {len(spans)} spans over {len(h)} scalars")
+        _check_scalars(len(h), given, bias)
+        if down is not None:
+            _check_sums(sums, len(spans), n)
+            spans = _checked_spans(spans, len(h))
         tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h)) + len(spans)
         finish = self._workers.start(
             compiled.neurons,
@@ -214,8 +226,9 @@ class KernelSet:
         across = -(-tasks // max(1, blocks))
         with self._lock:
             sums, which = (self._blocks(blocks, d), np.arange(blocks)) if others is None else others
-            if len(which) != blocks or sums.shape[1] != d or compiled.outside(which, len(sums)):
-                raise ValueError(f"{blocks} blocks as {which} of {sums.shape}")
+            _check_sums(sums, len(sums), d)
+            if len(which) != blocks or compiled.outside(which, len(sums)):
+                raise ValueError(f"{blocks} blocks as {which} of {len(sums)}")
             self._workers.run(
                 compiled.tiles,
                 blocks * across,

@@ -7,7 +7,7 @@ which gets the file as it is. The rows are checked against mlx-lm's own modules 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,12 +194,7 @@ def read_dense(
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
         if config.get(key) not in (None, len(widths)):
             raise ConfigError(f"config.json: {key!r} is {str(config[key])[:40]}, the checkpoint has {len(widths)} FFNs")
-    of_ffn = _ffn_names(module, table, len(widths))
-    resident = {
-        name: tuple(shape)
-        for name, shape in shapes.items()
-        if name not in of_ffn and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
-    }
+    resident = _resident(shapes, _ffn_names(module, table, len(widths)))
     biased = [name for name in table.names.values() if f"{module.format(i=0)}.{name}.bias" in resident]
     if biased and table.gated:
         raise ConfigError(f"the FFNs of this {table.title} have biases ({', '.join(biased)}); known are those of plain "
@@ -213,11 +208,7 @@ def read_dense(
     heads = number("heads", 0)
     if not heads:
         raise ConfigError(f"config.json lacks {KEYS['heads'][0]!r}, which family {family!r} needs")
-    if config.get("n_shared_head"):  # PLaMo: so many heads share their keys
-        kv_default = -(-heads // int(values.need("n_shared_head")))
-    else:
-        kv_default = 1 if family == "gpt_bigcode" and values.flag("multi_query", True) else heads
-    kv_heads = number("kv_heads", kv_default)
+    kv_heads = number("kv_heads", _kv_heads(config, values, heads))
     return DenseSpec(
         family=family,
         dim=dim,
@@ -239,6 +230,22 @@ def read_dense(
         module=module,
         resident=resident,
     )
+
+
+def _kv_heads(config: Mapping[str, Any], values: Any, heads: int) -> int:
+    """How many heads have keys of their own where the config does not say it by its usual name."""
+    if config.get("n_shared_head"):  # PLaMo: so many heads share their keys
+        return -(-heads // int(values.need("n_shared_head")))
+    return 1 if config["model_type"] == "gpt_bigcode" and values.flag("multi_query", True) else heads
+
+
+def _resident(shapes: Mapping[str, Shape], of_ffn: Collection[str]) -> dict[str, Shape]:
+    """The tensors that are neither an FFN's nor harmless."""
+    return {
+        name: tuple(shape)
+        for name, shape in shapes.items()
+        if name not in of_ffn and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
+    }
 
 
 def _check_activation(config: Mapping[str, Any], table: DenseFamily) -> None:

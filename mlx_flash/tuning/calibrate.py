@@ -107,16 +107,7 @@ def calibrate(
         )
     config = FlashConfig(memory=memory, backend=backend, select="all")
     plan = decide(model, config, calibrated=False)
-    if plan.spec.kernel_activation not in ("silu", "relu"):
-        raise UsageError(
-            f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
-            "use --select all or prompt:F, which need no calibration"
-        )
-    if (neurons := plan.checkpoint.layouts[0].neurons) > 1:
-        raise UsageError(
-            f"{plan.checkpoint.path} was quantised before it was converted: groups of {neurons} neurons share scales, "
-            "and there is nothing to calibrate for all and prompt; for single neurons convert with --requantize -q"
-        )
+    _check_known(plan)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
     plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)
@@ -140,6 +131,20 @@ def calibrate(
             attach(fresh.checkpoint, calibration)
     layers = [dict(layer.figures) for layer in calibration.layers]
     return {"path": str(plan.checkpoint.path), **calibration.summary, "layers": layers}
+
+
+def _check_known(plan: RunPlan) -> None:
+    """Raise UsageError for a model that there is nothing to calibrate in."""
+    if plan.spec.kernel_activation not in ("silu", "relu"):
+        raise UsageError(
+            f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
+            "use --select all or prompt:F, which need no calibration"
+        )
+    if (neurons := plan.checkpoint.layouts[0].neurons) > 1:
+        raise UsageError(
+            f"{plan.checkpoint.path} was quantised before it was converted: groups of {neurons} neurons share scales, "
+            "and there is nothing to calibrate for all and prompt; for single neurons convert with --requantize -q"
+        )
 
 
 def _learn(

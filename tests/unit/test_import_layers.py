@@ -25,7 +25,7 @@ LAYERS = [
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
     ("tuning",),
-    ("http_server",),
+    ("http_requests", "http_server"),
     ("serve", "chat"),
     ("cli", "__init__"),
 ]
