@@ -9,53 +9,15 @@ every run is in the CSV. Asked: under a cap of 1536 MiB at most twice the time o
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from contest import Table, capped, run
+
 CAP_MIB = 1536
-
-
-class Table:
-    """Rows of (what, round, quantity, value, unit), written as they come."""
-
-    def __init__(self, path: Path):
-        self.values: dict[tuple[str, str], list[float]] = {}
-        self.file = path.open("w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerow(["machine", "what", "round", "quantity", "value"])
-
-    def add(self, what: str, round_number: int, **quantities: float) -> None:
-        for name, value in quantities.items():
-            self.values.setdefault((what, name), []).append(value)
-            self.writer.writerow([platform.node(), what, round_number, name, f"{value:.6g}"])
-        self.file.flush()
-        print(f"  {what}: " + ", ".join(f"{k} {v:.4g}" for k, v in quantities.items()), flush=True)
-
-    def median(self, what: str, name: str) -> float:
-        return statistics.median(self.values[what, name])
-
-
-def run(*command: str | Path) -> str:
-    """Standard output and error of a command; its failure is ours."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout + done.stderr
-
-
-def capped(tools: Path, limit: int, *command: str | Path) -> tuple[str, float, float]:
-    """(output, seconds, anonymous peak in bytes) of a command under a memory limit in MiB, page cache dropped."""
-    begin = time.perf_counter()
-    output = run(tools / "capped", str(limit), *command)
-    peak = re.search(r"anonymous peak (\d+) MiB", output)
-    return output, time.perf_counter() - begin, int(peak[1]) * 2**20 if peak else float("nan")
 
 
 def drop_cache() -> None:

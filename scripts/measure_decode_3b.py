@@ -10,15 +10,9 @@ every run is in the CSV. `predictor` replays a trace: 10 % of the neurons named 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-from measure_convert_3b import Table, capped, run
+from contest import Contestants, Table, arguments, contest, decode_flash, decode_llama, fio, run
 
 from mlx_flash.measure.card import attach_random_predictors, make_card
 from mlx_flash.measure.replay import synthetic_trace
@@ -60,18 +54,20 @@ class Machine:
             run(sys.executable, self.tools / "make_openelm_gguf.py", self.gguf_4_bit, "Q4_0")
 
     def flash_run(self, cap: bool, *options: str) -> dict[str, float]:
-        return self.decode(self.flash, CAP_MIB if cap else NO_CAP_MIB, *options)
-
-    def decode(self, model: Path, cap_mib: int, *options: str) -> dict[str, float]:
-        """Always under `capped`, which takes some of the processors' time to look at the memory."""
-        command = [sys.executable, Path(__file__).with_name("decode_once.py"), "--model", model, *options]
-        output, _, peak = capped(self.tools, cap_mib, *command)
-        found = dict(json.loads(next(line for line in output.splitlines() if line.startswith("{"))))
-        return found | {"peak_over_budget_bytes": peak - found["budget_bytes"]}
+        return decode_flash(self.tools, self.flash, CAP_MIB if cap else NO_CAP_MIB, *options)
 
     def predictor(self, cap: bool) -> dict[str, float]:
         memory = BUDGET if cap else EVERYTHING
         return self.flash_run(cap, "--select", "predictor", "--memory", memory, "--trace", str(self.trace))
+
+    def predictor_4_bit(self, cap: bool) -> dict[str, float]:
+        self.prepare_4_bit()
+        options = ("--select", "predictor", "--memory", BUDGET_4_BIT if cap else EVERYTHING, "--trace", str(self.trace))
+        return decode_flash(self.tools, self.flash_4_bit, CAP_4_BIT_MIB if cap else NO_CAP_MIB, *options)
+
+    def llama_4_bit(self) -> dict[str, float]:
+        self.prepare_4_bit()
+        return decode_llama(self.tools, self.gguf_4_bit, None)
 
     def everything(self, cap: bool) -> dict[str, float]:
         short = ("--warm", "2", "--tokens", "6")
@@ -84,40 +80,18 @@ class Machine:
         # Twice in one process: the first prompt also fills the slots.
         return self.flash_run(False, "--select", "all", "--memory", EVERYTHING, *short, "--again")
 
-    def predictor_4_bit(self, cap: bool) -> dict[str, float]:
-        self.prepare_4_bit()
-        options = ("--select", "predictor", "--memory", BUDGET_4_BIT if cap else EVERYTHING, "--trace", str(self.trace))
-        return self.decode(self.flash_4_bit, CAP_4_BIT_MIB if cap else NO_CAP_MIB, *options)
-
-    def llama_4_bit(self) -> dict[str, float]:
-        self.prepare_4_bit()
-        return self.llama(False, self.gguf_4_bit)
-
-    def llama(self, cap: bool, gguf: Path | None = None) -> dict[str, float]:
-        command = [sys.executable, self.tools / "decode_llama_cpp.py", gguf or self.gguf, "6" if cap else "16"]
-        output = capped(self.tools, CAP_MIB, *command)[0] if cap else run(*command)
-        found = re.search(r"median_s ([\d.]+)", output)
-        assert found is not None, output
-        return {"s_per_token": float(found[1])}
-
     def fio(self, scattered: bool) -> dict[str, float]:
-        files = ":".join(str(path) for path in sorted((self.flash / "flash").glob("layer-*.safetensors")))
-        block = BUNDLE_BYTES if scattered else 1 << 20
-        command = ["fio", "--name=reads", f"--filename={files}", "--readonly", "--ioengine=libaio", "--direct=1"]
-        command += [f"--rw={'randread' if scattered else 'read'}", f"--bs={block}", "--norandommap"]
-        command += [f"--iodepth={DEPTH if scattered else 8}", "--runtime=3", "--time_based", "--output-format=json"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        read = json.loads(output[output.index("{") :])["jobs"][0]["read"]
-        return {"bytes_per_s": read["io_bytes"] / read["runtime"] * 1000}
+        files = sorted((self.flash / "flash").glob("layer-*.safetensors"))
+        return fio(files, BUNDLE_BYTES if scattered else 1 << 20, DEPTH if scattered else 8, scattered)
 
-    def contestants(self) -> dict[str, Callable[[], dict[str, float]]]:
+    def contestants(self) -> Contestants:
         return {
             "predictor, cap": lambda: self.predictor(True),
             "predictor, in memory": lambda: self.predictor(False),
             "all, cap": lambda: self.everything(True),
             "all, in memory": lambda: self.everything(False),
-            "llama.cpp, cap": lambda: self.llama(True),
-            "llama.cpp, in memory": lambda: self.llama(False),
+            "llama.cpp, cap": lambda: decode_llama(self.tools, self.gguf, CAP_MIB),
+            "llama.cpp, in memory": lambda: decode_llama(self.tools, self.gguf, None),
             "4-bit predictor, cap": lambda: self.predictor_4_bit(True),
             "4-bit predictor, in memory": lambda: self.predictor_4_bit(False),
             "4-bit llama.cpp, in memory": lambda: self.llama_4_bit(),
@@ -131,11 +105,7 @@ class Machine:
 def report(table: Table) -> None:
     """The ratios that are asked for, as far as their parts were measured."""
 
-    def ratio(text: str, of: Callable[[], float], asked: str) -> None:
-        try:
-            print(f"{text}: {of():.2f} ({asked})")
-        except KeyError as missing:
-            print(f"{text}: not measured, {missing} is missing")
+    ratio = table.ratio
 
     def seconds(what: str) -> float:
         return table.median(what, "s_per_token")
@@ -182,27 +152,7 @@ def report(table: Table) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", type=Path, required=True, help="folder with capped, make_openelm_gguf.py, ...")
-    parser.add_argument("--work", type=Path, required=True, help="temporary folder, 25 GB; deleted at the end")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="contestants whose names begin with one of these")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a further run")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    machine, table = Machine(args), Table(args.csv)
-    try:
-        machine.prepare()
-        names = [n for n in machine.contestants() if not args.only or n.startswith(tuple(args.only))]
-        for number in range(args.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                table.add(name, number, **machine.contestants()[name]())
-        report(table)
-    finally:
-        if not args.keep:
-            shutil.rmtree(args.work)
+    contest(arguments(__doc__, "25 GB", 5).parse_args(), Machine, report)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure_convert_3b import Table, capped, run
+from contest import Contestants, Table, arguments, contest, decode_flash, decode_llama, fio
 
 from mlx_flash.random_model import make_random
 from mlx_flash.source import read_tensors
 
 CAP_MIB, NO_CAP_MIB = 1024, 12288
+DEPTH = 32  # of fio's reads: the rate grows no more beyond it
 BUDGET, EVERYTHING = "0.70GB", "6GB"
 CONFIG: dict[str, Any] = {
     **{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 12, "intermediate_size": 6144},
@@ -99,38 +96,18 @@ class Machine:
             write_gguf(self.model, self.gguf)
 
     def flash(self, cap: bool, *options: str | Path) -> dict[str, float]:
-        """Both under `capped`, which takes some of the processors' time to look at the memory."""
-        command = [sys.executable, Path(__file__).with_name("decode_once.py"), "--model", self.model]
-        memory = BUDGET if cap else EVERYTHING
-        command += ["--select", "router", "--memory", memory, "--context", "512", *options]
-        output, _, peak = capped(self.tools, CAP_MIB if cap else NO_CAP_MIB, *command)
-        found = dict(json.loads(next(line for line in output.splitlines() if line.startswith("{"))))
-        return found | {"peak_over_budget_bytes": peak - found["budget_bytes"]}
+        memory, limit = (BUDGET, CAP_MIB) if cap else (EVERYTHING, NO_CAP_MIB)
+        settings = ("--select", "router", "--memory", memory, "--context", "512")
+        return decode_flash(self.tools, self.model, limit, *settings, *options)
 
-    def llama(self, cap: bool) -> dict[str, float]:
-        command = [sys.executable, self.tools / "decode_llama_cpp.py", self.gguf, "6" if cap else "16"]
-        output = capped(self.tools, CAP_MIB, *command)[0] if cap else run(*command)
-        found = re.search(r"median_s ([\d.]+)", output)
-        assert found is not None, output
-        return {"s_per_token": float(found[1])}
-
-    def fio(self) -> dict[str, float]:
-        """Reads of an expert's size, anywhere."""
-        command = ["fio", "--name=reads", f"--filename={self.gguf}", "--readonly", "--ioengine=libaio", "--direct=1"]
-        command += ["--rw=randread", f"--bs={EXPERT_BYTES}", "--norandommap", "--iodepth=8", "--runtime=3"]
-        command += ["--time_based", "--output-format=json"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        read = json.loads(output[output.index("{") :])["jobs"][0]["read"]
-        return {"bytes_per_s": read["io_bytes"] / read["runtime"] * 1000}
-
-    def contestants(self) -> dict[str, Callable[[], dict[str, float]]]:
+    def contestants(self) -> Contestants:
         short = ("--warm", "3", "--tokens", "12")
-        found: dict[str, Callable[[], dict[str, float]]] = {
+        found: Contestants = {
             "experts, cap": lambda: self.flash(True, *short),
-            "llama.cpp, cap": lambda: self.llama(True),
-            "fio": self.fio,
+            "llama.cpp, cap": lambda: decode_llama(self.tools, self.gguf, CAP_MIB),
+            "fio": lambda: fio(sorted(self.model.glob("*.safetensors")), EXPERT_BYTES, DEPTH, True),
             "experts, in memory": lambda: self.flash(False, "--warm", "40", "--tokens", "12"),
-            "llama.cpp, in memory": lambda: self.llama(False),
+            "llama.cpp, in memory": lambda: decode_llama(self.tools, self.gguf, None),
         }
         if self.args.trace:
             trace = ("--routes", self.args.trace, "--warm", "60", "--tokens", "40")
@@ -141,11 +118,7 @@ class Machine:
 def report(table: Table) -> None:
     """The ratios that are asked for, as far as their parts were measured."""
 
-    def ratio(text: str, of: Callable[[], float], asked: str) -> None:
-        try:
-            print(f"{text}: {of():.2f} ({asked})")
-        except KeyError as missing:
-            print(f"{text}: not measured, {missing} is missing")
+    ratio = table.ratio
 
     def seconds(what: str) -> float:
         return table.median(what, "s_per_token")
@@ -174,28 +147,9 @@ def report(table: Table) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", type=Path, required=True, help="folder with capped, decode_llama_cpp.py")
-    parser.add_argument("--work", type=Path, required=True, help="temporary folder, 11 GB; deleted at the end")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = arguments(__doc__, "11 GB", 3)
     parser.add_argument("--trace", type=Path, help="a route trace whose choices one contestant follows")
-    parser.add_argument("--only", nargs="+", help="contestants whose names begin with one of these")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a further run")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    machine, table = Machine(args), Table(args.csv)
-    try:
-        machine.prepare()
-        names = [n for n in machine.contestants() if not args.only or n.startswith(tuple(args.only))]
-        for number in range(args.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                table.add(name, number, **machine.contestants()[name]())
-        report(table)
-    finally:
-        if not args.keep:
-            shutil.rmtree(args.work)
+    contest(parser.parse_args(), Machine, report)
 
 
 if __name__ == "__main__":
