@@ -36,7 +36,7 @@ def test_a_third_of_the_ffn_is_enough(model: Path) -> None:
         loaded, tokenizer = mlx_flash.load(
             model, backend="numpy", select=select, memory=memory, max_context=385, look_ahead="off"
         )
-        windows, _ = text_windows(tokenizer, held, 385, 512)
+        windows, _ = text_windows(tokenizer, held, 385, 256)
         found[select] = measure(loaded, windows)
         loaded.flash.close()
     predictor = found["predictor"]

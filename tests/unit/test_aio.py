@@ -525,7 +525,7 @@ def test_an_interrupt_at_any_step(file):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a file's __del__
 def test_an_interrupt_while_it_is_closed_or_forgotten(file):
     before = contexts()
-    for at in range(1, 3000, 29):
+    for at in range(1, 3000, 67):
         reader, slab = AioReader([file[0]], threads=1, merging=NOTHING), page_aligned(300, 2048)
         submit(reader, slab)
         with Interrupt(at) as interrupt, suppress(KeyboardInterrupt):
