@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Several processes share the cores: a BLAS with threads of its own in each would wait for itself. Before NumPy is imported.
+# Several processes share the cores: a BLAS with threads of its own in each would wait for itself. Before NumPy comes.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -108,6 +108,7 @@ class Backend(Protocol):
     """Memory and arithmetic of one device."""
 
     name: str
+    compiles: bool  # whether Numba is there, and used
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
         """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from ..compiling import built_on
 from . import kernels_llvm as plain
 from . import kernels_quant_emit
 from .kernels_llvm import share
 from .kernels_quant_emit import ROWS, SHAPES, codes_add, codes_dot, ends_add, ends_dot, group_dots, group_ends
-from .workers_llvm import built_on, floats, integers, jit, task_kernel
+from .workers_llvm import floats, integers, jit, task_kernel
 
 LANES = 16
 PLACES = 10  # numbers that say where rows are: see `kernels_quant`
 PER_WORD = tuple(32 // bits for bits, _ in SHAPES)
-# As in `workers_llvm`: what a function is built on goes into its name.
+# What a function is built on goes into its name, for the disk cache.
 BUILT_ON = built_on(kernels_quant_emit.__file__)
 
 

@@ -90,6 +90,7 @@ class NumpyBackend:
 
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)
+        self.compiles = self.kernels.name == "numba"
         self.tiles = Tiles()
         self._sums = BlockSums()
 

@@ -7,10 +7,7 @@ when every ticket's task is done. Importing compiles nothing.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -19,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..compiling import built_on, cached, compiled
 from . import kernels_emit
 from .kernels_emit import fetch_add
 
@@ -32,27 +30,14 @@ PATIENCE = 20000  # times that a thread asks whether the others are done: some 1
 VIGIL = 300  # times that a helper looks for the next job before it sleeps
 
 
-# Numba's disk cache looks at a function's own file only: what that file is built on goes into the functions' names.
-def built_on(*files: str) -> str:
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
-
-
 BUILT_ON = built_on(kernels_emit.__file__, __file__)
 _INT = ir.IntType(64)
 
 
-def _compiled(make: Callable[..., Any], function: Any, **options: Any) -> Any:
-    """`function` compiled, cached on disk where some folder can be written."""
-    try:
-        return make(cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no locator: the install and the home are read-only
-        return make(error_model="numpy", **options)(function)
-
-
 def jit(function: Any) -> Any:
-    """`numba.njit` for what does not need the interpreter."""
+    """`compiled`, and anew where what lies below has changed."""
     function.__qualname__ += f"-{BUILT_ON}"
-    return _compiled(numba.njit, function, nogil=True)
+    return compiled(function)
 
 
 def task_kernel(function: Any) -> Any:
@@ -69,9 +54,9 @@ def address_of(kernel: Any) -> int:
     def make(**options: Any) -> Any:
         return numba.cfunc(types.void(types.int64, types.int64), **options)
 
-    compiled = _compiled(make, kernel)
-    _alive.append(compiled)
-    return int(compiled.address)
+    made = cached(make, kernel)
+    _alive.append(made)
+    return int(made.address)
 
 
 _alive: list[Any] = []

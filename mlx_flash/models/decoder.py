@@ -118,9 +118,12 @@ class Decoder:
         self._cache: Cache | None = None
 
     def weight(self, role: str, layer: int = 0) -> tuple[Any, Any]:
-        """(weight, bias or None) of a module, in the backend's form."""
+        """(weight, bias or None) of a module, in the backend's form; vectors as fp32, as widening one for every token
+        takes longer than using it."""
         name = self.spec.name(role, layer)
-        return self.tensors.get(name + ".weight"), self.tensors.get(name + ".bias")
+        found = self.tensors.get(name + ".weight"), self.tensors.get(name + ".bias")
+        weight, bias = (self.backend.to_float32(w) if w is not None and len(w.shape) == 1 else w for w in found)
+        return weight, bias
 
     def norm(self, x: np.ndarray, weight: Any, bias: Any) -> np.ndarray:
         if self.spec.table.norm == "layer":

@@ -13,6 +13,7 @@ import numpy as np
 
 RESCALE = 1e100  # far from the largest fp64: about 11,000 tokens at a decay of 0.98
 PROTECTED = 3  # above every rank
+_NO_BASE = np.empty(0)
 INFINITE = 1e300  # what is more, or no number, is not below it
 
 
@@ -105,6 +106,18 @@ class History:
         self.score[ids] += self.gain * (self.policy.decay ** ages.astype(np.float64) @ used)
         last = self.clock - np.where(used, ages[:, None], self.clock + 1).min(0, initial=self.clock + 1)
         self.last_used[ids] = np.maximum(self.last_used[ids], last)
+
+    @property
+    def by_worth_alone(self) -> bool:
+        """Whether `worth` says all, and is made of `worths`."""
+        return not self.policy.window and self.pins is None
+
+    @property
+    def worths(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """(score, base, gain), where an id i is worth score[i] + gain * base[i]; base may be empty, which is 0."""
+        if not self.policy.decay:
+            return self.last_used, _NO_BASE, 0.0
+        return self.score, _NO_BASE if self.base is None else self.base, self.gain
 
     def worth(self, ids: np.ndarray) -> np.ndarray:
         """(n,) fp64, comparable within this moment."""

@@ -6,11 +6,15 @@ Slots 0..num_used-1 are always filled. A call never evicts an id that it asked f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 
 from .policy import DEFAULT, History, Policy
+
+_NO_SLOTS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,24 @@ class Plan:
 class Residency:
     """The slots of one layer: `capacity` of them for `count` ids; `policy` says which give way.
 
-    rates (count,): calibrated shares of tokens that use an id, for the policy's prior and pins.
+    rates (count,): calibrated shares of tokens that use an id, for the policy's prior and pins; compiled: plan with
+    Numba, which must be there.
     """
 
-    def __init__(self, count: int, capacity: int, policy: Policy = DEFAULT, rates: np.ndarray | None = None):
+    def __init__(
+        self,
+        count: int,
+        capacity: int,
+        policy: Policy = DEFAULT,
+        rates: np.ndarray | None = None,
+        compiled: bool = False,
+    ):
         self.count, self.capacity = count, min(capacity, count)
         self.policy, self.rates = policy, rates
         self.reset()
+        self._find: Callable[..., tuple[int, int]] | None = None
+        if compiled and self.history.by_worth_alone:
+            self._find = import_module(f"{__package__}.places").find_places
 
     def reset(self) -> None:
         """Forget everything: after a failed read no slot can be trusted."""
@@ -56,6 +71,8 @@ class Residency:
         nothing yet, and lie past `num_used`, one after the other. Negative ones are skipped. What finds no room beside
         them overflows.
         """
+        if self._find is not None:
+            return self._plan_compiled(self._find, ids, _NO_SLOTS if keep is None else keep)
         slots = self.slot_of.take(ids)
         there = slots >= 0
         hits, missing = there.nonzero()[0], (~there).nonzero()[0]
@@ -76,6 +93,12 @@ class Residency:
             loads, overflow = np.delete(missing, over), missing[over]
         slots[loads] = room
         return Plan(ids, slots, hits, loads, overflow)
+
+    def _plan_compiled(self, find: Callable[..., tuple[int, int]], ids: np.ndarray, keep: np.ndarray) -> Plan:
+        score, base, gain = self.history.worths
+        slots, positions = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
+        hits, loads = find(ids, self.slot_of, self.id_of, self.num_used, score, base, gain, keep, slots, positions)
+        return Plan(ids, slots, positions[:hits], positions[hits : hits + loads], positions[hits + loads :])
 
     def evict(self, plan: Plan) -> None:
         """Before the reads: the slots about to be overwritten hold nothing."""

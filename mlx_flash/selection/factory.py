@@ -112,7 +112,8 @@ class SelectorFactory:
         if name == "all":
             return AllSelector(layer, spec, self.shared, self.capacities, [layout.count for layout in self.layouts])
         calibrated = self.calibration.layers[layer].rate if self.calibration and name in ("gate", "predictor") else None
-        residency = Residency(spec.layout.count, self.capacities[layer], self._policy, calibrated)
+        compiled = self.shared.backend.compiles
+        residency = Residency(spec.layout.count, self.capacities[layer], self._policy, calibrated, compiled)
         if name == "gate":
             return GateSelector(layer, spec, self.shared, residency, self._look_ahead)
         if name == "prompt":

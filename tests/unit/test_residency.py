@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,3 +345,27 @@ def test_what_has_no_slot_keeps_none() -> None:
     run(residency, {0, 1})
     assert len(residency.plan(np.array([5, 6]), keep=np.array([-1, -1])).loads) == 2
     assert len(residency.plan(np.array([5, 6]), keep=np.array([-1, 0])).loads) == 1
+
+
+@given(actions, st.integers(0, COUNT), st.booleans(), st.sampled_from([DEFAULT, LRU, LFU, Policy(0.5, 3.0)]), st.data())
+def test_the_compiled_plan_is_the_same(
+    calls: list[tuple[str, set[int], set[int]]], capacity: int, rated: bool, policy: Policy, data: st.DataObject
+) -> None:
+    pytest.importorskip("numba")
+    rates = RATES.round(1) if rated else None  # equal ones too
+    plain, fast = (Residency(COUNT, capacity, policy, rates, compiled) for compiled in (False, True))
+    assert plain._find is None and fast._find is not None
+    for what, ids, others in calls:
+        keep = np.array(data.draw(st.lists(st.integers(-1, capacity - 1), unique=True)) if capacity else [], np.int32)
+        for given_keep in (keep, None):
+            one, two = (each.plan(as_ids(ids), given_keep) for each in (plain, fast))
+            for name, value in vars(one).items():
+                assert np.array_equal(value, vars(two)[name]), (name, value, vars(two)[name])
+        for residency in (plain, fast):
+            plan = residency.plan(as_ids(ids))
+            if what == "fail":  # of some slots nothing is known any more
+                residency.vacate(plan.slots[plan.loads])
+                residency.vacate(plan.slots[plan.hits][::2])
+            else:
+                residency.evict(plan)
+                residency.commit(plan, np.flatnonzero(np.isin(plan.ids, as_ids(others))))
