@@ -144,7 +144,7 @@ class Run(BaseRun):
         layout = plan.checkpoint.layouts[0]
         names = [part.name for part in layout.parts]
         staging = [plan.backend.slab(layout, block_of(layout), names) for _ in range(plan.memory.staging_blocks)]
-        reader = open_reader(plan.checkpoint.layer_files, **plan.tuning.reader_options)
+        reader = open_reader(plan.checkpoint.layer_files, aside=plan.backend.aside, **plan.tuning.reader_options)
         super().__init__(plan, Shared(plan.backend, reader, BlockStream(staging), Stats()))
         self.factory = SelectorFactory(
             plan.selection,

@@ -206,7 +206,7 @@ class Predictors:
         """Compute all layers for one token."""
         begin = time.perf_counter()
         for predict in self.layers:
-            np.flatnonzero(predict(self.x) > 0)
+            np.flatnonzero(predict(self.x)() > 0)
         return time.perf_counter() - begin
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..storage.layout import Layout
-from ..storage.reader import Target
+from ..storage.reader import Aside, Target
 
 # Sums run over fixed blocks of this many ids, ascending: the same bits at every budget and slot order (DESIGN 2).
 BLOCK = 256
@@ -52,6 +52,7 @@ class FFNSpec:
 
 
 Fired = Callable[[], np.ndarray]  # -> (n,) bool
+Predictor = Callable[[Any], Callable[[], np.ndarray]]  # begins; what it returns gives logits (count,) fp32
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Backend(Protocol):
 
     name: str
     compiles: bool  # whether Numba is there, and used
+    aside: Aside | None  # has threads that need no Python
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
         """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""
@@ -119,7 +121,7 @@ class Backend(Protocol):
     def ffn(self, spec: FFNSpec, x: Any) -> FFNPass:
         """Begin one FFN on `x`, whose last axis is d."""
 
-    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Callable[[Any], np.ndarray]:
+    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Predictor:
         """A low-rank predictor: x (..., d) -> (count,) fp32, the largest `step * (b @ (a @ x)) + bias` over the
         tokens. a (r, d), b (count, r) int8, bias (count,) fp32."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..affine import AffineBundles, AffineRows
+from ..storage.reader import Aside
 
 Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
 NO_SPANS, NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
@@ -28,6 +29,10 @@ class Kernels(Protocol):
     name: str
 
     @property
+    def aside(self) -> Aside | None:
+        """Threads that do what needs no Python, where the set has some."""
+
+    @property
     def threads(self) -> int:
         """How many threads work on one call; the plain set takes any number and uses one."""
 
@@ -39,9 +44,9 @@ class Kernels(Protocol):
 
     def low_rank(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        """x (n,) fp32 -> `step * (b @ (a @ x)) + bias`, (count,) fp32. a (r, n), b (count, r), alike in dtype; bias
-        (count,) fp32. The arrays must stay as they are."""
+    ) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
+        """Begins, on x (n,) fp32, what the returned function gives: `step * (b @ (a @ x)) + bias`, (count,) fp32.
+        a (r, n), b (count, r), alike in dtype; bias (count,) fp32. The arrays must stay as they are."""
 
     def neurons(
         self,

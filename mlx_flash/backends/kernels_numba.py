@@ -86,6 +86,10 @@ class KernelSet:
         self._lock = threading.Lock()  # of _sums
 
     @property
+    def aside(self) -> Workers:
+        return self._workers
+
+    @property
     def threads(self) -> int:
         return self._workers.count
 
@@ -110,25 +114,30 @@ class KernelSet:
 
     def low_rank(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
-    ) -> Callable[[np.ndarray], np.ndarray]:
+    ) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
         _check_rows(a, b)
         (rank, n), count = a.shape, len(b)
         if a.dtype != b.dtype or b.shape != (count, rank) or bias.shape != (count,):
             raise ValueError(f"a {a.dtype} {a.shape}, b {b.dtype} {b.shape}, bias {bias.shape}")
         if not rank:  # calibration found nothing to tell the neurons apart by
-            return lambda x: bias.astype(np.float32)
-        bias, z = np.ascontiguousarray(bias, np.float32), np.empty(rank, np.float32)
+            return lambda x: lambda: bias.astype(np.float32)
+        bias = np.ascontiguousarray(bias, np.float32)
         weights = KINDS[a.dtype], a, a.strides[0], rank, b, b.strides[0], count
 
-        def found(x: np.ndarray) -> np.ndarray:
+        def begin(x: np.ndarray) -> Callable[[], np.ndarray]:
             _check_input(x, n)
-            out, tasks = np.empty(count, np.float32), self._workers.tasks
+            out, z, tasks = np.empty(count, np.float32), np.empty(rank, np.float32), self._workers.tasks
             first = tasks(a.nbytes, rank)
             run = compiled.low_rank, first + tasks(b.nbytes, count), first
-            self._workers.run(*run, *weights, x, n, np.float32(step), bias, z, out)
-            return out
+            finish = self._workers.start(*run, *weights, x, n, np.float32(step), bias, z, out)
 
-        return found
+            def found() -> np.ndarray:
+                finish()
+                return out
+
+            return found
+
+        return begin
 
     def neurons(self, *parts: Any, **options: Any) -> np.ndarray:
         return self.begin_neurons(*parts, **options)()

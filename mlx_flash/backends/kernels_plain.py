@@ -19,7 +19,7 @@ ROWS = 256  # widened at a time
 class KernelSet:
     """See `kernels.Kernels`."""
 
-    name = "plain"
+    name, aside = "plain", None
     threads = 1
 
     def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
@@ -34,14 +34,14 @@ class KernelSet:
 
     def low_rank(
         self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        def found(x: np.ndarray) -> np.ndarray:
+    ) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
+        def begin(x: np.ndarray) -> Callable[[], np.ndarray]:
             out = self.dots(b, None, self.dots(a, None, x))
             out *= np.float32(step)
             out += bias
-            return out
+            return lambda: out
 
-        return found
+        return begin
 
     def neurons(
         self,

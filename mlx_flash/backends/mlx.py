@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..storage.layout import ITEM_BYTES, Layout
-from .base import BLOCK, FFNSpec, Widths
+from .base import BLOCK, FFNSpec, Predictor, Widths
 from .mlx_groups import MlxGroupPass, scratch_bytes
 from .mlx_rows import MlxRows
 from .mlx_slab import (
@@ -309,7 +309,7 @@ def cache_limit_bytes(dim: int) -> int:
 class MlxBackend:
     """Slabs in memory that MLX allocates, written through; passes on MLX's default device."""
 
-    name, compiles = "mlx", False
+    name, compiles, aside = "mlx", False, None
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> MlxSlab:
         """Zeroed memory for `rows` bundles, these parts of each; rows may be 0. Hold it as long as its arrays."""
@@ -325,19 +325,19 @@ class MlxBackend:
             raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
         return MlxPass(spec, x) if spec.layout.neurons == 1 else MlxGroupPass(spec, x)
 
-    def predictor(
-        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
-    ) -> Callable[[mx.array], np.ndarray]:
+    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Predictor:
         """See `base.Backend.predictor`; int8 until it is used, products in fp32."""
         inner, outer, offset = mx.array(a), mx.array(b), mx.array(bias)
         mx.eval(inner, outer, offset)
 
-        def logits(x: mx.array) -> np.ndarray:
+        def begin(x: mx.array) -> Callable[[], np.ndarray]:
             rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
             found = (rows @ inner.astype(mx.float32).T) @ outer.astype(mx.float32).T
-            return np.array(mx.max(found, axis=0) * step + offset)
+            logits = mx.max(found, axis=0) * step + offset
+            mx.async_eval(logits)
+            return lambda: np.array(logits)
 
-        return logits
+        return begin
 
     def shift(self, y: mx.array, offset: np.ndarray) -> mx.array:
         """y (..., d) plus offset (d,), in y's dtype."""

@@ -19,7 +19,7 @@ from ..storage.pinned import anonymous
 from ..storage.reader import Target
 from ..storage.weights import VIEWS, coded_rows
 from . import kernels
-from .base import BLOCK, FFNSpec, Widths
+from .base import BLOCK, FFNSpec, Predictor, Widths
 from .kernels import Weights
 from .numpy_ffn import BlockSums, DecodePass
 from .numpy_groups import GroupDecode, GroupPrefill
@@ -90,7 +90,7 @@ class NumpyBackend:
 
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)
-        self.compiles = self.kernels.name == "numba"
+        self.compiles, self.aside = self.kernels.name == "numba", self.kernels.aside
         self.tiles = Tiles()
         self._sums = BlockSums()
 
@@ -119,21 +119,17 @@ class NumpyBackend:
             return DecodePass(self.kernels, spec, x, self._sums)
         return PrefillPass(self.tiles, spec, x)
 
-    def predictor(
-        self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray
-    ) -> Callable[[np.ndarray], np.ndarray]:
+    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Predictor:
         """See `base.Backend.predictor`."""
-
         low_rank = self.kernels.low_rank(a, b, step, bias)
 
-        def logits(x: np.ndarray) -> np.ndarray:
+        def begin(x: np.ndarray) -> Callable[[], np.ndarray]:
             tokens = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
-            found = low_rank(tokens[0])
-            for token in tokens[1:]:
-                np.maximum(found, low_rank(token), out=found)
-            return found
+            if len(tokens) == 1:
+                return low_rank(tokens[0])
+            return lambda: np.max([low_rank(token)() for token in tokens], axis=0)
 
-        return logits
+        return begin
 
     def shift(self, y: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """y (T, d) plus offset (d,)."""

@@ -41,19 +41,22 @@ class Board:
         self.jobs = pages(JOBS * JOB_ITEMS).reshape(JOBS, JOB_ITEMS)
         self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
         self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
-        self.free = deque(range(JOBS))
+        self.urgent, self.free = deque([0]), deque(range(1, JOBS))
         self.open: dict[int, Job] = {}  # begun and not finished, by place; keeps their arrays in memory
         self._started = 0
         self._lock = threading.Lock()
 
-    def take(self) -> int:
-        """A free place. Where there is none, one of a job that was begun and perhaps forgotten, which is finished."""
+    def take(self, urgent: bool) -> int:
+        """A free place; the one that helpers look at between any two tasks, if it is free, for an urgent job. Where
+        there is none, one of a job that was begun and perhaps forgotten, which is finished."""
         while True:
             try:
+                if urgent and self.urgent:
+                    return self.urgent.popleft()
                 return self.free.popleft()
             except IndexError:
                 if not self.open:  # an interrupt has come right after a place was taken, JOBS times
-                    self.free.extend(range(JOBS))
+                    self.free.extend(range(1, JOBS))
             for job in list(self.open.values())[:1]:
                 job.finish()
 
@@ -73,18 +76,34 @@ class Board:
 
 
 class Job:
-    """A call's kernel and arguments, put up on the board. Arrays stay in memory while a helper may use them."""
+    """A call's kernel and arguments, put up on the board. Arrays stay in memory while a helper may use them.
+
+    helpers: how many are woken; urgent: helpers take it before the next task of what they are at
+    """
 
     keep: tuple[Any, ...] | None
 
-    def __init__(self, board: Board, kernel: int, tasks: int, arguments: tuple[Any, ...], keep: Any):
-        self.board, self.tasks, self.keep = board, tasks, (arguments, keep)
-        self.place = board.take()
+    def __init__(
+        self,
+        board: Board,
+        kernel: int,
+        tasks: int,
+        arguments: tuple[Any, ...],
+        helpers: int,
+        keep: Any = None,
+        urgent: bool = False,
+    ):
+        self.board, self.tasks, self.helpers, self.keep = board, tasks, helpers, (arguments, keep)
+        self.place = board.take(urgent)
         row = board.jobs[self.place]
         self.at = board.at + self.place * row.nbytes
         row[DONE] = tasks  # until it begins, for `finish`
         row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
         board.open[self.place] = self
+
+    def begin(self) -> None:
+        """Until here `finish` does nothing; now helpers take tasks."""
+        compiled.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
 
     def finish(self) -> None:
         """Take part, and return when all is done; a second call does nothing."""
@@ -100,7 +119,7 @@ class Job:
         self.keep = None
         if self.board.open.get(self.place) is self:
             del self.board.open[self.place]
-            self.board.free.append(self.place)
+            (self.board.free if self.place else self.board.urgent).append(self.place)
 
 
 def as_item(argument: Any) -> int:
@@ -147,12 +166,24 @@ class Workers:
     ) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
         which takes part and returns when all is done. keep: what else stays in memory until then."""
-        board = Workers._board
-        if board is None:
-            board = Workers._board = Board()
-        job = Job(board, compiled.address_of(kernel), tasks, arguments, keep)
-        helpers = 0
+        board, helpers = self._shared_board(), 0
         if tasks > 1 and not alone and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
-        compiled.begin(job.at, tasks, board.helpers_at, helpers)
+        job = Job(board, compiled.address_of(kernel), tasks, arguments, helpers, keep)
+        job.begin()
         return job.finish
+
+    def prepare_call(self, number: int, arguments: tuple[int, int, int], found: np.ndarray) -> Job | None:
+        """See `storage.protocol.Aside`."""
+        board = self._shared_board()
+        helpers = board.hire(1) if self._count > 1 else 0
+        if not helpers:
+            return None
+        return Job(
+            board, compiled.address_of(compiled.system_call), 1, (number, *arguments, found), helpers, urgent=True
+        )
+
+    def _shared_board(self) -> Board:
+        if Workers._board is None:
+            Workers._board = Board()
+        return Workers._board

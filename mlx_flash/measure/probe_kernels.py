@@ -159,7 +159,7 @@ def predictor_work(backend: NumpyBackend, memory: np.ndarray) -> Work:
     x = np.random.default_rng(3).standard_normal((1, DIM), np.float32)
 
     def work() -> float:
-        next(predictors)(x)
+        next(predictors)(x)()
         return size
 
     return work

@@ -6,11 +6,14 @@ only prefetches: what it gets wrong costs time, never output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from .lookahead import GUESS_SHARE, Foreseen, LookAhead, Predict
+from ..backends.base import Predictor
+from .lookahead import GUESS_SHARE, Foreseen, LookAhead
 from .shared import Shared
 
 
@@ -21,13 +24,13 @@ class ExpertLookAhead(LookAhead):
     """
 
     def __init__(self, shared: Shared, top_k: Sequence[int], mode: str = "auto"):
-        self._known: dict[int, Predict] = {}
+        self._known: dict[int, Predictor] = {}
         super().__init__(shared, self._known, (), mode)
         self.top_k = top_k
 
-    def learn(self, layer: int, predict: Predict) -> None:
+    def learn(self, layer: int, predict: Callable[[Any], np.ndarray]) -> None:
         """predict: x, as it is handed to `guess`, -> logits (count,) of the layer's router in host memory."""
-        self._known[layer] = predict
+        self._known[layer] = lambda x: partial(predict, x)
 
     def wanted(self, layer: int) -> Foreseen | None:
         """See `LookAhead.wanted`."""

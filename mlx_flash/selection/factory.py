@@ -5,13 +5,12 @@ Knows selections, layouts and calibrations; not budgets, files or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ..backends.base import FFNSpec
+from ..backends.base import FFNSpec, Predictor
 from ..config import Selection
 from ..errors import FormatError, UsageError
 from ..residency.policy import Policy
@@ -130,7 +129,7 @@ class SelectorFactory:
         lead = str(self.calibration.summary["lead"])
         return ThresholdSelector(layer, spec, self.shared, residency, lead, self._cutoff(layer, lead, fraction))
 
-    def _predictor(self, layer: int) -> Callable[[Any], np.ndarray]:
+    def _predictor(self, layer: int) -> Predictor:
         assert self.calibration is not None
         found = self.calibration.layers[layer]
         assert found.a is not None and found.b is not None and found.bias is not None and found.step is not None

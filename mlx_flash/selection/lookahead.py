@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..backends.base import Predictor
 from ..residency.residency import Residency
 from .shared import Shared
 
@@ -21,9 +22,6 @@ TRIAL = 12  # tokens timed with guesses, and as many without, in turn
 KEEP = 500  # tokens until the next trial
 GUESS_SHARE = 4  # a guess fills at most one slot in so many of its layer
 GAIN = 0.98  # guesses stay while a token takes at most this share of the time it takes without
-
-
-Predict = Callable[[Any], np.ndarray]
 
 
 class Trial:
@@ -67,14 +65,14 @@ class Foreseen(Protocol):
 class LookAhead:
     """Guesses for all layers of a model, each made while the layer before computes.
 
-    predictors[l]: x (..., d) -> (count,) fp32 logits of layer l; margins[l]: a guess's logit is above it
+    predictors[l]: for layer l; margins[l]: a guess's logit is above it
     mode: "auto" (times itself) or "on"
     """
 
     def __init__(
         self,
         shared: Shared,
-        predictors: Sequence[Predict] | Mapping[int, Predict],
+        predictors: Sequence[Predictor] | Mapping[int, Predictor],
         margins: Sequence[float],
         mode: str = "auto",
     ):
@@ -84,6 +82,7 @@ class LookAhead:
         self.layers: dict[int, weakref.ref[Foreseen]] = {}
         self._last: weakref.ref[Foreseen] | None = None  # whose bundles were guessed last
         self._begin = 0.0
+        self._begun: Callable[[], np.ndarray] | None = None  # logits of the layer that is guessed next
 
     def add(self, selector: Foreseen) -> None:
         """A layer whose bundles may be guessed."""
@@ -100,9 +99,14 @@ class LookAhead:
 
     def forget(self) -> None:
         """Reads were drained: slots that were being filled ahead hold unknown bytes."""
+        self._begun = None
         for found in self.layers.values():
             if (selector := found()) is not None:
                 selector.forget_ahead()
+
+    def prepare(self, layer: int, x: Any) -> None:
+        """Begin to compute what `guess` will need, if it is called with the same."""
+        self._begun = self.predictors[layer](x) if self.wanted(layer) is not None else None
 
     def guess(self, layer: int, x: Any) -> None:
         """After the reads of the layer before were begun: begin those that `layer` will probably need. x None: nothing
@@ -113,10 +117,12 @@ class LookAhead:
             if self.trial is not None and self._begin:
                 self.trial.token(time.perf_counter() - self._begin)
             self._begin = 0.0
+        begun, self._begun = self._begun, None
         selector = None if x is None else self.wanted(layer)
         if selector is None:
             return
-        likely = self._likely(selector, x)
+        logits = begun or self.predictors[layer](x)
+        likely = self._likely(selector, logits())
         if len(likely):
             self.shared.stats.guessed += selector.read_ahead(likely)
             self._last = self.layers[layer]
@@ -130,11 +136,10 @@ class LookAhead:
         """Ids that logits (count,) name, ascending."""
         return np.flatnonzero(logits > self.margins[layer])
 
-    def _likely(self, selector: Foreseen, x: Any) -> np.ndarray:
+    def _likely(self, selector: Foreseen, logits: np.ndarray) -> np.ndarray:
         """Ids that the layer will probably ask for, ascending: those that are resident, so that they stay, and as many
         of the others as may take the place of resident ones."""
         layer, residency = selector.layer, selector.residency
-        logits = self.predictors[layer](x)
         override = self.shared.override_guess
         likely = self.named(layer, logits) if override is None else override(layer)
         missing = np.flatnonzero(residency.slot_of[likely] < 0)

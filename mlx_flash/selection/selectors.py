@@ -6,20 +6,17 @@ the user asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..backends.base import FFNPass, FFNSpec
+from ..backends.base import FFNPass, FFNSpec, Predictor
 from ..residency.residency import Residency
 from .exact import AllSelector as AllSelector
 from .lookahead import LookAhead
 from .shared import Shared
 from .sparse import SparseSelector
-
-Predict = Callable[[Any], np.ndarray]  # x (..., d) -> (count,) fp32; a neuron is predicted to fire where it is > 0
 
 
 class GateSelector(SparseSelector):
@@ -57,7 +54,10 @@ class ThresholdSelector(SparseSelector):
 
 class PredictorSelector(SparseSelector):
     """ReLU models: a low-rank predictor names the neurons that will fire ("LLM in a flash", section 3.1); whole
-    bundles are read. One that fires unnamed is lost; one that is named and does not fire adds nothing."""
+    bundles are read. One that fires unnamed is lost; one that is named and does not fire adds nothing.
+
+    predict: a neuron is predicted to fire where its logit is above 0
+    """
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class PredictorSelector(SparseSelector):
         spec: FFNSpec,
         shared: Shared,
         residency: Residency,
-        predict: Predict,
+        predict: Predictor,
         look_ahead: LookAhead | None = None,
     ):
         super().__init__(layer, spec, shared, residency, look_ahead)
         self.predict = predict
 
     def choose(self, x: Any, work: FFNPass) -> np.ndarray:
-        predicted = np.flatnonzero(self.predict(x) > 0).astype(np.int32)
+        predicted = np.flatnonzero(self.predict(x)() > 0).astype(np.int32)
         return predicted if self.shared.override is None else self.shared.override(self.layer)
 
 

@@ -137,6 +137,8 @@ class SparseSelector(ABC):
         shared = self.shared
         work = shared.backend.ffn(self.decode_spec, x)
         ids = self.choose(x, work)
+        if self.look_ahead is not None:
+            self.look_ahead.prepare(self.layer + 1, x)
         right = self._guessed_right(ids)
         if self.ahead_ended():
             self._finish_ahead()
@@ -180,8 +182,8 @@ class SparseSelector(ABC):
             return self._add_spans(work, plan)
         # Hits are computed while misses are read, and while what follows is planned: h_i needs no other neuron, and
         # a block's sum none of another block.
-        found = [self._scalars(work, plan, here, ids[late])]
         pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
+        found = [self._scalars(work, plan, here, ids[late])]
         if self.look_ahead is not None:
             self.look_ahead.guess(self.layer + 1, x)
         self._finish_ahead()

@@ -25,12 +25,13 @@ from .aio_calls import Blocks, Kernel, places
 from .extents import Source
 from .pieces import Alike, Merging, Pieces
 from .pread import FORKED, Crew, Job, OpenFile, PreadReader, given_up
-from .protocol import Pending, ReadReport, Target
+from .protocol import Aside, Begun, Pending, ReadReport, Target
 
 DEPTH = 256
 # Given more than two at once the kernel joins reads that lie side by side: of a scan's long ones that makes a few huge
 # ones, which keep the disk less busy.
 LONG_BYTES, LONG_AT_ONCE = 1 << 17, 2
+MANY = 16  # reads take longer to submit, some 2 microseconds each, than waking another thread does
 _NONE = np.empty(0, np.int64)
 _contexts: set[_Context] = set()  # until the kernel has let go of their requests' memory, whoever forgets the reader
 
@@ -38,14 +39,17 @@ _contexts: set[_Context] = set()  # until the kernel has let go of their request
 class _Context:
     """The kernel's context: at most `depth` reads in flight, of the requests that were begun first.
 
-    Used by the reader's thread only.
+    Used by the reader's thread only. What is submitted `aside`, by another thread, counts as in flight at once;
+    `settle` puts that right.
     """
 
-    def __init__(self, depth: int):
-        self.kernel, self.depth, self.pid = Kernel(), depth, os.getpid()
+    def __init__(self, depth: int, aside: Aside | None = None):
+        self.kernel, self.depth, self.pid, self.aside = Kernel(), depth, os.getpid(), aside
         self.requests: dict[int, _Request] = {}  # by number; also keeps their memory alive
         self.in_flight = 0
         self.torn = self.closed = False
+        self._begun: tuple[Begun, _Request, np.ndarray] | None = None  # which pieces another thread submits
+        self._taken = np.zeros(1, np.int64)
         self._failures = 0  # contexts lost
         self._name = ctypes.c_ulong(0)
         self.blocks, self.events = Blocks(depth), np.empty((depth, 4), np.int64)
@@ -61,7 +65,7 @@ class _Context:
         self.mend()
         self.requests = {number: each for number, each in self.requests.items() if not each.over}
         self.requests[request.number] = request
-        self.fill()
+        self.fill(self.aside)
 
     def mend(self) -> None:
         """After an interrupt: make what is recorded here and what the kernel holds agree again."""
@@ -71,8 +75,12 @@ class _Context:
     def _renew(self) -> int:
         """A new context in which nothing is in flight; returns the kernel's error number, negative, or 0."""
         self.torn = True
-        if self._name.value and os.getpid() == self.pid:  # a forked child has none of its parent's
-            self.kernel.destroy(self._name.value)
+        if os.getpid() == self.pid:  # a forked child has none of its parent's
+            if self._begun is not None:
+                self._begun[0].finish()
+            if self._name.value:
+                self.kernel.destroy(self._name.value)
+        self._begun = None
         self._name.value = 0
         self.in_flight = 0
         for request in self.requests.values():
@@ -83,20 +91,59 @@ class _Context:
         self.torn = False
         return problem
 
-    def fill(self) -> bool:
-        """Begin reads until `depth` are in flight or none is left; whether some are left."""
+    def fill(self, aside: Aside | None = None) -> bool:
+        """Begin reads until `depth` are in flight or none is left; whether some may be left. aside: begins the first
+        ones, alone."""
         for request in list(self.requests.values()):
             if request.jobs and request.failed:
                 request.todo = _NONE
             while len(request.todo):
-                if self.in_flight >= self.depth or not self._submit(request):
+                if self.in_flight >= self.depth:
+                    return True
+                self.settle()
+                which = request.todo[: min(request.at_once, self.depth - self.in_flight)]
+                self.blocks.fill(request.number, request.file.fd, request.plan.start, request.places, which)
+                if aside is not None and len(which) >= MANY and self._submit_aside(aside, request, which):
+                    return True
+                if not self._submit(request, which):
                     return True
         return False
 
-    def _submit(self, request: _Request) -> bool:
-        """Begin some reads of a request, or hand them to the threads; False when that must wait."""
-        which = request.todo[: min(request.at_once, self.depth - self.in_flight)]
-        self.blocks.fill(request.number, request.file.fd, request.plan.start, request.places, which)
+    def _submit_aside(self, aside: Aside, request: _Request, which: np.ndarray) -> bool:
+        """Let another thread begin these reads, whose blocks are filled; False where there is none."""
+        name, count = self._name.value if os.getpid() == self.pid else 0, len(which)
+        job = self.kernel.prepare_submit(aside, name, count, self.blocks.pointers, self._taken) if name else None
+        if job is None:
+            return False
+        self.torn = True
+        request.todo = request.todo[count:]
+        request.in_flight += count
+        self.in_flight += count
+        self._begun = job, request, which
+        job.begin()
+        self.torn = False
+        return True
+
+    def settle(self) -> None:
+        """Wait until nobody else submits: what was not taken is to be begun again."""
+        if self._begun is None:
+            return
+        job, request, which = self._begun
+        if os.getpid() == self.pid:  # in a forked child nobody else is there
+            job.finish()
+        self.torn = True
+        taken = max(0, int(self._taken[0]))
+        if taken < len(which):
+            request.in_flight -= len(which) - taken
+            self.in_flight -= len(which) - taken
+            if not request.given_up:
+                request.todo = np.concatenate([which[taken:], request.todo])
+        self._begun = None
+        self.torn = False
+
+    def _submit(self, request: _Request, which: np.ndarray) -> bool:
+        """Begin these reads of a request, whose blocks are filled, or hand them to the threads; False when that must
+        wait."""
         self.torn = True
         taken = -errno.ENOSYS
         if self._name.value:
@@ -148,6 +195,10 @@ class _Context:
     def finish(self, request: _Request) -> None:
         """Return when nothing of this request is in flight or to be begun."""
         self.mend()
+        if self._begun is not None and request.in_flight and request is not self._begun[1]:
+            self.reap(0)  # if that was all, whoever submits need not be waited for
+        if request.in_flight or len(request.todo):
+            self.settle()
         while request.in_flight or len(request.todo):
             # Wake up once, or, where reads wait for their turn, before the disk runs out of them.
             if self.fill():
@@ -164,6 +215,7 @@ class _Context:
         if os.getpid() != self.pid:
             return
         self.mend()
+        self.settle()
         while self.in_flight:
             self.reap(self.in_flight)
 
@@ -299,6 +351,7 @@ class _Request:
             return True
         self.context.mend()
         if self.in_flight or len(self.todo):
+            self.context.settle()
             self.context.reap(0)
             self.context.fill()
         return self.over
@@ -313,7 +366,8 @@ class _Request:
 class AioReader(PreadReader):
     """PreadReader's, but for reads that may go around the page cache: these the kernel does by itself.
 
-    depth: reads in flight. Where it is more than the device takes, `submit` waits for the device.
+    depth: reads in flight. Where it is more than the device takes, `submit` waits for the device, unless it has that
+    done aside.
     Raises OSError where the system has no asynchronous I/O, or no room for another context (fs.aio-max-nr).
     """
 
@@ -324,11 +378,12 @@ class AioReader(PreadReader):
         direct: bool = True,
         merging: Merging | None = None,
         depth: int = DEPTH,
+        aside: Aside | None = None,
     ):
         if depth < 1:
             raise ValueError(f"depth {depth}: out of range")
         super().__init__(files, threads, direct, merging)
-        self._context = _Context(depth)
+        self._context = _Context(depth, aside)
         self._close_context = weakref.finalize(self, self._context.close)
 
     def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:

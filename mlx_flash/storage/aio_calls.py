@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .pieces import Alike, Pieces
+from .protocol import Aside, Begun
 
 _NUMBERS = {"x86_64": (206, 209, 208, 207), "aarch64": (0, 2, 4, 1)}  # io_setup, io_submit, io_getevents, io_destroy
 _PREAD, _PREADV = 0, 7
@@ -58,6 +59,10 @@ class Kernel:
     def submit(self, context: int, count: int, pointers: int) -> int:
         """Begin the reads of `count` control blocks, whose addresses are at `pointers`; returns how many were taken."""
         return self._result(self._call(self._numbers[1], context, count, pointers, None, None))
+
+    def prepare_submit(self, aside: Aside, context: int, count: int, pointers: int, taken: np.ndarray) -> Begun | None:
+        """The same, by another thread; `taken` (1,) int64 tells how many, or -1."""
+        return aside.prepare_call(self._numbers[1], (context, count, pointers), taken)
 
     def events(self, context: int, at_least: int, most: int, into: int) -> int:
         """Wait for so many ended reads; memory at `into` takes data, block, result, 0 (int64) of each."""

@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from ..errors import ReadError, UsageError
+from .aio import DEPTH
 from .aio import AioReader as AioReader
 from .extents import LayerExtents as LayerExtents
 from .extents import Source as Source
@@ -23,6 +24,7 @@ from .pieces import Merging as Merging
 from .pieces import Segments, check_request, segments
 from .pread import PreadReader as PreadReader
 from .pread import ended, read_error
+from .protocol import Aside as Aside
 from .protocol import Done as Done
 from .protocol import LayerFile as LayerFile
 from .protocol import Pending as Pending
@@ -39,16 +41,18 @@ def open_reader(
     direct: bool = True,
     merging: Merging | None = None,
     depth: int | None = None,
+    aside: Aside | None = None,
 ) -> Reader:
     """The best reader this system can run. The plain one has no options.
 
-    threads, direct, merging: those of PreadReader; depth: reads in flight, instead of what each reader takes by itself.
+    threads, direct, merging: those of PreadReader; depth: reads in flight, instead of what each reader takes by itself;
+    aside: has another thread do what can be done without Python.
     """
     if not hasattr(os, "preadv"):
         return PlainReader(files)
     if direct:  # the kernel reads by itself around the page cache only
         with suppress(OSError):
-            return AioReader(files, threads, direct, merging, **({} if depth is None else {"depth": depth}))
+            return AioReader(files, threads, direct, merging, DEPTH if depth is None else depth, aside)
     return PreadReader(files, threads if depth is None else min(depth, MOST_THREADS), direct, merging)
 
 

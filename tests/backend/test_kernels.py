@@ -194,10 +194,10 @@ def test_a_low_rank_product_is_that_of_its_factors(name: str) -> None:
         results = set()
         for threads in (1, 2, 5):
             kernel.threads = threads
-            results.add(predict(x).tobytes())
-            np.testing.assert_allclose(predict(x), exact + bias, rtol=1e-5, atol=1e-4 * np.abs(exact).max())
+            results.add(predict(x)().tobytes())
+            np.testing.assert_allclose(predict(x)(), exact + bias, rtol=1e-5, atol=1e-4 * np.abs(exact).max())
         assert len(results) == 1
-    assert np.array_equal(kernel.low_rank(a[:0], b[:, :0], 1e-3, bias)(x), bias)
+    assert np.array_equal(kernel.low_rank(a[:0], b[:, :0], 1e-3, bias)(x)(), bias)
 
 
 @needs_numba

@@ -110,15 +110,15 @@ class Model:
         self.shared = Shared(backend, reader, BlockStream(slabs), Stats())
         ahead = None
         if guesses:
-            expect = [lambda x, n=n: self.rng.random(n, np.float32) - np.float32(1 - guesses) for n in COUNTS]
+            expect = [lambda x, n=n: lambda: self.rng.random(n, np.float32) - np.float32(1 - guesses) for n in COUNTS]
             ahead = LookAhead(self.shared, expect, [0.0] * len(COUNTS), "on")
         self.layers = [
             PredictorSelector(
                 layer,
                 FFNSpec(layout, "relu", True),
                 self.shared,
-                Residency(layout.count, capacity),
-                lambda x, n=layout.count: np.zeros(n, np.float32),
+                Residency(layout.count, capacity, compiled=backend.compiles),
+                lambda x, n=layout.count: lambda: np.zeros(n, np.float32),
                 ahead,
             )
             for layer, (layout, capacity) in enumerate(zip(LAYOUTS, capacities, strict=True))

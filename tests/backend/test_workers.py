@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 import time
 
 import numpy as np
@@ -66,7 +69,7 @@ def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
     for job in list(board.open.values()):
         job.finish()
     assert all(seen.tolist() == [1] * 9 for seen in all_seen)
-    assert sorted(board.free) == list(range(workers.JOBS)) and not board.open
+    assert sorted(board.free) == list(range(1, workers.JOBS)) and not board.open
 
 
 def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +79,30 @@ def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.Mon
     monkeypatch.setattr(workers.Board, "hire", lambda self, count: 0)
     crew.run(counting, 30, seen, 1000)
     assert seen.tolist() == [1] * 30
+
+
+GETPID = {"x86_64": 39, "aarch64": 172}.get(platform.machine())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or GETPID is None, reason="the call's number is not known here")
+def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
+    crew, found, seen = workers.Workers(), np.zeros(1, np.int64), np.zeros(400, np.int64)
+    crew.count = 2
+    finish = crew.start(counting, 400, seen, 100_000)  # some milliseconds each
+    while not seen.any():
+        time.sleep(0.001)
+    call = crew.prepare_call(GETPID, (0, 0, 0), found)
+    assert call is not None and not found[0], "nothing happens before it is begun"
+    call.begin()
+    end = time.monotonic() + 10
+    while not found[0] and time.monotonic() < end:
+        time.sleep(0.001)
+    assert found[0] == os.getpid() and not seen.all(), "it waited until all tasks were done"
+    call.finish()
+    finish()
+    failing = crew.prepare_call(1_000_000, (0, 0, 0), found)
+    failing.begin()
+    failing.finish()
+    assert found[0] == -1
+    crew.count = 1
+    assert crew.prepare_call(GETPID, (0, 0, 0), found) is None

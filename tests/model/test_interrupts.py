@@ -35,6 +35,10 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlx_flash.convert(make_tiny("openelm-relu", folder), folder / "flash")
 
 
+def threads_only(files, aside=None, **options) -> PreadReader:
+    return PreadReader(files, **options)
+
+
 def load(path: Path, select: str, reader=open_reader):
     """Some bundles of each layer resident, and three staging slabs: a budget gives tiny models one or the other."""
 
@@ -121,7 +125,7 @@ class InterruptingReader:
         self.inner.close()
 
 
-@pytest.mark.parametrize("reader", [PreadReader, open_reader])
+@pytest.mark.parametrize("reader", [threads_only, open_reader])
 @pytest.mark.parametrize("where", ["before", "after", "wait"])
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_interrupt_reads_from_the_first_until_a_run_passes(
@@ -130,7 +134,7 @@ def test_interrupt_reads_from_the_first_until_a_run_passes(
     fresh = load(flash, select)
     wanted = reply(fresh)
     fresh.flash.close()
-    slow = Slow(os.preadv) if reader is PreadReader else None
+    slow = Slow(os.preadv) if reader is threads_only else None
     if slow is not None:
         monkeypatch.setattr(os, "preadv", slow)
     for at in chain(range(1, 9), range(9, 500, 7)):  # every seventh of the later ones, which are alike

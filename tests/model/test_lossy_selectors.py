@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,7 @@ def test_look_ahead_changes_no_bit(models: Models, backend: str, select: str) ->
 def with_guesses(model: Any, guess: Callable[[int], np.ndarray]) -> None:
     """Replace what look-ahead expects of each layer by `guess(layer)` (count,) logits."""
     ahead = model.flash.factory._look_ahead
-    ahead.predictors = [lambda x, layer=layer: guess(layer) for layer in range(len(ahead.predictors))]
+    ahead.predictors = [lambda x, layer=layer: partial(guess, layer) for layer in range(len(ahead.predictors))]
     ahead.margins = [0.0] * len(ahead.predictors)
 
 
