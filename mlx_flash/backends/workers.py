@@ -105,6 +105,10 @@ class Job:
         """Until here `finish` does nothing; now helpers take tasks."""
         compiled.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
 
+    def done(self) -> bool:
+        """Whether all is done, before anybody has called `finish`."""
+        return bool(self.board.jobs[self.place, DONE] >= self.tasks)
+
     def finish(self) -> None:
         """Take part, and return when all is done; a second call does nothing."""
         try:

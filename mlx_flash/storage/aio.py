@@ -39,8 +39,7 @@ _contexts: set[_Context] = set()  # until the kernel has let go of their request
 class _Context:
     """The kernel's context: at most `depth` reads in flight, of the requests that were begun first.
 
-    Used by the reader's thread only. What is submitted `aside`, by another thread, counts as in flight at once;
-    `settle` puts that right.
+    Used by the reader's thread only. What another thread submits counts as in flight at once: `settle` puts it right.
     """
 
     def __init__(self, depth: int, aside: Aside | None = None):
@@ -92,8 +91,7 @@ class _Context:
         return problem
 
     def fill(self, aside: Aside | None = None) -> bool:
-        """Begin reads until `depth` are in flight or none is left; whether some may be left. aside: begins the first
-        ones, alone."""
+        """Begin reads until `depth` are in flight or none is left; whether some may be left. aside: begins the first."""
         for request in list(self.requests.values()):
             if request.jobs and request.failed:
                 request.todo = _NONE
@@ -123,6 +121,10 @@ class _Context:
         job.begin()
         self.torn = False
         return True
+
+    def submitting(self) -> bool:
+        """Whether another thread submits reads, which need not be waited for."""
+        return self._begun is not None and not self._begun[0].done()
 
     def settle(self) -> None:
         """Wait until nobody else submits: what was not taken is to be begun again."""
@@ -350,7 +352,7 @@ class _Request:
         if os.getpid() != self.context.pid:
             return True
         self.context.mend()
-        if self.in_flight or len(self.todo):
+        if (self.in_flight or len(self.todo)) and not self.context.submitting():
             self.context.settle()
             self.context.reap(0)
             self.context.fill()
@@ -366,8 +368,7 @@ class _Request:
 class AioReader(PreadReader):
     """PreadReader's, but for reads that may go around the page cache: these the kernel does by itself.
 
-    depth: reads in flight. Where it is more than the device takes, `submit` waits for the device, unless it has that
-    done aside.
+    depth: reads in flight. Where it is more than the device takes, whoever submits them waits for the device.
     Raises OSError where the system has no asynchronous I/O, or no room for another context (fs.aio-max-nr).
     """
 

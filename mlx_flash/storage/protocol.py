@@ -143,6 +143,9 @@ class Begun(Protocol):
     def begin(self) -> None:
         """Hand it over; until here it may be dropped."""
 
+    def done(self) -> bool:
+        """Whether the other thread has done it. Only before `finish`."""
+
     def finish(self) -> None:
         """Return when it is done; whoever calls this does it where nobody has begun. A second call does nothing."""
 

@@ -41,6 +41,10 @@ class Call:
     def begin(self):
         self.begun = True
 
+    def done(self):
+        self.finish()  # what another thread would have done by now
+        return True
+
     def finish(self):
         if not self.begun:
             return
@@ -70,6 +74,9 @@ class Threaded(Call):
     def work(self):
         time.sleep(self.aside.after_s)
         super().finish()
+
+    def done(self):
+        return not self.thread.is_alive()
 
     def finish(self):
         if self.thread is not None:
