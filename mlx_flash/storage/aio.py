@@ -91,7 +91,7 @@ class _Context:
         return problem
 
     def fill(self, aside: Aside | None = None) -> bool:
-        """Begin reads until `depth` are in flight or none is left; whether some may be left. aside: begins the first."""
+        """Begin reads until `depth` are in flight or none is left; whether some may be left. aside: does the first."""
         for request in list(self.requests.values()):
             if request.jobs and request.failed:
                 request.todo = _NONE
