@@ -82,9 +82,9 @@ def decode_flash(tools: Path, model: Path, cap_mib: int, *options: str | Path) -
     return found | {"peak_over_budget_bytes": peak - found["budget_bytes"]}
 
 
-def decode_llama(tools: Path, gguf: Path, cap_mib: int | None) -> dict[str, float]:
-    """llama.cpp's median seconds per token, under a cap (few tokens: each takes seconds) or without."""
-    command = [sys.executable, tools / "decode_llama_cpp.py", gguf, "16" if cap_mib is None else "6"]
+def decode_llama(tools: Path, gguf: Path, cap_mib: int | None, tokens: int = 16) -> dict[str, float]:
+    """llama.cpp's median seconds per token, under `capped` or, for None, with the machine to itself."""
+    command = [sys.executable, tools / "decode_llama_cpp.py", gguf, str(tokens)]
     output = run(*command) if cap_mib is None else capped(tools, cap_mib, *command)[0]
     found = re.search(r"median_s ([\d.]+)", output)
     assert found is not None, output

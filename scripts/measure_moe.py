@@ -104,7 +104,7 @@ class Machine:
         short = ("--warm", "3", "--tokens", "12")
         found: Contestants = {
             "experts, cap": lambda: self.flash(True, *short),
-            "llama.cpp, cap": lambda: decode_llama(self.tools, self.gguf, CAP_MIB),
+            "llama.cpp, cap": lambda: decode_llama(self.tools, self.gguf, CAP_MIB, 6),
             "fio": lambda: fio(sorted(self.model.glob("*.safetensors")), EXPERT_BYTES, DEPTH, True),
             "experts, in memory": lambda: self.flash(False, "--warm", "40", "--tokens", "12"),
             "llama.cpp, in memory": lambda: decode_llama(self.tools, self.gguf, None),

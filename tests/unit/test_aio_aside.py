@@ -16,7 +16,7 @@ from mlx_flash.errors import ReadError
 from mlx_flash.storage import aio
 from mlx_flash.storage.aio import AioReader
 
-from .test_aio import IDS, NOTHING, ROOT, check_drained, contexts, file, kernel, read_and_drain, submit, wide  # noqa: F401
+from .test_aio import IDS, NOTHING, ROOT, check_drained, contexts, file, read_and_drain, submit, wide  # noqa: F401
 from .test_reader import HAS_AIO, check, page_aligned
 
 pytestmark = pytest.mark.skipif(not HAS_AIO, reason="this system has no asynchronous I/O")
