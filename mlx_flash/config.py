@@ -85,9 +85,9 @@ class FlashConfig:
     memory: budget in bytes, a size such as "2GB", or "auto"
     max_context: tokens the KV cache holds; None = the smaller of 2048 and the model's
     backend: "auto" (mlx where MLX has a GPU, else numpy), "mlx" or "numpy"
-    select: "auto" (exact: router for a mixture of experts, else gate if it fits, else all), "router", "all", "gate",
-        or one that loses quality: "predictor", "prompt:F" and "static:F" (share of neurons kept), "prompt:auto" (as
-        many as fit), "threshold:S" (dropped)
+    select: "auto" (exact: router for a mixture of experts, else gate where it fits and pays, else all), "router",
+        "all", "gate", or one that loses quality: "predictor", "prompt:F" and "static:F" (share of neurons kept),
+        "prompt:auto" (as many as fit), "threshold:S" (dropped)
     reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
     look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors,
         or routers

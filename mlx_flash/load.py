@@ -39,6 +39,10 @@ from .storage.checkpoint import Checkpoint
 from .storage.layout import ITEM_BYTES
 from .storage.reader import open_reader
 
+# Bytes of a layer's bundles. On MLX asking a layer which neurons fired takes some 0.15 ms, in which more than this is
+# computed; larger layers save more by leaving out what did not fire.
+SMALL_LAYER = 8 << 20
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -236,11 +240,16 @@ def choose_selection(
     calibration: Calibration | None,
     costs: Callable[[Selection], Costs],
     neurons: int = 1,
+    lazy: bool = False,
 ) -> Selection:
-    """The selector that runs. `auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`;
-    `prompt:auto` keeps the share of neurons that fits."""
+    """The selector that runs. `auto` is exact: `gate` for ReLU models whose gate rows fit the budget, else `all`, as on
+    a lazy backend for small layers that stay in memory; `prompt:auto` keeps the share of neurons that fits."""
     selection = parse_selection(config.select)
     if selection.name == "auto":
+        whole = costs(Selection("all"))
+        small = lazy and config.slots == "auto" and max(whole.counts) * whole.slot < SMALL_LAYER
+        if small and budget_for(config, whole) >= whole.largest:
+            return Selection("all")
         gate = Selection("gate")
         fits = spec.has_zeros and neurons == 1 and budget_for(config, costs(gate)) >= costs(gate).smallest
         return gate if fits else Selection("all")
@@ -322,12 +331,16 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
     machine, problem = measured_machine(checkpoint)
     tuning = default_tuning(given_settings(config))
     neurons = checkpoint.layouts[0].neurons
-    selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
+    selection = choose_selection(
+        config, spec, calibration, lambda each: plan(each, tuning).costs, neurons, backend.lazy
+    )
     if machine is None:
         return plan(selection, tuning)
     tuning = tuned(plan(selection, tuning))
     if parse_selection(config.select) == Selection("prompt"):  # what fits beside the staging that was chosen
-        selection = choose_selection(config, spec, calibration, lambda each: plan(each, tuning).costs, neurons)
+        selection = choose_selection(
+            config, spec, calibration, lambda each: plan(each, tuning).costs, neurons, backend.lazy
+        )
     return plan(selection, tuning)
 
 

@@ -111,6 +111,7 @@ class Backend(Protocol):
     name: str
     compiles: bool  # whether Numba is there, and used
     aside: Aside | None  # has threads that need no Python
+    lazy: bool  # computes when results are asked for, so that asking which neurons fired costs a wait per layer
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
         """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""

@@ -86,7 +86,7 @@ class NumpyBackend:
     numba: as in `kernels.load`.
     """
 
-    name = "numpy"
+    name, lazy = "numpy", False
 
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)

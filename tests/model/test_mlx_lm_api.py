@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_flash
+from mlx_flash.inspection import inspect_model
 from tests.conftest import shared_path
 from tests.tiny import make_tiny, three_budgets
 
@@ -89,8 +91,7 @@ def relu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """`gate` at work: only what fires is read."""
     with pytest.MonkeyPatch.context() as patch:  # mlx-lm's Qwen3 knows SiLU only
         patch.setattr("mlx_lm.models.qwen3.swiglu", lambda gate, up: mx.maximum(gate, 0) * up)
-        pair = Pair(make_tiny("qwen3-relu", tmp_path_factory.mktemp("relu")))
-        assert pair.flash.flash.plan.selector == "gate"
+        pair = Pair(make_tiny("qwen3-relu", tmp_path_factory.mktemp("relu")), select="gate")
         yield pair
     pair.flash.flash.close()
 
@@ -293,3 +294,17 @@ def test_the_first_token_of_every_sequence_counts_for_no_selection(tmp_path: Pat
     for k in (1, 2):
         np.testing.assert_allclose(both[k], one[k] + other[k], rtol=1e-3, atol=1e-5)
     model.flash.close()
+
+
+def test_auto_takes_the_whole_ffn_where_small_layers_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking which neurons fired costs a wait per layer; where bundles are read, or layers are large, it pays."""
+    path = mlx_flash.convert(make_tiny("openelm-relu", tmp_path), tmp_path / "flash")
+
+    def chosen(backend: str, memory: int | str, slots: float | str = "auto") -> Any:
+        return inspect_model(path, mlx_flash.FlashConfig(memory, backend=backend, slots=slots))["selector"]
+
+    assert chosen("mlx", "1GB") == "all" and chosen("mlx", "1GB", 0.5) == chosen("numpy", "1GB") == "gate"
+    monkeypatch.setattr(sys.modules["mlx_flash.load"], "SMALL_LAYER", 1000)
+    assert chosen("mlx", "1GB") == "gate"
