@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import subprocess
 import sys
 import threading
@@ -16,8 +15,8 @@ from mlx_flash.errors import ReadError
 from mlx_flash.storage import aio
 from mlx_flash.storage.aio import AioReader
 
-from .test_aio import IDS, NOTHING, ROOT, check_drained, contexts, file, read_and_drain, submit, wide  # noqa: F401
-from .test_reader import HAS_AIO, check, page_aligned
+from .test_aio import IDS, NOTHING, ROOT, check_drained, check_interrupts, contexts, file, submit, wide  # noqa: F401
+from .test_reader import HAS_AIO, page_aligned
 
 pytestmark = pytest.mark.skipif(not HAS_AIO, reason="this system has no asynchronous I/O")
 QUEUES = [32, 100, 512]
@@ -177,22 +176,7 @@ def test_drain_and_close_wait_until_nobody_submits(wide, kind):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["late", "slow", "half"])
 def test_an_interrupt_at_any_step(file, kind):  # noqa: F811
-    slab = page_aligned(300, 2048)
-    with AioReader([file[0]], depth=64, merging=NOTHING, aside=KINDS[kind]()) as reader:
-        steps, _ = read_and_drain(reader, slab, -1)
-        for at in random.Random(5).sample(range(1, steps), min(steps - 1, 100)):
-            _, pending = read_and_drain(reader, slab, at)
-            try:
-                if pending is not None:
-                    pending.wait()
-                    np.testing.assert_array_equal(slab, file[1][IDS])
-            except ReadError as error:
-                assert "given up" in str(error) and pending.given_up
-            reader.drain()
-            slab[:] = 0xA5
-            check(reader, 0, file[1], range(0, 300, 7), range(43), [(0, 2048, 2048, 0)], 43)
-            assert (slab == 0xA5).all(), f"written to after an interrupt at step {at}"
-            assert reader._context.in_flight == 0 and not reader._context.torn and reader._context._begun is None
+    check_interrupts(file, 100, KINDS[kind]())
 
 
 def test_a_lost_context_is_replaced(wide):  # noqa: F811
