@@ -14,6 +14,7 @@ import numpy as np
 
 from ..affine import AffineBundles, AffineRows
 from ..storage.reader import Aside
+from .attention import Activations, Attention
 
 Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
 NO_SPANS, NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
@@ -148,15 +149,10 @@ class Kernels(Protocol):
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         """x / rms(x) * weight over the last axis. x (..., n), weight (n,) fp32 -> (..., n) fp32."""
 
-    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
-        """Turn heads by one position's angles, in place, half-split. x (H, hd), cos and sin (hd/2,) fp32."""
-
-    def store(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Write x (n, m) fp32 into weights `out` (n, m), rounding to the nearest, ties to even."""
-
-    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-        """One query token over the first `length` keys. q (H, hd) fp32; keys, values (kv_heads, context, hd), head h
-        uses kv head h // (H / kv_heads) -> (H, hd) fp32. Scale hd ** -0.5, softmax in fp32."""
+    def attention(self, layer: Attention, memory: Activations) -> Callable[[], None] | None:
+        """One layer's attention for one token, in one call: it adds to memory.x what attention gives for its norm, puts
+        its norm into memory.h, and the token's keys and values into the cache. All arrays must stay where they are.
+        None where the set has no such thing."""
 
 
 def load(numba: bool | None = None) -> Kernels:

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from .kernels_emit import FLOAT32, add_4_rows, add_row, dot, dot_4, store
+from .kernels_emit import FLOAT32, add_4_rows, add_row, dot, dot_4
 from .workers_llvm import floats, integers, jit, task_kernel, wait_for_tasks
 
 SHORT_BYTES = 1024  # of a row: below, folding its sums takes longer than adding them up
@@ -208,36 +208,6 @@ def tiles(p, task):  # type: ignore[no-untyped-def]
         add_row(kind, y, n, row[j] + at, row[j] + at, weight[j])
 
 
-@task_kernel
-def scores(p, task):  # type: ignore[no-untyped-def]
-    """out[head, i] = q[head] . key i of head // group; a task is one head"""
-    v = integers(p, 10)
-    kind, q, size, keys, head_stride, stride, group, length, out = v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9]
-    key, found = keys + task // group * head_stride, floats(out + task * length * 4, length)
-    for i in range(length):
-        row = key + i * stride
-        found[i] = dot(kind, row, row + stride, q + task * size * 4, size)
-
-
-@task_kernel
-def weigh(p, task):  # type: ignore[no-untyped-def]
-    """out[head] = sum of weights[head, i] times value i of head // group, i ascending; a task is one head"""
-    v = integers(p, 10)
-    kind, weights, length, values, head_stride, stride = v[1], v[2], v[3], v[4], v[5], v[6]
-    group, size, out = v[7], v[8], v[9]
-    y, row, weight, i = out + task * size * 4, values + task // group * head_stride, weights + task * length * 4, 0
-    floats(y, size)[:] = 0
-    scale = floats(weight, length)
-    while i + 4 <= length:
-        a, b, c, d = row, row + stride, row + 2 * stride, row + 3 * stride
-        add_4_rows(kind, y, size, a, b, c, d, scale[i], scale[i + 1], scale[i + 2], scale[i + 3])
-        row += 4 * stride
-        i += 4
-    for j in range(i, length):
-        add_row(kind, y, size, row, row, scale[j])
-        row += stride
-
-
 @jit
 def fold(sums, y):  # type: ignore[no-untyped-def]
     """y += sums[b], b ascending"""
@@ -268,30 +238,16 @@ def outside(rows, count):  # type: ignore[no-untyped-def]
 
 
 @jit
-def norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    """out[i] = x[i] / rms(x[i]) * weight"""
-    count, n = x.shape
+def rms(x, n, weight, eps, out):  # type: ignore[no-untyped-def]
+    """out = the n fp32 at x / their root mean square * weight; out may be x"""
+    root = np.float32(math.sqrt(dot(FLOAT32, x, x, x, n) / np.float32(n) + eps))
+    value, factor, found = floats(x, n), floats(weight, n), floats(out, n)
+    for i in range(n):
+        found[i] = value[i] / root * factor[i]
+
+
+@jit
+def norm(x, count, n, weight, eps, out):  # type: ignore[no-untyped-def]
+    """`rms` of each of `count` rows"""
     for i in range(count):
-        at = x[i].ctypes.data
-        root = np.float32(math.sqrt(dot(FLOAT32, at, at, at, n) / np.float32(n) + eps))
-        for j in range(n):
-            out[i, j] = x[i, j] / root * weight[j]
-
-
-@jit
-def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    """x[i] turned by the angles of one position, in place; halves are pairs"""
-    half = len(cos)
-    for i in range(len(x)):
-        for j in range(half):
-            a, b = x[i, j], x[i, half + j]
-            x[i, j] = a * cos[j] - b * sin[j]
-            x[i, half + j] = b * cos[j] + a * sin[j]
-
-
-@jit
-def store_rows(kind, x, address, stride):  # type: ignore[no-untyped-def]
-    """x[i] in a storage dtype at address + i * stride"""
-    for i in range(len(x)):
-        for j in range(x.shape[1]):
-            store(kind, address + i * stride, j, x[i, j])
+        rms(x + 4 * n * i, n, weight, eps, out + 4 * n * i)

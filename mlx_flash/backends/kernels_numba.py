@@ -14,10 +14,12 @@ import numpy as np
 
 from ..affine import AffineRows
 from . import kernels_llvm as compiled
+from .attention import Activations, Attention
+from .attention_numba import attention_steps
 from .kernels import NO_SPANS, NO_SUMS, Weights, add_dense
 from .kernels_emit import BFLOAT16, FLOAT16, FLOAT32, INT8
 from .kernels_quant import QuantisedKernels
-from .workers import Workers
+from .workers import Steps, Workers
 
 KINDS = {
     np.dtype(np.float32): FLOAT32,
@@ -320,36 +322,20 @@ class KernelSet:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
         if weight.shape != rows.shape[1:]:
             raise ValueError(f"weight {weight.shape} for rows of {rows.shape[1]}")
-        out = np.empty_like(rows)
-        compiled.norm(rows, np.ascontiguousarray(weight, np.float32), np.float32(eps), out)
+        out, weight = np.empty_like(rows), np.ascontiguousarray(weight, np.float32)
+        compiled.norm(_address(rows), *rows.shape, _address(weight), np.float32(eps), _address(out))
         return out.reshape(x.shape)
 
-    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
-        if x.shape[1] != 2 * len(cos) or cos.shape != sin.shape:
-            raise ValueError(f"x {x.shape}, cos {cos.shape}, sin {sin.shape}")
-        compiled.rotate(x, cos, sin)
+    def attention(self, layer: Attention, memory: Activations) -> Callable[[], None] | None:
+        return attention_steps(self._workers, layer, KINDS[layer.keys.dtype], memory, self._add_dots).run
 
-    def store(self, x: np.ndarray, out: np.ndarray) -> None:
-        _check_rows(out)
-        if x.shape != out.shape:
-            raise ValueError(f"x {x.shape} for {out.shape}")
-        compiled.store_rows(KINDS[out.dtype], np.ascontiguousarray(x, np.float32), _address(out), out.strides[0])
-
-    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-        _check_rows(keys, values)
-        (heads, size), (kv_heads, context, _) = q.shape, keys.shape
-        if keys.shape != values.shape or keys.strides != values.strides or keys.dtype != values.dtype:
-            raise ValueError(f"keys {keys.dtype} {keys.shape} and values {values.dtype} {values.shape} differ")
-        if heads % kv_heads or not 0 < length <= context or not q.flags.c_contiguous or q.dtype != np.float32:
-            raise ValueError(f"q {q.dtype} {q.shape}, keys {keys.shape}, length {length}")
-        weights, out = np.empty((heads, length), np.float32), np.empty((heads, size), np.float32)
-        kind, group, run = KINDS[keys.dtype], heads // kv_heads, self._workers.run
-        alone = self._workers.tasks(heads * length * size * keys.itemsize, heads) == 1
-        head_stride, stride, _ = keys.strides
-        run(compiled.scores, heads, kind, q, size, keys, head_stride, stride, group, length, weights, alone=alone)
-        weights *= np.float32(size**-0.5)
-        weights -= weights.max(axis=1, keepdims=True)
-        np.exp(weights, out=weights)
-        weights /= weights.sum(axis=1, keepdims=True)
-        run(compiled.weigh, heads, kind, weights, length, values, head_stride, stride, group, size, out, alone=alone)
-        return out
+    def _add_dots(self, steps: Steps, w: Weights, x: np.ndarray, out: np.ndarray) -> None:
+        """`dots` of all rows, as further steps."""
+        if isinstance(w, AffineRows):
+            self._quantised.add_dots(steps, w, x, out)
+            return
+        _check_rows(w)
+        n = w.shape[1]
+        _check_input(x, n)
+        tasks = self._workers.tasks(len(out) * n * w.itemsize, len(out))
+        steps.add(compiled.dots, tasks, KINDS[w.dtype], w, w.strides[0], 0, len(out), x, n, out)

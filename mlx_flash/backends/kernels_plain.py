@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..affine import AffineBundles
-from .kernels import NO_SPANS, NO_SUMS, Weights, activate, add_dense, narrow, widen
+from .attention import Activations, Attention
+from .kernels import NO_SPANS, NO_SUMS, Weights, activate, add_dense, widen
 
 ROWS = 256  # widened at a time
 
@@ -164,27 +165,8 @@ class KernelSet:
         out *= weight
         return out
 
-    def rotate(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
-        a, b = x[:, : len(cos)].copy(), x[:, len(cos) :].copy()
-        np.subtract(a * cos, b * sin, out=x[:, : len(cos)])
-        np.add(b * cos, a * sin, out=x[:, len(cos) :])
-
-    def store(self, x: np.ndarray, out: np.ndarray) -> None:
-        narrow(x, out)
-
-    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-        kv_heads, _, size = keys.shape
-        wide = np.empty((2, length, size), np.float32)
-        grouped = q.reshape(kv_heads, -1, size)
-        out = np.empty_like(grouped)
-        for head in range(kv_heads):
-            widen(keys[head, :length], wide[0])
-            widen(values[head, :length], wide[1])
-            scores = np.einsum("rd,ld->rl", grouped[head], wide[0]) * np.float32(size**-0.5)
-            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-            scores /= scores.sum(axis=1, keepdims=True)
-            np.einsum("rl,ld->rd", scores, wide[1], out=out[head])
-        return out.reshape(q.shape)
+    def attention(self, layer: Attention, memory: Activations) -> None:
+        """None: see `kernels.Kernels`."""
 
 
 def _sum_rows(

@@ -14,7 +14,7 @@ from ..affine import AffineBundles, AffineRows
 from . import kernels_llvm as plain
 from . import kernels_quant_llvm as compiled
 from .kernels_quant_emit import ROWS, SHAPES
-from .workers import Workers
+from .workers import Steps, Workers
 
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of scales: see `ends_dot`
 ACTS = {"": 0, "relu": plain.RELU, "silu": plain.SILU}
@@ -46,11 +46,18 @@ class _Form:
     def same(self, w: AffineRows) -> bool:
         return w.shape[1] == self.n and w.bits == self.bits and KINDS.get(w.scales.dtype) == self.kind
 
-    def prepared(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x (n,) as the kernels take it."""
+    def check_input(self, x: np.ndarray) -> None:
         if x.dtype != np.float32 or x.shape != (self.n,) or not x.flags.c_contiguous:
             raise ValueError(f"x is {x.dtype} {x.shape}, the rows have {self.n} items; x must be contiguous fp32")
-        held = np.empty(self.n, np.float32), np.empty(self.words, np.float32), np.empty(self.groups, np.float32)
+
+    def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For an input as the kernels take it."""
+        return np.empty(self.n, np.float32), np.empty(self.words, np.float32), np.empty(self.groups, np.float32)
+
+    def prepared(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x (n,) as the kernels take it."""
+        self.check_input(x)
+        held = self.memory()
         compiled.prepare(x, self.bits, self.size, self.rest, *held)
         return held
 
@@ -92,6 +99,17 @@ class QuantisedKernels:
         at_rows, numbers = 0 if rows is None else chosen, (len(out), form.words, form.groups, form.middle)
         self._workers.run(compiled.dots, tasks, form.shape, form.kind, _places(w), at_rows, *numbers, *x3, scratch, out)
         return out
+
+    def add_dots(self, steps: Steps, w: AffineRows, x: np.ndarray, out: np.ndarray) -> None:
+        """`dots` of all rows, as further steps."""
+        form = _Form(w)
+        form.check_input(x)
+        x3 = form.memory()
+        steps.add(compiled.prepare_step, 1, x, form.n, form.bits, form.size, form.rest, *x3, form.words, form.groups)
+        tasks = self._workers.tasks(4 * form.words * len(out), len(out))
+        scratch, numbers = np.empty((tasks, form.groups), np.float32), (form.words, form.groups, form.middle)
+        steps.add(compiled.dots, tasks, form.shape, form.kind, _places(w), 0, len(out), *numbers, *x3, scratch, out)
+        steps.keep(w)
 
     def begin_neurons(
         self,

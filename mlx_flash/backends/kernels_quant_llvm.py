@@ -65,6 +65,14 @@ def prepare(x, bits, size, rest, turned, less, sums):  # type: ignore[no-untyped
         sums[g] = total
 
 
+@task_kernel
+def prepare_step(p, task):  # type: ignore[no-untyped-def]
+    """`prepare` of x (n,) for rows of so many words and groups"""
+    v = integers(p, 11)
+    turned, less, sums = floats(v[6], v[2]), floats(v[7], v[9]), floats(v[8], v[10])
+    prepare(floats(v[1], v[2]), v[3], v[4], v[5], turned, less, sums)
+
+
 @_jit
 def place(w, which, row):  # type: ignore[no-untyped-def]
     """address of a row of codes (0), scales (3) or biases (6)"""

@@ -19,6 +19,7 @@ from ..storage.pinned import anonymous
 from ..storage.reader import Target
 from ..storage.weights import VIEWS, coded_rows
 from . import kernels
+from .attention import Activations, Attention
 from .base import BLOCK, FFNSpec, Predictor, Widths
 from .kernels import Weights
 from .numpy_ffn import BlockSums, DecodePass
@@ -185,10 +186,6 @@ class NumpyBackend:
 
     def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
         """Rotary positions, half-split. x (T, H, hd), cos and sin (T, hd/2) -> (T, H, hd)."""
-        if len(x) == 1:
-            turned = np.array(x)
-            self.kernels.rotate(turned[0], cos[0], sin[0])
-            return turned
         half = x.shape[-1] // 2
         a, b, cos, sin = x[..., :half], x[..., half:], cos[:, None], sin[:, None]
         out = np.empty(x.shape, np.float32)
@@ -202,16 +199,11 @@ class NumpyBackend:
 
     def store(self, cache: np.ndarray, start: int, values: np.ndarray) -> None:
         """Write values (T, kv_heads, hd) at positions start.., rounded to nearest even."""
-        if len(values) == 1:
-            self.kernels.store(values[0], cache[:, start])
-        else:
-            kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
+        kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
 
     def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
         """Causal attention: query t, at position start + t, sees keys 0..start + t. q (T, H, hd); keys, values
         (kv_heads, context, hd), head h uses h // (H / kv_heads) -> (T, H, hd)."""
-        if len(q) == 1:
-            return self.kernels.attend(np.ascontiguousarray(q[0]), keys, values, start + 1)[None]
         tokens, heads, size = q.shape
         end, group = start + tokens, heads // len(keys)
         later = np.triu(np.ones((tokens, tokens), bool), 1)
@@ -228,6 +220,14 @@ class NumpyBackend:
 
         self.tiles.each(heads, attend_head)
         return out
+
+    def attention(self, layer: Attention, memory: Activations) -> Callable[[], None] | None:
+        """See `kernels.Kernels.attention`."""
+        return self.kernels.attention(layer, memory)
+
+    def decode(self, step: Callable[[], None]) -> None:
+        """Run what `attention` gave."""
+        step()
 
     def products(self) -> AbstractContextManager[None]:
         """Within, prompts run fastest: see `Tiles.products`."""

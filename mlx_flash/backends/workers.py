@@ -20,7 +20,7 @@ import numpy as np
 
 from . import workers_llvm as compiled
 from .cores import default_threads
-from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS
+from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
 
 TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
@@ -161,17 +161,15 @@ class Workers:
             return 1
         return max(1, min(most, nbytes // TASK_BYTES, self._count * TASKS_PER_THREAD))
 
-    def run(self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False) -> None:
+    def run(self, kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
         """Do tasks 0..tasks-1 of a kernel made by `task_kernel`; arguments are integers, np.float32 and arrays."""
-        self.start(kernel, tasks, *arguments, alone=alone)()
+        self.start(kernel, tasks, *arguments)()
 
-    def start(
-        self, kernel: Callable[..., None], tasks: int, *arguments: Any, alone: bool = False, keep: Any = None
-    ) -> Callable[[], None]:
+    def start(self, kernel: Callable[..., None], tasks: int, *arguments: Any, keep: Any = None) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
         which takes part and returns when all is done. keep: what else stays in memory until then."""
         board, helpers = self._shared_board(), 0
-        if tasks > 1 and not alone and self._count > 1:
+        if tasks > 1 and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
         job = Job(board, compiled.address_of(kernel), tasks, arguments, helpers, keep)
         job.begin()
@@ -187,7 +185,42 @@ class Workers:
             board, compiled.address_of(compiled.system_call), 1, (number, *arguments, found), helpers, urgent=True
         )
 
+    def run_steps(self, steps: np.ndarray) -> None:
+        """Do jobs one after the other, without Python between them; see `Steps`."""
+        board = self._shared_board()
+        job = Job(board, 0, 0, (), 0, steps)
+        helpers = board.hire(self._count - 1) if self._count > 1 else 0
+        compiled.run_steps(job.at, steps.ctypes.data, len(steps), board.helpers_at, helpers)
+        job.finish()
+
     def _shared_board(self) -> Board:
         if Workers._board is None:
             Workers._board = Board()
         return Workers._board
+
+
+class Steps:
+    """Kernels to be called one after the other, again and again, with the same arguments: what changes is in memory
+    that they name."""
+
+    def __init__(self, workers: Workers):
+        self.workers = workers
+        self._steps: list[tuple[Any, ...]] = []
+        self._kept: tuple[Any, ...] = ()
+        self._table = np.empty((0, STEP_ITEMS), np.int64)
+
+    def add(self, kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
+        """One more, in so many tasks."""
+        self._steps.append((kernel, tasks, *arguments))  # keeps the arrays in memory
+
+    def keep(self, *what: Any) -> None:
+        """These stay in memory too."""
+        self._kept += what
+
+    def run(self) -> None:
+        """Do them all."""
+        if len(self._table) < len(self._steps):
+            self._table = np.zeros((len(self._steps), STEP_ITEMS), np.int64)
+            for row, (kernel, tasks, *arguments) in zip(self._table, self._steps, strict=True):
+                row[: 2 + len(arguments)] = (compiled.address_of(kernel), tasks, *map(as_item, arguments))
+        self.workers.run_steps(self._table)

@@ -23,6 +23,7 @@ from .kernels_emit import fetch_add
 # A job's place, in items of 8 bytes: tickets left and tasks done, in lines of their own as all threads write to them,
 # then the kernel's address, the number of tasks and the kernel's arguments.
 JOBS, JOB_ITEMS, DONE, PARAMETERS = 16, 64, 8, 16
+STEP_ITEMS = 32  # the same without the first line, for what is done one after the other
 # A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, and room for what it reads.
 HELPER_ITEMS = 8
 ITEM = 8  # bytes
@@ -207,6 +208,23 @@ def finish(job, tasks):  # type: ignore[no-untyped-def]
     while _load(job + DONE * ITEM) < tasks and asked < PATIENCE:
         asked += 1
     return asked < PATIENCE
+
+
+@jit
+def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def]
+    """Do `count` jobs one after the other, at this place: each is its kernel, the number of its tasks and its
+    arguments, STEP_ITEMS in all."""
+    place = integers(job + PARAMETERS * ITEM, STEP_ITEMS)
+    for k in range(count):
+        at = steps + k * STEP_ITEMS * ITEM
+        step = integers(at, STEP_ITEMS)
+        if step[1] == 1:
+            _call(step[0], at + ITEM, 0)
+            continue
+        place[:] = step
+        begin(job, step[1], helpers, awake)
+        while not finish(job, step[1]):
+            _give_way()
 
 
 @jit

@@ -13,6 +13,7 @@ from weakref import proxy
 
 import numpy as np
 
+from ..backends.attention import Activations, Attention
 from ..errors import UsageError
 from ..kept import Kept
 from ..sampling import Sampling, make_sampler
@@ -50,11 +51,52 @@ class Layer:
         roles = ["attn_norm", "ffn_norm", "o"] + (["qkv"] if "qkv" in decoder.spec.table.names else ["q", "k", "v"])
         roles += ["q_norm", "k_norm"] if decoder.spec.qk_norm else []
         self.weights = {role: decoder.weight(role, index) for role in roles}
+        self._step: Callable[[], None] | None = None
+        self._step_cache: Any = None  # keys and values that it is made for
 
     def __call__(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:
+        step = self.step(cache) if len(x) == 1 else None
+        if step is not None:
+            return self.decode(step, x, start)
         h = self.decoder.norm(x, *self.weights["attn_norm"])
         x = x + self.attend(h, cache, start)
         return x + self.ffn(self.decoder.norm(x, *self.weights["ffn_norm"]))
+
+    def decode(self, step: Callable[[], None], x: np.ndarray, start: int) -> np.ndarray:
+        """One token, x (1, d); the result is in memory that the next layer, or the next token, uses again."""
+        memory = self.decoder.memory
+        if x is not memory.x:
+            memory.x[...] = x
+        memory.position[0] = start
+        self.backend.decode(step)
+        memory.x += self.ffn(memory.h)
+        return memory.x
+
+    def step(self, cache: Cache) -> Callable[[], None] | None:
+        """All of the layer but the FFN for one token, in one call, where the backend has such a thing."""
+        found = cache.layers[self.index]
+        if self._step_cache is not found:
+            self._step, self._step_cache = self.backend.attention(self.description(*found), self.decoder.memory), found
+        return self._step
+
+    def description(self, keys: Any, values: Any) -> Attention:
+        spec, of = self.decoder.spec, self.weights
+        return Attention(
+            heads=self.shape.heads,
+            kv_heads=self.shape.kv_heads,
+            size=spec.head_dim,
+            norm=spec.table.norm,
+            eps=spec.eps,
+            before=of["attn_norm"],
+            after=of["ffn_norm"],
+            inputs=[of["qkv"]] if "qkv" in of else [of["q"], of["k"], of["v"]],
+            output=of["o"],
+            q_norm=of.get("q_norm"),
+            k_norm=of.get("k_norm"),
+            rotations=self.decoder.rotations,
+            keys=keys,
+            values=values,
+        )
 
     def linear(self, role: str, x: np.ndarray) -> np.ndarray:
         weight, bias = self.weights[role]
@@ -116,6 +158,8 @@ class Decoder:
         self.last_norm = self.weight("norm")
         self.layers: list[Layer] = []
         self._cache: Cache | None = None
+        heads, width = (max(n) for n in zip(*((s.heads, s.heads + 2 * s.kv_heads) for s in spec.layers), strict=True))
+        self.memory = Activations(spec.dim, width * spec.head_dim, heads, context)
 
     def weight(self, role: str, layer: int = 0) -> tuple[Any, Any]:
         """(weight, bias or None) of a module, in the backend's form; vectors as fp32, as widening one for every token

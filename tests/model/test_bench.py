@@ -53,6 +53,7 @@ from tests.calibrated import make_calibrated
 from tests.tiny import CONFIGS
 from tests.unit.test_cost_model import machine
 
+COMPILES = NumpyBackend().compiles
 SLOW_S = 0.003
 LAYERS = 3
 
@@ -190,7 +191,7 @@ def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("owner", "name", "phase"),
     [
-        (NumpyBackend, "attend", DENSE),
+        pytest.param(NumpyBackend, "decode", DENSE, marks=pytest.mark.skipif(not COMPILES, reason="numba is missing")),
         (NumpyBackend, "linear", DENSE),
         (DecodePass, "scalars", SPARSE),
         (DecodePass, "down", SPARSE),
@@ -222,7 +223,8 @@ def test_what_takes_long_is_found(
         monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
     split = Timeline(model).time(lambda: next(steps)).split
     model.flash.close()
-    assert split[PHASES[phase]] >= LAYERS * SLOW_S
+    times = 1 if name == "linear" and COMPILES else LAYERS  # the output layer's only, where layers decode in one call
+    assert split[PHASES[phase]] >= times * SLOW_S
 
 
 def test_a_lazy_backend_is_not_split_further(flash: Path) -> None:
