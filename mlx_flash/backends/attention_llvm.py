@@ -151,9 +151,8 @@ def attend(p, task):  # type: ignore[no-untyped-def]
     found = floats(y, size)
     found[:] = 0
     while i + 4 <= length:
-        a, b, c, d = row, row + stride, row + 2 * stride, row + 3 * stride
-        add_4_rows(kind, y, size, a, b, c, d, score[i], score[i + 1], score[i + 2], score[i + 3])
-        row += 4 * stride
+        here, row = (row, row + stride, row + 2 * stride, row + 3 * stride), row + 4 * stride
+        add_4_rows(kind, y, size, here, here, (score[i], score[i + 1], score[i + 2], score[i + 3]))
         i += 4
     for j in range(i, length):
         add_row(kind, y, size, row, row, score[j])

@@ -150,20 +150,23 @@ def _loop(builder: Any, start: Any, stop: Any, step: int, carried: list[Any], bo
     return i, values
 
 
-def _prefetch(builder: Any, kind: int, w: Any, following: Any, i: Any, n: Any, items: int) -> None:
-    """Fetch the `items` that lie AHEAD_BYTES (at most a row) after item i; past the row's end, the following row's."""
-    size = ITEM_BYTES[kind]
+def _fetch(builder: Any, at: Any, nbytes: int) -> None:
+    """Fetch so many bytes at an address: to read, into the outer caches, data."""
     pointer = _I8.as_pointer()
     signature = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     fetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
+    for line in range(0, nbytes, LINE_BYTES):
+        builder.call(fetch, [builder.inttoptr(builder.add(at, _INT(line)), pointer), _I32(0), _I32(1), _I32(1)])
+
+
+def _prefetch(builder: Any, kind: int, w: Any, following: Any, i: Any, n: Any, items: int) -> None:
+    """Fetch the `items` that lie AHEAD_BYTES (at most a row) after item i; past the row's end, the following row's."""
+    size = ITEM_BYTES[kind]
     lead = _INT(AHEAD_BYTES // size)
     ahead = builder.add(i, builder.select(builder.icmp_signed("<", n, lead), n, lead))
     beyond = builder.sub(following, builder.mul(n, _INT(size)))
     base = builder.select(builder.icmp_signed("<", ahead, n), w, beyond)
-    base = builder.add(base, builder.mul(ahead, _INT(size)))
-    for line in range(0, items * size, LINE_BYTES):
-        at = builder.inttoptr(builder.add(base, _INT(line)), pointer)
-        builder.call(fetch, [at, _I32(0), _I32(1), _I32(1)])  # to read, into the outer caches, data
+    _fetch(builder, builder.add(base, builder.mul(ahead, _INT(size))), items * size)
 
 
 def _emit_dots(builder: Any, kind: int, rows: list[Any], following: list[Any], x: Any, n: Any) -> list[Any]:
@@ -174,9 +177,12 @@ def _emit_dots(builder: Any, kind: int, rows: list[Any], following: list[Any], x
     def step(chains: int) -> Callable[..., list[Any]]:
         def body(i: Any, sums: list[Any]) -> list[Any]:
             sums = list(sums)
-            if chains > 1:
-                for row, next_row in zip(rows, following, strict=False):  # four streams need no help
-                    _prefetch(builder, kind, row, next_row, i, n, chains * LANES)
+            if chains > 1 and len(rows) == 1:
+                _prefetch(builder, kind, rows[0], following[0], i, n, chains * LANES)
+            elif chains > 1:
+                for later in following:
+                    at = builder.add(later, builder.mul(i, _INT(ITEM_BYTES[kind])))
+                    _fetch(builder, at, chains * LANES * ITEM_BYTES[kind])
             for chain in range(chains):
                 at = builder.add(i, _INT(LANES * chain))
                 factor = _load(builder, x, at, FLOAT32, LANES)
@@ -212,9 +218,12 @@ def _emit_add(builder: Any, kind: int, y: Any, rows: list[Any], following: list[
 
     def step(lanes: int, factors: list[Any]) -> Callable[..., list[Any]]:
         def body(i: Any, _: list[Any]) -> list[Any]:
-            if lanes > 1:
-                for row, next_row in zip(rows, following, strict=False):  # four streams need no help
-                    _prefetch(builder, kind, row, next_row, i, n, lanes)
+            if lanes > 1 and len(rows) == 1:
+                _prefetch(builder, kind, rows[0], following[0], i, n, lanes)
+            elif lanes > 1:
+                for later in following:
+                    at = builder.add(later, builder.mul(i, _INT(ITEM_BYTES[kind])))
+                    _fetch(builder, at, lanes * ITEM_BYTES[kind])
             total = _load(builder, y, i, FLOAT32, lanes)
             for row, factor in zip(rows, factors, strict=True):
                 total = _fma(builder, _load(builder, row, i, kind, lanes), factor, total)
@@ -260,20 +269,22 @@ def dot(typing: Any, kind: Any, w: Any, following: Any, x: Any, n: Any) -> Any:
 
 
 @intrinsic
-def dot_4(typing: Any, kind: Any, a: Any, b: Any, c: Any, d: Any, x: Any, n: Any, out: Any) -> Any:
-    """`dot` of the rows at addresses a, b, c, d, to four fp32 at address out: four streams from memory at once."""
+def dot_4(typing: Any, kind: Any, rows: Any, following: Any, x: Any, n: Any, out: Any) -> Any:
+    """`dot` of the rows at four addresses, to four fp32 at address out; `following` are fetched meanwhile."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, a, b, c, d, x, n, out = arguments
+        kind, rows, following, x, n, out = arguments
+        here, then = (cgutils.unpack_tuple(builder, each) for each in (rows, following))
 
         def emit(known: int) -> None:
-            for k, total in enumerate(_emit_dots(builder, known, [a, b, c, d], [], x, n)):
+            for k, total in enumerate(_emit_dots(builder, known, here, then, x, n)):
                 _store(builder, total, out, _INT(k))
 
         _by_kind(builder, kind, emit)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), generate
+    four = types.UniTuple(types.int64, 4)
+    return types.void(types.int64, four, four, *[types.int64] * 3), generate
 
 
 @intrinsic
@@ -301,17 +312,18 @@ def add_row(typing: Any, kind: Any, y: Any, n: Any, row: Any, following: Any, h:
 
 
 @intrinsic
-def add_4_rows(
-    typing: Any, kind: Any, y: Any, n: Any, a: Any, b: Any, c: Any, d: Any, h: Any, i: Any, j: Any, k: Any
-) -> Any:
-    """`add_row` for rows a, b, c, d times h, i, j, k in this order, with a quarter of the traffic to y."""
+def add_4_rows(typing: Any, kind: Any, y: Any, n: Any, rows: Any, following: Any, h: Any) -> Any:
+    """`add_row` for rows at four addresses times four h in this order, with a quarter of the traffic to y; `following`
+    are fetched meanwhile."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, y, n, *rest = arguments
-        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, rest[:4], [], rest[4:], n))
+        kind, y, n, *groups = arguments
+        here, then, factors = (cgutils.unpack_tuple(builder, each) for each in groups)
+        _by_kind(builder, kind, lambda known: _emit_add(builder, known, y, here, then, factors, n))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7, *[types.float32] * 4), generate
+    four, factors = (types.UniTuple(item, 4) for item in (types.int64, types.float32))
+    return types.void(*[types.int64] * 3, four, four, factors), generate
 
 
 @intrinsic

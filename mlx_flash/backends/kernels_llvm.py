@@ -14,22 +14,31 @@ from .kernels_emit import FLOAT32, add_4_rows, add_row, dot, dot_4
 from .workers_llvm import floats, integers, jit, task_kernel, wait_for_tasks
 
 SHORT_BYTES = 1024  # of a row: below, folding its sums takes longer than adding them up
+FAR = 16  # rows that such ones are fetched ahead
 RELU, SILU = 1, 2  # activations; 0: none
+
+
+@jit
+def row_at(w, stride, rows, i, end):  # type: ignore[no-untyped-def]
+    """the address of row i of w (item i of rows, unless that is 0), the last one's for what lies beyond"""
+    i = min(i, end - 1)
+    return w + (integers(rows, end)[i] if rows else i) * stride
 
 
 @jit
 def row_dots(kind, w, stride, rows, begin, end, x, n, out):  # type: ignore[no-untyped-def]
     """Item i of out = row i (item i of rows, unless that is 0) of w . x for begin <= i < end, four rows at a time"""
-    found, chosen, i = floats(out, end), integers(rows, end), begin
+    found, i = floats(out, end), begin
+    ahead = 4 if stride >= SHORT_BYTES else FAR
     while i + 4 <= end:
-        if rows:
-            a, b, c, d = chosen[i], chosen[i + 1], chosen[i + 2], chosen[i + 3]
-        else:
-            a, b, c, d = i, i + 1, i + 2, i + 3
-        dot_4(kind, w + a * stride, w + b * stride, w + c * stride, w + d * stride, x, n, out + 4 * i)
+        a, b = row_at(w, stride, rows, i, end), row_at(w, stride, rows, i + 1, end)
+        c, d = row_at(w, stride, rows, i + 2, end), row_at(w, stride, rows, i + 3, end)
+        e, f = row_at(w, stride, rows, i + ahead, end), row_at(w, stride, rows, i + ahead + 1, end)
+        g, h = row_at(w, stride, rows, i + ahead + 2, end), row_at(w, stride, rows, i + ahead + 3, end)
+        dot_4(kind, (a, b, c, d), (e, f, g, h), x, n, out + 4 * i)
         i += 4
     for j in range(i, end):
-        row = w + (chosen[j] if rows else j) * stride
+        row = row_at(w, stride, rows, j, end)
         found[j] = dot(kind, row, row, x, n)
 
 
@@ -94,12 +103,12 @@ def add_terms(kind, y, n, down, stride, rows, h, begin, end):  # type: ignore[no
     zeros, four at a time."""
     a = b = c = found = 0
     p = q = r = np.float32(0)
-    scalars, chosen = floats(h, end), integers(rows, end)
+    scalars = floats(h, end)
     for i in range(begin, end):
         weight = scalars[i]
         if weight == 0:
             continue
-        row = down + (chosen[i] if rows else i) * stride
+        row = row_at(down, stride, rows, i, end)
         if found == 0:
             a, p = row, weight
         elif found == 1:
@@ -107,7 +116,9 @@ def add_terms(kind, y, n, down, stride, rows, h, begin, end):  # type: ignore[no
         elif found == 2:
             c, r = row, weight
         else:
-            add_4_rows(kind, y, n, a, b, c, row, p, q, r, weight)
+            e, f = row_at(down, stride, rows, i + 1, end), row_at(down, stride, rows, i + 2, end)
+            g, j = row_at(down, stride, rows, i + 3, end), row_at(down, stride, rows, i + 4, end)
+            add_4_rows(kind, y, n, (a, b, c, row), (e, f, g, j), (p, q, r, weight))
         found = (found + 1) % 4
     if found > 0:
         add_row(kind, y, n, a, a, p)
@@ -202,7 +213,9 @@ def tiles(p, task):  # type: ignore[no-untyped-def]
     floats(y, n)[:] = 0
     while i + 4 <= end:
         a, b, c, e = row[i] + at, row[i + 1] + at, row[i + 2] + at, row[i + 3] + at
-        add_4_rows(kind, y, n, a, b, c, e, weight[i], weight[i + 1], weight[i + 2], weight[i + 3])
+        f, g, j = row[min(i + 4, end - 1)] + at, row[min(i + 5, end - 1)] + at, row[min(i + 6, end - 1)] + at
+        then = f, g, j, row[min(i + 7, end - 1)] + at
+        add_4_rows(kind, y, n, (a, b, c, e), then, (weight[i], weight[i + 1], weight[i + 2], weight[i + 3]))
         i += 4
     for j in range(i, end):
         add_row(kind, y, n, row[j] + at, row[j] + at, weight[j])
