@@ -7,6 +7,8 @@ The same promises as `kernels_numba`, which calls it for `AffineRows` and `Affin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from .workers import Steps, Workers
 
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of scales: see `ends_dot`
 ACTS = {"": 0, "relu": plain.RELU, "silu": plain.SILU}
+NOWHERE = np.zeros(compiled.PLACES, np.int64)  # in place of places
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 
 
@@ -66,7 +69,7 @@ def _places(w: AffineRows | AffineBundles | None) -> np.ndarray:
     """Of codes, scales and biases the address, the bytes from one bundle to the next and from one row to the next; then
     the logarithm of the rows in a bundle."""
     if w is None:
-        return np.zeros(compiled.PLACES, np.int64)
+        return NOWHERE
     numbers: list[int] = []
     for part in (w.codes, w.scales, w.biases):
         numbers += [_address(part), part.strides[0], part.strides[1] if part.ndim == 3 else 0]
@@ -87,6 +90,14 @@ class QuantisedKernels:
 
     def __init__(self, workers: Workers):
         self._workers = workers
+        self._known: WeakKeyDictionary[AffineRows, tuple[_Form, np.ndarray]] = WeakKeyDictionary()
+
+    def _described(self, w: AffineRows) -> tuple[_Form, np.ndarray]:
+        """A slab's rows are asked for twice a layer and token: their form and places, kept as long as they are."""
+        found = self._known.get(w)
+        if found is None:
+            found = self._known[w] = _Form(w), _places(w)
+        return found
 
     def dots(self, w: AffineRows, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:
         form, chosen = _Form(w), _chosen(rows, len(w))
@@ -124,17 +135,18 @@ class QuantisedKernels:
         cutoff: float = 0.0,
     ) -> Callable[[], np.ndarray]:
         parts = [part for part in (first, second) if part is not None]
-        form, chosen = _Form(parts[0]), _chosen(rows, len(parts[0]))
+        (form, _), chosen = self._described(parts[0]), _chosen(rows, len(parts[0]))
         if any(not form.same(part) or len(part) != len(parts[0]) for part in parts):
             raise ValueError(f"parts {[(part.bits, part.shape, part.scales.dtype) for part in parts]} differ")
         count = len(parts[0]) if rows is None else len(chosen)
-        return self._neurons(form, first, second, chosen, x, given, bias, acts, cutoff, count)
+        places = tuple(NOWHERE if part is None else self._described(part)[1] for part in (first, second))
+        return self._neurons(form, places, (first, second), chosen, x, given, bias, acts, cutoff, count)
 
     def _neurons(
         self,
         form: _Form,
-        first: AffineRows | AffineBundles | None,
-        second: AffineRows | AffineBundles | None,
+        places: Sequence[np.ndarray],
+        parts: Any,
         chosen: np.ndarray,
         x: np.ndarray,
         given: np.ndarray | None,
@@ -149,16 +161,13 @@ class QuantisedKernels:
         for values in (given, bias):
             if values is not None and (values.shape != h.shape or values.dtype != np.float32):
                 raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
-        tasks = self._workers.tasks(
-            4 * form.words * len(h) * (2 if first is not None and second is not None else 1), len(h)
-        )
+        tasks = self._workers.tasks(4 * form.words * len(h) * sum(part is not None for part in parts), len(h))
         finish = self._workers.start(
             compiled.neurons,
             tasks,
             form.shape,
             form.kind,
-            _places(first),
-            _places(second),
+            *places,
             chosen if len(chosen) else 0,
             len(h),
             form.words,
@@ -172,7 +181,7 @@ class QuantisedKernels:
             ACTS[acts[1]],
             np.float32(cutoff),
             h,
-            keep=(first, second),
+            keep=parts,
         )
 
         def result() -> np.ndarray:
@@ -190,7 +199,7 @@ class QuantisedKernels:
         starts: np.ndarray,
         y: np.ndarray,
     ) -> None:
-        form = _Form(sources[0])
+        form = self._described(sources[0])[0]
         if any(not form.same(w) for w in sources) or y.shape != (form.n,):
             raise ValueError(f"sources {[(w.bits, w.shape, w.scales.dtype) for w in sources]} for y {y.shape}")
         found, _ = _found(sources, source, rows)
@@ -236,7 +245,8 @@ class QuantisedKernels:
         form = _Form(_one(first))
         if second is not None and (not form.same(_one(second)) or second.codes.shape != first.codes.shape):
             raise ValueError(f"parts {first.codes.shape} and {second.codes.shape} differ")
-        found = self._neurons(form, first, second, chosen, x, None, None, acts, cutoff, len(chosen))()
+        places = _places(first), _places(second)
+        found = self._neurons(form, places, (first, second), chosen, x, None, None, acts, cutoff, len(chosen))()
         return found.reshape(len(rows), count)
 
     def add_groups(

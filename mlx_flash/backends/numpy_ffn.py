@@ -142,7 +142,8 @@ class DecodePass(FFNInput):
             options: dict[str, Any] = {"given": self.active[ids], "acts": self.acts}
         else:
             first, options = slab.part(self.first), self._options(None if self.bias is None else self.bias[ids])
-        if late is None or not isinstance(down, np.ndarray):  # sums of quantised rows begin when all are there
+        # Sums of quantised rows begin when all are there, and others where hardly a block waits for nothing.
+        if late is None or not isinstance(down, np.ndarray) or len(late) * BLOCK > self.spec.layout.count:
             begun = self.kernels.begin_neurons(first, second, rows, self.x, **options)
         else:
             sums, spans = self._begin_sums(ids, late)

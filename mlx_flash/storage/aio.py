@@ -31,7 +31,7 @@ DEPTH = 256
 # Given more than two at once the kernel joins reads that lie side by side: of a scan's long ones that makes a few huge
 # ones, which keep the disk less busy.
 LONG_BYTES, LONG_AT_ONCE = 1 << 17, 2
-MANY = 16  # reads take longer to submit, some 2 microseconds each, than waking another thread does
+MANY = 4  # reads are worth handing to another thread, which is awake as a rule
 _NONE = np.empty(0, np.int64)
 _contexts: set[_Context] = set()  # until the kernel has let go of their requests' memory, whoever forgets the reader
 

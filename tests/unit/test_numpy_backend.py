@@ -158,6 +158,37 @@ def test_an_ffn_has_the_same_bits_at_every_split_and_by_gate_or_dense(
     assert np.array_equal(gated, dense)  # BLAS may turn a zero's sign where a row is zero
 
 
+@both
+@quick
+@given(
+    seed=seeds,
+    dtype=st.sampled_from(DTYPES),
+    gated=st.booleans(),
+    share=st.sampled_from([0.01, 0.3, 1.0]),
+    most_late=st.sampled_from([0, 1, 4, 400]),
+)
+def test_ids_that_come_late_change_no_bits(
+    name: str, seed: int, dtype: str, gated: bool, share: float, most_late: int
+) -> None:
+    """With few of them most blocks are summed up before they are there, with many none is."""
+    backend, network = BACKENDS[name], Network(seed, 40, 1300, dtype, gated=gated)
+    rng, slab, x = network.rng, network.full(), random(network.rng, 1, 40)
+    ids = np.flatnonzero(rng.random(1300) < share)
+    late = np.zeros(len(ids), bool)
+    late[rng.permutation(len(ids))[:most_late]] = True
+
+    def result(*parts: np.ndarray) -> bytes:
+        work, ends = backend.ffn(network.spec, x), np.concatenate([ids[part] for part in parts[1:]] or [ids[:0]])
+        for k, part in enumerate(parts):
+            if part.any():
+                work.scalars(ids[part], slab, ids[part], np.sort(ends) if k == 0 else None)
+        work.down()
+        y: bytes = work.result().tobytes()
+        return y
+
+    assert result(~late, late) == result(np.ones(len(ids), bool)) == result(late, ~late)
+
+
 def test_gate_names_the_ids_that_are_active_for_any_token() -> None:
     network = Network(3, 20, 300, "float32")
     first = wide(network.weights["gate"])
