@@ -30,7 +30,10 @@ SAME_RATE, SAME_TIME = 0.97, 1.01  # closer than a probe tells apart
 # Buffered reads must win clearly: what a page cache costs under a memory limit no probe on a quiet machine sees.
 CLEARLY, NEARLY = 1.1, 0.9
 # Bytes of codes per second, of those of 16-bit weights: measured once (two threads, AVX-512, groups of 64), not probed.
-CODED: Mapping[int | None, float] = {4: 0.55, 8: 0.75}
+CODED: Mapping[int | None, float] = {4: 0.43, 8: 0.62}
+# What a layer takes beside its weights, of what it takes in the probe's model, whose weights push nothing out of the
+# processor's caches: measured once, at 3B.
+COLD = 1.5
 PAYS = 0.98  # look-ahead, of the time without
 OVER = 1.0  # gaps that pay may be as many bytes as are asked for
 
@@ -162,7 +165,7 @@ class _Model:
     @property
     def other_s(self) -> float:
         """Per layer."""
-        return self.machine.layer_s["all" if self.demand.selector == "all" else "selected"]
+        return COLD * self.machine.layer_s["all" if self.demand.selector == "all" else "selected"]
 
     def dense_s(self, layer: LayerDemand) -> float:
         return layer.dense_bytes / self.linear
