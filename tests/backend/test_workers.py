@@ -17,14 +17,15 @@ from mlx_flash.backends import workers  # noqa: E402
 
 @pytest.fixture(scope="module")
 def counting():
-    """A kernel that counts how often each task is done, and takes a while over it."""
+    """A kernel that counts how often each task is done, and takes a while over it: as its last argument, an array, says
+    when the task begins."""
     from mlx_flash.backends.kernels_emit import fetch_add
     from mlx_flash.backends.workers_llvm import integers, task_kernel
 
     @task_kernel
     def count(p, task):  # type: ignore[no-untyped-def]
         seen = integers(integers(p, 3)[1], integers(p, 1)[0])
-        for _ in range(integers(p, 3)[2]):
+        for _ in range(integers(integers(p, 3)[2], 1)[0]):
             fetch_add(seen.ctypes.data + 8 * task, 0)
         seen[task] += 1
 
@@ -37,7 +38,7 @@ def test_workers_do_each_task_once_whoever_helps(counting) -> None:
         crew.count = count
         for tasks in (1, 2, 7, 100):
             seen = np.zeros(tasks, np.int64)
-            crew.run(counting, tasks, seen, 1000)
+            crew.run(counting, tasks, seen, np.array([1000]))
             assert seen.tolist() == [1] * tasks
     with pytest.raises(ValueError, match="0 threads"):
         crew.count = 0
@@ -46,7 +47,7 @@ def test_workers_do_each_task_once_whoever_helps(counting) -> None:
 def test_helpers_do_what_was_begun_while_the_caller_does_something_else(counting) -> None:
     crew, seen = workers.Workers(), np.zeros(50, np.int64)
     crew.count = 2
-    finish = crew.start(counting, 50, seen, 1000)
+    finish = crew.start(counting, 50, seen, np.array([1000]))
     end = time.monotonic() + 10
     while not seen.all() and time.monotonic() < end:
         time.sleep(0.001)
@@ -61,7 +62,7 @@ def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
     crew, all_seen, finishes = workers.Workers(), [np.zeros(9, np.int64) for _ in range(40)], []
     crew.count = 3
     for seen in all_seen:
-        finishes.append(crew.start(counting, 9, seen, 100))
+        finishes.append(crew.start(counting, 9, seen, np.array([100])))
     del finishes[::3]
     for finish in finishes[::-1]:
         finish()
@@ -77,7 +78,7 @@ def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.Mon
     crew, seen = workers.Workers(), np.zeros(30, np.int64)
     crew.count = 2
     monkeypatch.setattr(workers.Board, "hire", lambda self, count: 0)
-    crew.run(counting, 30, seen, 1000)
+    crew.run(counting, 30, seen, np.array([1000]))
     assert seen.tolist() == [1] * 30
 
 
@@ -86,9 +87,9 @@ GETPID = {"x86_64": 39, "aarch64": 172}.get(platform.machine())
 
 @pytest.mark.skipif(sys.platform != "linux" or GETPID is None, reason="the call's number is not known here")
 def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
-    crew, found, seen = workers.Workers(), np.zeros(1, np.int64), np.zeros(400, np.int64)
+    crew, found, seen, turns = workers.Workers(), np.zeros(1, np.int64), np.zeros(9000, np.int64), np.array([100_000])
     crew.count = 2
-    finish = crew.start(counting, 400, seen, 100_000)  # some milliseconds each
+    finish = crew.start(counting, 9000, seen, turns)  # half a millisecond each
     while not seen.any():
         time.sleep(0.001)
     call = crew.prepare_call(GETPID, (0, 0, 0), found)
@@ -98,6 +99,7 @@ def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
     while not found[0] and time.monotonic() < end:
         time.sleep(0.001)
     assert found[0] == os.getpid() and not seen.all(), "it waited until all tasks were done"
+    turns[0] = 0
     call.finish()
     finish()
     failing = crew.prepare_call(1_000_000, (0, 0, 0), found)
