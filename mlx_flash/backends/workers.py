@@ -21,7 +21,7 @@ import numpy as np
 
 from . import workers_llvm as compiled
 from .cores import default_threads
-from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
+from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, RUNNING, STEP_ITEMS
 
 TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
@@ -119,7 +119,10 @@ class Job:
             raise
 
     def _finish(self) -> None:
-        while self.keep is not None and not compiled.finish(self.at, self.tasks):
+        running = self.board.jobs[
+            self.place, RUNNING : RUNNING + 1
+        ]  # in another thread, which this one may not disturb
+        while self.keep is not None and (running[0] or not compiled.finish(self.at, self.tasks)):
             time.sleep(0)
         self.keep = None
         if self.board.open.get(self.place) is self:
@@ -223,7 +226,8 @@ class Steps:
     def run(self) -> None:
         """Do them all."""
         if len(self._table) < len(self._steps):
-            self._table = np.zeros((len(self._steps), STEP_ITEMS), np.int64)
-            for row, (kernel, tasks, *arguments) in zip(self._table, self._steps, strict=True):
+            table = np.zeros((len(self._steps), STEP_ITEMS), np.int64)
+            for row, (kernel, tasks, *arguments) in zip(table, self._steps, strict=True):
                 row[: 2 + len(arguments)] = (compiled.address_of(kernel), tasks, *map(as_item, arguments))
+            self._table = table  # only now: an interrupt must not leave half of one
         self.workers.run_steps(self._table)

@@ -80,6 +80,7 @@ class Layer:
         return self._step
 
     def description(self, keys: Any, values: Any) -> Attention:
+        """What the backend needs to know for that."""
         spec, of = self.decoder.spec, self.weights
         return Attention(
             heads=self.shape.heads,

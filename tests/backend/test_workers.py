@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import threading
 import time
 
 import numpy as np
@@ -71,6 +72,34 @@ def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
         job.finish()
     assert all(seen.tolist() == [1] * 9 for seen in all_seen)
     assert sorted(board.free) == list(range(1, workers.JOBS)) and not board.open
+
+
+def test_steps_are_done_one_after_the_other_again_and_again(counting) -> None:
+    crew, seen = workers.Workers(), [np.zeros(tasks, np.int64) for tasks in (1, 30, 1, 7)]
+    for count in (1, 3):
+        crew.count = count
+        steps = workers.Steps(crew)
+        for each in seen:
+            steps.add(counting, len(each), each, np.array([1000]))
+        before = seen[1][0]
+        for _ in range(20):
+            steps.run()
+        assert all(each.tolist() == [before + 20] * len(each) for each in seen)
+
+
+def test_places_that_run_out_take_none_from_steps_that_another_thread_runs(counting) -> None:
+    """Where all are taken the oldest job is finished: one that runs steps has to be waited for."""
+    crew, seen, others = workers.Workers(), np.zeros(50, np.int64), [np.zeros(9, np.int64) for _ in range(60)]
+    crew.count, steps = 2, workers.Steps(crew)
+    for _ in range(10):
+        steps.add(counting, 50, seen, np.array([3000]))
+    thread = threading.Thread(target=lambda: [steps.run() for _ in range(3)])
+    thread.start()
+    finishes = [crew.start(counting, 9, each, np.array([100])) for each in others]  # more than there are places
+    thread.join()
+    for finish in finishes:
+        finish()
+    assert seen.tolist() == [30] * 50 and all(each.tolist() == [1] * 9 for each in others)
 
 
 def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.MonkeyPatch) -> None:
