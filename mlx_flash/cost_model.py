@@ -29,11 +29,9 @@ STAGING = (1, 2, 3, 4, 6, 8, 12, 16)
 SAME_RATE, SAME_TIME = 0.97, 1.01  # closer than a probe tells apart
 # Buffered reads must win clearly: what a page cache costs under a memory limit no probe on a quiet machine sees.
 CLEARLY, NEARLY = 1.1, 0.9
-# Bytes of codes per second, of those of 16-bit weights: measured once (two threads, AVX-512, groups of 64), not probed.
+# Bytes of codes per second, of those of 16-bit weights: measured once (2 threads, AVX-512, groups of 64), not probed.
 CODED: Mapping[int | None, float] = {4: 0.43, 8: 0.62}
-# What a layer takes beside its weights, of what it takes in the probe's model, whose weights push nothing out of the
-# processor's caches: measured once, at 3B.
-COLD = 1.5
+COLD = 1.5  # what a layer takes beside its weights, of that in the probe's model, which the caches hold: measured at 3B
 PAYS = 0.98  # look-ahead, of the time without
 OVER = 1.0  # gaps that pay may be as many bytes as are asked for
 
@@ -115,7 +113,9 @@ class _Model:
     def __init__(self, machine: Machine, demand: Demand, tuning: Tuning, staging: int):
         self.machine, self.demand, self.tuning, self.staging = machine, demand, tuning, max(1, staging)
         self.linear = machine.kernels[f"linear.{demand.dtype}"] * CODED.get(demand.dense_bits, 1.0)
-        self.rows = machine.kernels[f"rows.{demand.dtype}"] * CODED.get(demand.bits, 1.0)
+        coded = CODED.get(demand.bits, 1.0)
+        self.rows = machine.kernels[f"rows.{demand.dtype}"] * coded
+        self.records = min(machine.memory_bytes_per_s, machine.kernels[f"linear.{demand.dtype}"] * coded)
         self.counts, self.latency = self._latencies(demand.read_bytes)
 
     def _latencies(self, nbytes: int) -> tuple[list[int], list[float]]:
@@ -160,6 +160,8 @@ class _Model:
     def ffn_s(self, asked: float, fired: float) -> float:
         """The bundles' own sums, without what is computed of every bundle."""
         demand = self.demand
+        if demand.selector == "all":  # record after record: what does not fire has come before that is known
+            return asked * (demand.first_part_bytes + demand.other_parts_bytes) / self.records
         return (asked * demand.first_part_bytes + fired * demand.other_parts_bytes) / self.rows
 
     @property
