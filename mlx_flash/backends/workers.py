@@ -21,7 +21,7 @@ import numpy as np
 
 from . import workers_llvm as compiled
 from .cores import default_threads
-from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, RUNNING, STEP_ITEMS
+from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
 
 TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
@@ -43,7 +43,7 @@ class Board:
         self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
         self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
         self.urgent, self.free = deque([0]), deque(range(1, JOBS))
-        self.open: dict[int, Job] = {}  # begun and not finished, by place; keeps their arrays in memory
+        self.open: dict[int, Job] = {}  # begun and not finished; keeps their arrays in memory
         self._started = 0
         self._lock = threading.Lock()
 
@@ -58,8 +58,17 @@ class Board:
             except IndexError:
                 if not self.open:  # an interrupt has come right after a place was taken, JOBS times
                     self.free.extend(range(1, JOBS))
-            for job in list(self.open.values())[:1]:
-                job.finish()
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        """Finish the oldest job that is begun, or else one that was forgotten before it was: by this thread, or by one
+        that has ended. Another thread's may be about to begin, or run steps."""
+        jobs = list(self.open.values())
+        threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        for job in [job for job in jobs if job.begun] or [job for job in jobs if job.thread not in threads]:
+            job.finish()
+            return
+        time.sleep(0)
 
     def hire(self, count: int) -> int:
         """See to it that so many helpers live; returns how many do: none where the system has no pipes to sleep on."""
@@ -95,16 +104,18 @@ class Job:
         urgent: bool = False,
     ):
         self.board, self.tasks, self.helpers, self.keep = board, tasks, helpers, (arguments, keep)
+        self.thread, self.begun = threading.get_ident(), False
         self.place = board.take(urgent)
         row = board.jobs[self.place]
         self.at = board.at + self.place * row.nbytes
         row[DONE] = tasks  # until it begins, for `finish`
         row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
-        board.open[self.place] = self
+        board.open[id(self)] = self
 
     def begin(self) -> None:
         """Until here `finish` does nothing; now helpers take tasks."""
         compiled.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
+        self.begun = True
 
     def done(self) -> bool:
         """Whether all is done, before anybody has called `finish`."""
@@ -119,14 +130,10 @@ class Job:
             raise
 
     def _finish(self) -> None:
-        running = self.board.jobs[
-            self.place, RUNNING : RUNNING + 1
-        ]  # in another thread, which this one may not disturb
-        while self.keep is not None and (running[0] or not compiled.finish(self.at, self.tasks)):
+        while self.keep is not None and not compiled.finish(self.at, self.tasks):
             time.sleep(0)
         self.keep = None
-        if self.board.open.get(self.place) is self:
-            del self.board.open[self.place]
+        if self.board.open.pop(id(self), None) is not None:  # one step: two threads may be here
             (self.board.free if self.place else self.board.urgent).append(self.place)
 
 

@@ -21,9 +21,8 @@ from . import kernels_emit
 from .kernels_emit import fetch_add
 
 # A job's place, in items of 8 bytes: tickets left and tasks done, in lines of their own as all threads write to them,
-# then the kernel's address, the number of tasks and the kernel's arguments. Beside the tasks done, whether steps are
-# being run at this place, one job after the other.
-JOBS, JOB_ITEMS, DONE, RUNNING, PARAMETERS = 16, 64, 8, 9, 16
+# then the kernel's address, the number of tasks and the kernel's arguments.
+JOBS, JOB_ITEMS, DONE, PARAMETERS = 16, 64, 8, 16
 STEP_ITEMS = 32  # the same without the first line, for what is done one after the other
 # A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, and room for what it reads.
 HELPER_ITEMS = 8
@@ -216,7 +215,6 @@ def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def
     """Do `count` jobs one after the other, at this place: each is its kernel, the number of its tasks and its
     arguments, STEP_ITEMS in all."""
     place = integers(job + PARAMETERS * ITEM, STEP_ITEMS)
-    _exchange(job + RUNNING * ITEM, 1)
     for k in range(count):
         at = steps + k * STEP_ITEMS * ITEM
         step = integers(at, STEP_ITEMS)
@@ -227,7 +225,6 @@ def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def
         begin(job, step[1], helpers, awake)
         while not finish(job, step[1]):
             _give_way()
-    _exchange(job + RUNNING * ITEM, 0)
 
 
 @jit
