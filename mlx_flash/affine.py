@@ -39,7 +39,7 @@ def quantise(values: np.ndarray, bits: int, group_size: int, dtype: str) -> tupl
     codes /= scale[..., None]
     np.rint(codes, out=codes)
     np.clip(codes, 0, bins, out=codes)
-    packed = codes.astype(np.uint8).reshape(rows, n)
+    packed: np.ndarray = codes.astype(np.uint8).reshape(rows, n)
     if bits == 4:
         packed = packed[:, 0::2] | packed[:, 1::2] << 4
     words = np.ascontiguousarray(packed).view("<u4")

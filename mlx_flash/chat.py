@@ -20,6 +20,7 @@ from .kept import Kept
 from .load import load
 from .options import add_sampling_options, run_config, sampling_of
 from .sampling import Sampling
+from .tokenizer import encode_chat
 
 ROOM = 4  # a reply has room for a quarter of the context at least, before old turns are forgotten for it
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply"
@@ -107,8 +108,7 @@ class Chat:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in turns:
             messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.reply}]
-        text = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode_chat(self.tokenizer, messages[:-1])
 
 
 def read_line(prompt: str) -> str:

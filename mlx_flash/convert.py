@@ -25,7 +25,6 @@ from .errors import FormatError, UsageError
 from .models.families import TensorRef
 from .source import (
     READ_ALIGN,
-    TOKENIZERS,
     Source,
     find_folder,
     read_buffer,
@@ -40,6 +39,7 @@ from .storage.layout import (
     layer_header,
 )
 from .storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
+from .tokenizer import TOKENIZERS
 
 BLOCK_BYTES = 8 << 20  # one write, one hash update, one read of each part
 BLOCKS = 4  # buffers between the reading and the writing thread

@@ -13,6 +13,7 @@ import psutil
 from .errors import UsageError
 from .kept import Kept
 from .sampling import Sampling
+from .tokenizer import encode_plain
 
 
 @dataclass
@@ -51,8 +52,7 @@ def prompt_to_ids(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
         return [int(i) for i in prompt]
     if not prompt:
         raise UsageError("the prompt is empty")
-    bos = tokenizer.bos_token
-    return list(tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos)))
+    return encode_plain(tokenizer, prompt)
 
 
 def check_prompt(ids: Sequence[int], context: int, vocab: int, max_tokens: int) -> None:

@@ -23,9 +23,10 @@ from .errors import FlashError, SpaceError, UsageError
 from .models.mixtures import is_mixture, read_mixture
 from .models.read_config import read_spec
 from .resolve import models_folder
-from .source import INDEX, TOKENIZERS, WEIGHTS, read_json, safe_file, safetensors_header, tokenizer_files
+from .source import INDEX, WEIGHTS, read_json, safe_file, safetensors_header, tokenizer_files
 from .storage.layout import ITEM_BYTES
 from .storage.writer import check_free_space, lock_folder, remove_stale
+from .tokenizer import TOKENIZERS
 
 SCALE = 0.02
 SHARD_BYTES = 5_000_000_000

@@ -25,6 +25,7 @@ from .storage.calibration import SHIPPED
 from .storage.header import TensorInfo, load_json_object, read_header
 from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
 from .storage.writer import is_safe_name
+from .tokenizer import TOKENIZERS
 
 DTYPE_OF = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TAG_OF = {name: tag for tag, name in DTYPE_OF.items()} | {"uint32": "U32"}
@@ -40,7 +41,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these makes a tokenizer
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FULL_HASH_BYTES = 64_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16

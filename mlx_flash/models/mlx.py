@@ -26,6 +26,7 @@ from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
 from ..backends.mlx import cache_limit_bytes
 from ..errors import ConfigError, FormatError
 from ..kept import Kept
+from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
 from .mlx_dense import check_kv_cache, check_module
@@ -232,7 +233,8 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
 
 def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
     """mlx-lm's tokenizer of a folder, which stops at any of `eos_ids` (none given: at the tokenizer's own)."""
-    return load_wrapped_tokenizer(path, eos_token_ids=list(eos_ids) or None)
+    with reading_tokenizer(path) as keywords:
+        return load_wrapped_tokenizer(path, dict(keywords), eos_token_ids=list(eos_ids) or None)
 
 
 def steps(

@@ -35,7 +35,7 @@ class Weights:
     @property
     def offset(self) -> np.ndarray | float:
         """A neuron of a ReLU model fires where first . x + offset > 0."""
-        return (0.0 if self.bias is None else self.bias) - np.float32(self.cutoff)
+        return -self.cutoff if self.bias is None else self.bias - np.float32(self.cutoff)
 
     def active(self, x: np.ndarray) -> np.ndarray:
         """Activations (T, m) of x (T, d)."""

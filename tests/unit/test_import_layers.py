@@ -18,7 +18,7 @@ LAYERS = [
     ("residency",),
     ("backends",),
     ("selection",),
-    ("tokenizer", "tokenizer_files", "sentencepiece_file", "detokenizer", "sampling", "kept"),
+    ("time_limit", "tokenizer", "detokenizer", "sampling", "kept"),
     ("models",),
     ("source", "convert", "convert_groups", "convert_plan", "convert_quant", "random_model", "resolve"),
     ("demand", "cost_model"),

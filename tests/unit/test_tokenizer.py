@@ -1,23 +1,28 @@
-"""The tokenizer, its files, chat templates and streaming. The comparison with mlx-lm is in tests/model."""
+"""The tokenizer of a folder, chat templates, and what goes wrong with them. Streaming is in test_detokenizer.py, the
+comparison with AutoTokenizer in test_tokenizer_against_transformers.py."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mlx_flash.errors import ConfigError, FormatError, UsageError
-from mlx_flash.sentencepiece_file import parse_sentencepiece
-from mlx_flash.tokenizer import Tokenizer, encode_prompt, load_tokenizer
+from mlx_flash.tokenizer import Tokenizer, chat_text, encode_chat, encode_prompt, load_tokenizer
 
 from ..conftest import shared_path
 
@@ -59,11 +64,8 @@ def byte_level_json() -> str:
 @lru_cache(maxsize=4)
 def sentencepiece_model(kind: str = "bpe", like_llama: bool = True) -> bytes:
     """A SentencePiece model of 400 pieces, one user-defined; like Llama's: byte tokens and the same ids."""
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    import io
-
     out = io.BytesIO()
-    trainer.train(
+    SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_writer=out,
         model_type=kind,
@@ -134,43 +136,14 @@ def test_special_tokens_in_the_text_are_tokens() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "The end."
 
 
-def test_add_bos_token_counts_only_without_tokenizer_json(tmp_path: Path) -> None:
-    for wanted in (True, False):
-        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": wanted}
-        folder = sentencepiece_folder(tmp_path / f"s{wanted}", tokenizer_config__json=config)
-        ids = load_tokenizer(folder).encode("Once")
-        assert (ids[0] == 1) is wanted
-        config = {"bos_token": "<|begin|>", "add_bos_token": wanted}
-        byte_level = load_tokenizer(byte_level_folder(tmp_path / f"b{wanted}", tokenizer_config__json=config))
-        assert byte_level.encode("Once")[0] == byte_level.bos_token_id
-    silent = json.loads(byte_level_json()) | {"post_processor": None}
-    config = {"bos_token": "<|begin|>", "add_bos_token": True}
-    folder = byte_level_folder(tmp_path / "silent", tokenizer__json=silent, tokenizer_config__json=config)
-    assert load_tokenizer(folder).encode("Once")[0] != 0
-
-
-def test_add_eos_token_of_a_sentencepiece_folder(tmp_path: Path) -> None:
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True}
-    ids = load_tokenizer(sentencepiece_folder(tmp_path, tokenizer_config__json=config)).encode("Once")
-    assert (ids[0], ids[-1]) == (1, 2)
-
-
 def test_sentencepiece_pieces_and_leading_space(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    processor = SentencePieceProcessor(model_proto=sentencepiece_model())
     tokenizer = load_tokenizer(sentencepiece_folder(tmp_path))
     assert len(tokenizer) == tokenizer.vocab_size == processor.get_piece_size()
     for text in ("Once upon a time, there was a ball.", "She liked to play outside", "it's 12:30"):
         assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
         assert tokenizer.decode(processor.encode(text)) == text
     assert tokenizer.encode("Once")[1:] != tokenizer.encode("</s>Once", add_special_tokens=False)[1:]
-
-
-def test_legacy_puts_a_space_after_special_tokens_too(tmp_path: Path) -> None:
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
-    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path, tokenizer_config__json=config))
-    assert tokenizer.encode("</s>Once") == [2, *tokenizer.encode("Once")]
 
 
 def test_stop_ids_are_the_configs_the_tokenizers_and_the_generation_configs(tmp_path: Path) -> None:
@@ -181,28 +154,14 @@ def test_stop_ids_are_the_configs_the_tokenizers_and_the_generation_configs(tmp_
     assert load_tokenizer(folder).eos_token_ids == {9, tokenizer.eos_token_id}
 
 
-def test_special_tokens_map_fills_what_the_config_lacks(tmp_path: Path) -> None:
-    token = {
-        "content": "<|begin|>",
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "single_word": False,
-    }
-    tokens = {"bos_token": token, "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-    tokenizer = load_tokenizer(byte_level_folder(tmp_path, tokenizer_config__json={}, special_tokens_map__json=tokens))
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|begin|>", "<|end|>")
-    assert tokenizer.encode("<|pad|>", add_special_tokens=False) == [len(tokenizer) - 1]
-    assert tokenizer.vocab_size < len(tokenizer)
-
-
 def test_template_is_rendered_as_transformers_would(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level_folder(tmp_path, chat_template__jinja=CHAT))
     chat = [{"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Yes", "tool_calls": None}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    text = chat_text(tokenizer, chat)
     assert text == "<|begin|><|user|> Hi<|end|>\n<|assistant|> Yes<|end|>\n<|assistant|>"
-    assert tokenizer.apply_chat_template(chat) == tokenizer.encode(text, add_special_tokens=False)
-    assert not tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False).endswith("t|>")
+    assert encode_chat(tokenizer, chat) == tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True) == encode_chat(tokenizer, chat)
+    assert not chat_text(tokenizer, chat, add_generation_prompt=False).endswith("t|>")
     assert encode_prompt(tokenizer, "Hi").count(tokenizer.bos_token_id) == 1
     plain = encode_prompt(tokenizer, "Hi", use_chat_template=False)
     assert plain == tokenizer.encode("Hi") == [0, *tokenizer.encode("Hi", add_special_tokens=False)]
@@ -210,9 +169,7 @@ def test_template_is_rendered_as_transformers_would(tmp_path: Path) -> None:
 
 def render(folder: Path, template: str, **kwargs: Any) -> str:
     tokenizer = load_tokenizer(byte_level_folder(folder, chat_template__jinja=template))
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **kwargs)
-    assert isinstance(text, str)
-    return text
+    return chat_text(tokenizer, [{"role": "user", "content": "x"}], **kwargs)
 
 
 def test_what_templates_may_use(tmp_path: Path) -> None:
@@ -241,32 +198,64 @@ def test_templates_that_refuse_or_reach_out_are_usage_errors(tmp_path: Path, tem
         render(tmp_path, template)
 
 
-def test_named_templates(tmp_path: Path) -> None:
-    pair = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    folder = byte_level_folder(tmp_path / "a", tokenizer_config__json={"chat_template": pair})
-    tokenizer = load_tokenizer(folder)
-    chat = [{"role": "user", "content": "x"}]
-    assert (tokenizer.chat_template, tokenizer.apply_chat_template(chat, tokenize=False)) == ("D", "D")
-    assert tokenizer.apply_chat_template(chat, tokenize=False, tools=[{}]) == "T"
-    write_folder(folder, chat_template__jinja="F\n")
-    assert load_tokenizer(folder).chat_template == "F\n"
-    only = byte_level_folder(tmp_path / "b", tokenizer_config__json={"chat_template": pair[1:]})
-    with pytest.raises(ConfigError, match="tool_use"):
-        encode_prompt(load_tokenizer(only), "x")
-
-
 def test_errors_name_the_file_and_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="chat_template.jinja"):
-        tokenizer_of("byte level").apply_chat_template([{"role": "user", "content": "x"}])
+        chat_text(tokenizer_of("byte level"), [{"role": "user", "content": "x"}])
     with pytest.raises(UsageError, match="character 1"):
-        tokenizer_of("byte level").encode("a\udcff")
+        encode_prompt(tokenizer_of("byte level"), "a\udcff")
+    with_template = load_tokenizer(byte_level_folder(tmp_path / "c", chat_template__jinja=CHAT))
     with pytest.raises(UsageError, match="empty"):
-        tokenizer_of("byte level").apply_chat_template([])
-    with pytest.raises(ConfigError, match="deepseek"):
-        config = {"chat_template_type": "deepseek_v32"}
-        load_tokenizer(byte_level_folder(tmp_path / "t", tokenizer_config__json=config))
+        chat_text(with_template, [])
+    config = {"chat_template_type": "deepseek_v32"}
+    folder = byte_level_folder(tmp_path / "t", tokenizer_config__json=config)
+    with pytest.raises(ConfigError, match="deepseek.*--backend mlx"):
+        encode_prompt(load_tokenizer(folder), "x")
+
+
+def test_a_tokenizer_that_is_a_program_is_refused(tmp_path: Path) -> None:
+    config = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    program = "raise SystemExit('the program ran')"
+    folder = byte_level_folder(tmp_path, tokenizer_config__json=config, own__py=program)
+    with pytest.raises(ConfigError, match="auto_map.*--tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{% for i in range(10 ** 12) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_loops_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr("mlx_flash.tokenizer.TEMPLATE_SECONDS", 0.3)
+    before = threading.active_count()
+    with pytest.raises(UsageError, match="not done after 0.3 s|refuses"):
+        render(tmp_path, template)
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before, "the loop goes on in its thread"
+
+
+def test_nothing_but_the_result_is_printed_and_help_loads_no_transformers(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path, config__json={"model_type": "openelm"})
+    program = (
+        "import sys, mlx_flash.cli, mlx_flash.tokenizer as t\n"
+        "from pathlib import Path\n"
+        "try: mlx_flash.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'transformers' not in sys.modules and 'jinja2' not in sys.modules\n"
+        f"t.load_tokenizer(Path({str(folder)!r}))\n"
+        "from transformers.utils import logging\n"
+        "assert logging.get_verbosity() == 30, 'what the user sees of transformers is as before'\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +268,6 @@ def test_errors_name_the_file_and_the_way_out(tmp_path: Path) -> None:
         ("tokenizer_config__json", []),
         ("tokenizer_config__json", {"added_tokens_decoder": {"x": 1}}),
         ("tokenizer_config__json", {"added_tokens_decoder": [1]}),
-        ("special_tokens_map__json", {"bos_token": {"no": "content"}}),
         ("generation_config__json", b"\xff\xfe"),
         ("chat_template__jinja", b"\xff"),
     ],
@@ -295,27 +283,10 @@ def test_a_template_that_is_not_jinja_is_a_format_error(tmp_path: Path) -> None:
         render(tmp_path, "{% for %}")
 
 
-def test_ids_and_names_in_a_tokenizer_model() -> None:
-    llama = parse_sentencepiece(sentencepiece_model())
-    assert (llama.unk_id, llama.unigram, llama.byte_fallback) == (0, False, True)
-    assert llama.named == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    other = parse_sentencepiece(sentencepiece_model("unigram", like_llama=False))
-    assert (other.unk_id, other.unigram, other.byte_fallback) == (2, True, False)
-    assert other.named == {"unk_token": "<unk>", "bos_token": "<s>"}
-
-
 @pytest.mark.parametrize("cut", [1, 3, 50, -1])
 def test_a_truncated_tokenizer_model_is_a_format_error(tmp_path: Path, cut: int) -> None:
     with pytest.raises(FormatError, match="tokenizer.model"):
         load_tokenizer(sentencepiece_folder(tmp_path, tokenizer__model=sentencepiece_model()[:cut]))
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=60))
-def test_any_bytes_parse_or_raise_value_error(data: bytes) -> None:
-    with pytest.raises(ValueError):
-        assert not parse_sentencepiece(data).pieces
-        raise ValueError
 
 
 def test_vocab_and_merges_without_tokenizer_json(tmp_path: Path) -> None:
