@@ -19,8 +19,10 @@ from .errors import ConfigError, UsageError
 from .models.dense import DENSE, HARMLESS, DenseSpec
 from .models.families import ModelSpec
 from .models.mixtures import is_mixture
+from .models.normalise import normalise
 from .models.quantised import coded_names, coded_shapes, read_quantisation
 from .models.read_config import family_of, read_spec
+from .models.wrappers import wrapped_type
 from .source import Source, safe_file, source_hash, tokenizer_files
 from .storage.layout import FORMAT_VERSION, ITEM_BYTES, QUANTISED_VERSION, Layout, Quantisation, quantised
 
@@ -208,6 +210,8 @@ def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) ->
         result["dtype"] = dtype
     if isinstance(spec, DenseSpec):
         return result  # mlx-lm's own code reads it
+    if wrapped_type(config) is not None:  # the text model's keys are read from where they are
+        return result | {"tie_word_embeddings": spec.tied}
     if spec.family == "openelm":
         return result | {"share_input_output_layers": spec.tied}
     result["tie_word_embeddings"] = spec.tied
@@ -217,6 +221,5 @@ def normalised_config(config: Mapping[str, Any], spec: ModelSpec, dtype: str) ->
     result |= {"head_dim": spec.head_dim, "num_key_value_heads": layer.kv_heads, "rope_theta": spec.rope.base}
     result["max_position_embeddings"] = config.get("max_position_embeddings") or 2048
     if not result.get("rope_scaling") and spec.rope.kind != "default":
-        parameters = config["rope_parameters"]
-        result["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        result["rope_scaling"] = normalise(config)["rope_scaling"]
     return result

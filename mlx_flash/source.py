@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, FormatError, ReadError, UsageError
+from .models.wrappers import text_names
 from .storage.calibration import SHIPPED
 from .storage.header import TensorInfo, load_json_object, read_header
 from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
@@ -207,9 +208,13 @@ class Source:
         self._files: dict[Path, FileIO] = {}
         self._buffered: set[Path] = set()
         self.tensors: dict[str, Tensor] = {}
+        self.left_out = 0  # tensors of vision
 
     def open_tensors(self) -> None:
-        self.tensors = read_tensors(self.folder)
+        found = read_tensors(self.folder)
+        names = text_names(self.config, found)
+        self.tensors = {name: found[stored] for name, stored in names.items()}
+        self.left_out = len(found) - len(names)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

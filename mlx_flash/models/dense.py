@@ -110,6 +110,7 @@ DENSE: dict[str, DenseFamily] = {
     "internlm3": _row("InternLM3"),
     "mimo": _row("MiMo"),
     "minicpm": _row("MiniCPM"),
+    "ministral3": _row("Ministral 3"),
     "nanochat": _row(
         "nanochat",
         {"up": "c_fc", "down": "c_proj"},

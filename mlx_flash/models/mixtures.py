@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..storage.layout import BITS
 from .families import FAMILIES, Family, ModelSpec
+from .normalise import normalise
 from .read_config import ConfigValues, spec_of
 
 # Where the architectures that mlx-lm knows say how many experts there are; a list has a number per layer.
@@ -158,7 +159,8 @@ class MixtureSpec(ModelSpec):
 
 def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> MixtureSpec:
     """The spec of a mixture's Hugging Face config; shapes: as in `read_spec`. Raises ConfigError."""
-    family, values = config.get("model_type"), ConfigValues({"hidden_act": "silu"} | dict(config))
+    config = {"hidden_act": "silu"} | normalise(config)
+    family, values = config["model_type"], ConfigValues(config)
     if family not in MIXTURES:
         known = ", ".join(sorted(MIXTURES))
         raise ConfigError(f"the mixture of experts {str(family)[:80]!r} has no decoder of ours; known: {known}")
@@ -187,5 +189,5 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         )
     if not any(experts):
         raise ConfigError("config.json: by 'decoder_sparse_step' and 'mlp_only_layers' no layer has experts")
-    normalise = spec.family == "mixtral" or values.flag("norm_topk_prob", False)
-    return MixtureSpec(**vars(spec), experts=tuple(experts), width=width, top_k=top_k, normalise=normalise)
+    adds_to_one = spec.family == "mixtral" or values.flag("norm_topk_prob", False)
+    return MixtureSpec(**vars(spec), experts=tuple(experts), width=width, top_k=top_k, normalise=adds_to_one)

@@ -30,6 +30,7 @@ from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
 from .mlx_dense import check_kv_cache, check_module
+from .normalise import normalise
 
 if TYPE_CHECKING:
     from ..sampling import Sampling
@@ -106,14 +107,16 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
         raise ValueError(f"{len(ffns)} FFNs for {len(spec.layers)} layers")
 
     # Before mlx-lm sees the folder: its older releases run the file without asking.
-    if (program := json.loads((path / "config.json").read_text()).get("model_file")) is not None:
+    config = json.loads((path / "config.json").read_text())
+    if (program := config.get("model_file")) is not None:
         raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
     def classes(config: dict[str, Any]) -> Any:
         return _model_class(spec, ffns)
 
     try:
-        model, _ = load_model(path, strict=True, model_config=_config(spec), get_model_classes=classes)
+        given = normalise(config) | _config(spec)
+        model, _ = load_model(path, strict=True, model_config=given, get_model_classes=classes)
     except ModuleNotFoundError as error:
         raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
     except (TypeError, NotImplementedError) as error:  # a dataclass of mlx-lm that misses a field

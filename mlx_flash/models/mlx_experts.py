@@ -31,6 +31,7 @@ from .mlx import flash_model
 from .mlx_kv import kv_bytes
 from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
+from .normalise import normalise
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TAGS = {"float32": ("F32",), "float16": ("F16",), "bfloat16": ("BF16",), "uint32": ("U32",), "uint8": ("U8", "F8_E8M0")}
@@ -165,13 +166,13 @@ class ExpertModel:
 def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertModel:
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
-    tensors: every tensor of the folder's files, checked. config: as mlx-lm reads it itself; not looked at. Raises
+    tensors: every tensor of the folder's files, checked. config: its config.json. Raises
     ConfigError for an architecture that mlx-lm does not
     have or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
     bytes can be read from as they are, BackendError for what MLX cannot compute here.
     """
     loaded = _Loaded()
-    model, built = _build(folder, tensors, loaded)
+    model, built = _build(folder, config, loaded)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
     switches.sort(key=_in_order)
     if not switches:
@@ -212,7 +213,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     model.update_modules(tree_unflatten([(path, module)]))
 
 
-def _build(folder: Path, tensors: Tensors, loaded: _Loaded) -> tuple[nn.Module, dict[str, Any]]:
+def _build(folder: Path, config: Mapping[str, Any], loaded: _Loaded) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model, everything lazy."""
     classes = inspect.signature(load_model).parameters["get_model_classes"].default
 
@@ -221,7 +222,7 @@ def _build(folder: Path, tensors: Tensors, loaded: _Loaded) -> tuple[nn.Module, 
         return _watched(flash_model(model_class), loaded), args_class
 
     try:
-        return load_model(folder, lazy=True, strict=True, get_model_classes=watched)
+        return load_model(folder, lazy=True, strict=True, model_config=normalise(config), get_model_classes=watched)
     except (TypeError, KeyError, AttributeError) as error:  # a key that mlx-lm's config or code misses
         raise ConfigError(f"{folder / 'config.json'}: mlx-lm cannot build this model: {error!r}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:

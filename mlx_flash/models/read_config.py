@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from .dense import DENSE, read_dense
 from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
+from .normalise import normalise
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -81,10 +82,12 @@ def make_divisible(value: float, divisor: int) -> int:
 
 def family_of(config: Mapping[str, Any]) -> str:
     """The family's name; raises ConfigError for one that is not known."""
-    name = config.get("model_type")
+    name = normalise(config).get("model_type")
     if not isinstance(name, str) or name not in FAMILIES.keys() | DENSE.keys():
+        text = config.get("text_config")
+        inside = f" with a text model of type {_short(text.get('model_type'))}" if isinstance(text, Mapping) else ""
         raise ConfigError(
-            f"unknown model family {_short(name)}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
+            f"unknown model family {_short(name)}{inside}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
             f"{', '.join(sorted(DENSE))}"
         )
     return name
@@ -114,14 +117,9 @@ def _cutoffs(config: ConfigValues, layers: tuple[LayerSpec, ...]) -> tuple[Layer
 
 
 def _rope(config: ConfigValues) -> Rope:
-    parameters = config.get("rope_parameters", {})
     scaling = config.get("rope_scaling", {})
-    for key, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not an object")
-    scaling = scaling or parameters
-    base = config.number("rope_theta", parameters.get("rope_theta") or 10000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    base = config.number("rope_theta", 10000.0)
+    kind = scaling.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ConfigError(f"unknown RoPE type {_short(kind)}; known: {', '.join(ROPE_TYPES)}")
     numbers = ConfigValues(scaling)
@@ -236,6 +234,7 @@ def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] |
     """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
     config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
     family or activation that is missing or unknown."""
+    config = normalise(config)
     family, values = family_of(config), ConfigValues(config)
     if family in DENSE:
         return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))

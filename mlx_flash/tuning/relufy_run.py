@@ -22,6 +22,7 @@ from ..casting import RAW, to_float32
 from ..convert_plan import normalised_config
 from ..errors import FlashError, FormatError, SpaceError, UsageError
 from ..models.families import ModelSpec
+from ..models.wrappers import unwrap
 from ..source import WEIGHTS, Source, read_buffer, safe_file, source_hash, tokenizer_files
 from ..storage.writer import FolderWriter
 from ..tokenizer import load_tokenizer
@@ -204,7 +205,7 @@ class Run:
 
     def new_config(self) -> dict[str, Any]:
         kind = self.source.dtype(next(iter(self.spec.ffn_shapes())))
-        config = normalised_config(self.source.config, self.spec, kind)
+        config = normalised_config(unwrap(dict(self.source.config)), self.spec, kind)
         config.pop(CUTOFFS, None)
         config[self.spec.table.activation_key] = self.config.activation
         return config | ({CUTOFFS: self.state["cutoffs"]} if self.config.activation == "fatrelu" else {})
