@@ -94,6 +94,10 @@ def convert(
                 f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "
                 "give one with --tokenizer (OpenELM uses Llama 2's)"
             )
+        if source.left_out:
+            (announce or _to_stderr)(
+                f"{hf_path} sees pictures too: {source.left_out} tensors of that are left out, it runs as a text model"
+            )
         remove_stale(out.absolute().parent, out.name)  # what a killed conversion left takes room
         check_free_space(out.absolute().parent, plan.nbytes)
         _write(source, plan, out, progress, announce or _to_stderr)

@@ -15,6 +15,7 @@ import numpy as np
 
 from .convert_groups import Dequantised, scales_dtype, stored_dtype, wanted_shapes
 from .convert_quant import Encoder, make_encoder
+from .end_ids import end_ids
 from .errors import ConfigError, UsageError
 from .models.dense import DENSE, HARMLESS, DenseSpec
 from .models.families import ModelSpec
@@ -82,6 +83,7 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
     _check_settings(source, settings, groups)
     source.open_tensors()
     spec = read_spec(source.config, source.shapes)
+    end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
     if groups is None:
         check_tensors(source, spec, spec.resident_shapes() | spec.ffn_shapes())
         for name in spec.resident_shapes() | spec.ffn_shapes():

@@ -16,13 +16,16 @@ from .backends import choose
 from .backends.base import Backend
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Tuning, default_tuning, given_settings
+from .end_ids import end_ids
 from .errors import BackendError, FormatError, UsageError
+from .models.config_keys import check_fixed
 from .models.mixtures import mixture_backends
+from .models.normalise import normalise
 from .residency.budget import MemoryPlan
 from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
 from .residency.stream import BlockStream
-from .run import DEFAULT_CONTEXT, BaseRun, budget_for
+from .run import DEFAULT_CONTEXT, BaseRun, budget_for, report_keys
 from .selection.expert_ahead import ExpertLookAhead
 from .selection.lookahead import GUESS_SHARE
 from .selection.router import RouterSelector, Staging
@@ -140,6 +143,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
         raise FormatError(f"{folder}: config.json names a program to run ({program!r}); none is run")
     if parse_selection(config.select).name not in ("auto", "router"):
         raise UsageError(f"--select {config.select} names neurons; a mixture of experts runs with router (or auto)")
+    check_fixed(values, mixture=True)
     spec = read_expert_spec(folder, values)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
@@ -194,6 +198,7 @@ def plan_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
 def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
     """The model and its tokenizer; see `load.load`."""
     plan = plan_experts(folder, config)
+    report_keys(plan.models, plan.checkpoint.config)
     run = ExpertRun(plan)
     try:
         model = plan.opened.start(run.make_selector, plan.context)
@@ -207,7 +212,8 @@ def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
 
 def read_expert_spec(folder: Path, config: dict[str, Any]) -> ExpertSpec:
     """What config.json and generation_config.json say of a mixture of experts, whatever its family."""
-    places = [config, config.get("text_config") or {}]
+    normal = normalise(config)
+    places = [normal, normal.get("text_config") or {}]
 
     def number(*keys: str) -> int | None:
         found = (place.get(key) for key in keys for place in places if isinstance(place, dict))
@@ -216,24 +222,13 @@ def read_expert_spec(folder: Path, config: dict[str, Any]) -> ExpertSpec:
     vocab = number("vocab_size")
     if vocab is None:
         raise FormatError(f"{folder / 'config.json'} does not say how many tokens there are ('vocab_size')")
-    eos = _generation_config(folder).get("eos_token_id") or config.get("eos_token_id") or []
-    ids = eos if isinstance(eos, list) else [eos]
     return ExpertSpec(
         family=str(config.get("model_type"))[:80],
         activation=str(config.get("hidden_act", "its own activation"))[:80],
         vocab=vocab,
         max_context=number(*MAX_CONTEXT_KEYS) or DEFAULT_CONTEXT,
-        eos_ids=tuple(i for i in ids if type(i) is int and i >= 0),
+        eos_ids=end_ids(folder, config, vocab),
     )
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "generation_config.json").exists():
-        return {}
-    try:
-        return read_json(safe_file(folder, "generation_config.json"))
-    except FormatError:  # mlx-lm does not mind either
-        return {}
 
 
 def _check_strays(folder: Path) -> None:

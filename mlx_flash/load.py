@@ -20,6 +20,7 @@ from .backends.base import BLOCK, Backend, FFNSpec, Widths, block_of
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
+from .end_ids import end_ids
 from .errors import BudgetError, FlashError, FormatError, UsageError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
@@ -30,7 +31,7 @@ from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
 from .resolve import in_place_folder, resolve_model
 from .run import DEFAULT_CONTEXT as DEFAULT_CONTEXT
-from .run import BaseRun, budget_for
+from .run import BaseRun, budget_for, report_keys
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
 from .stats import Stats
@@ -300,6 +301,7 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
     checkpoint = Checkpoint.open(path, calibrated)
     shapes = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
     spec = read_spec(checkpoint.config, shapes)
+    spec = replace(spec, eos_ids=end_ids(path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
@@ -392,6 +394,7 @@ def load_planned(plan: RunPlan | ExpertPlan) -> tuple[Any, Any]:
     """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
     if isinstance(plan, ExpertPlan):
         return load_experts(plan.checkpoint.path, plan.config)
+    report_keys(plan.models, plan.checkpoint.config)
     if plan.machine_problem:
         announce(f"reads as where nothing was measured: {plan.machine_problem}")
     run = Run(plan)

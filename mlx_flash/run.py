@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .config import FlashConfig
 from .kept import Kept
+from .models.config_keys import unknown_keys, unknown_keys_text
 from .residency.budget import Largest, auto_budget
 from .sampling import Sampling
 from .selection.shared import Shared
@@ -19,6 +21,15 @@ DEFAULT_CONTEXT = 2048
 
 def budget_for(config: FlashConfig, costs: Largest) -> int:
     return auto_budget(costs) if config.memory == "auto" else int(config.memory)
+
+
+def report_keys(models: Any, config: Mapping[str, Any]) -> None:
+    """Say on stderr which keys of a model's config nothing here understands. models: the backend's model code; one that
+    does not tell what it reads is not asked."""
+    reader = getattr(models, "keys_read", None)
+    unknown = [] if reader is None else unknown_keys(config, reader(config))
+    if unknown:
+        print(unknown_keys_text(unknown), file=sys.stderr, flush=True)
 
 
 class BaseRun:

@@ -6,7 +6,7 @@ stay in the checkpoint's dtype. The FFN is a callable per layer: what is residen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -21,7 +21,9 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.pinned import load_tensors
 from ..tokenizer import Tokenizer
 from ..tokenizer import load_tokenizer as load_tokenizer_files
+from .config_keys import OWN, OWN_MIXTURES
 from .families import OPT_POSITION_OFFSET, ModelSpec, Rope
+from .mixtures import is_mixture
 from .quantised import join_coded, read_quantisation, resident_shapes
 
 FFN = Callable[[np.ndarray], np.ndarray]
@@ -271,6 +273,11 @@ def forced(
     yield prefill(model, prompt_ids, cache, prefill_chunk)
     for token in next_ids:
         yield decode(model, token, cache)
+
+
+def keys_read(config: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of a config that the spec of a model is made from."""
+    return OWN_MIXTURES if is_mixture(config) else OWN
 
 
 def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Tokenizer:

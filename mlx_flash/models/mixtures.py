@@ -177,7 +177,7 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         raise ConfigError(f"config.json: 'clip_qkv' is {str(config['clip_qkv'])[:40]}; only null is known")
     experts = [count] * len(spec.layers)
     if spec.family == "qwen3_moe":
-        step, dense = values.positive("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+        step, dense = values.positive("decoder_sparse_step", 1), values.get("mlp_only_layers", [])
         if not isinstance(dense, list) or any(type(i) is not int for i in dense):
             raise ConfigError(f"config.json: 'mlp_only_layers' is {str(dense)[:80]}, which is not a list of layers")
         experts = [0 if i in dense or (i + 1) % step else count for i in range(len(experts))]

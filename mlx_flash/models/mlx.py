@@ -29,7 +29,8 @@ from ..kept import Kept
 from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
-from .mlx_dense import check_kv_cache, check_module
+from .mlx_dense import check_kv_cache, check_module, rotate_part
+from .mlx_keys import keys_read as keys_read
 from .normalise import normalise
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
         raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {error}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         raise FormatError(f"{path}: cannot load the resident tensors: {error}") from error
+    if spec.family == "glm":
+        rotate_part(model, given)
     mx.set_cache_limit(cache_limit_bytes(spec.dim))
     mx.clear_cache()
     return model

@@ -215,6 +215,9 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _build(folder: Path, config: Mapping[str, Any], loaded: _Loaded) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model, everything lazy."""
+    given = normalise(config)
+    if given.get("model_type") == "deepseek_v2" and not given.get("rope_scaling"):
+        given["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}  # mlx-lm has no plain RoPE for it
     classes = inspect.signature(load_model).parameters["get_model_classes"].default
 
     def watched(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -222,7 +225,7 @@ def _build(folder: Path, config: Mapping[str, Any], loaded: _Loaded) -> tuple[nn
         return _watched(flash_model(model_class), loaded), args_class
 
     try:
-        return load_model(folder, lazy=True, strict=True, model_config=normalise(config), get_model_classes=watched)
+        return load_model(folder, lazy=True, strict=True, model_config=given, get_model_classes=watched)
     except (TypeError, KeyError, AttributeError) as error:  # a key that mlx-lm's config or code misses
         raise ConfigError(f"{folder / 'config.json'}: mlx-lm cannot build this model: {error!r}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:

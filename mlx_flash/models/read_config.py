@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
+from .config_keys import check_fixed
 from .dense import DENSE, read_dense
 from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
 from .normalise import normalise
@@ -236,6 +237,7 @@ def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] |
     family or activation that is missing or unknown."""
     config = normalise(config)
     family, values = family_of(config), ConfigValues(config)
+    check_fixed(config)
     if family in DENSE:
         return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
     return spec_of(values, family, FAMILIES[family], shapes)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..convert_plan import check_tensors
+from ..end_ids import end_ids
 from ..errors import UsageError
 from ..models.families import ModelSpec
 from ..models.read_config import read_spec
@@ -158,6 +159,7 @@ def _check_source(source: Source) -> ModelSpec:
         raise UsageError(f"{spec.table.title} has no gated FFN to relufy: it is a ReLU model as it is")
     source.open_tensors()
     spec = read_spec(source.config, source.shapes)
+    spec = replace(spec, eos_ids=end_ids(source.folder, source.config, spec.vocab))
     check_tensors(source, spec, spec.resident_shapes() | spec.ffn_shapes())
     return spec
 

@@ -20,7 +20,7 @@ LAYERS = [
     ("selection",),
     ("time_limit", "tokenizer", "detokenizer", "sampling", "kept"),
     ("models",),
-    ("source", "convert", "convert_groups", "convert_plan", "convert_quant", "random_model", "resolve"),
+    ("source", "end_ids", "convert", "convert_groups", "convert_plan", "convert_quant", "random_model", "resolve"),
     ("demand", "cost_model"),
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
@@ -75,7 +75,8 @@ def test_only_the_mlx_files_import_mlx() -> None:
     }
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
     models = {
-        f"models/{name}.py" for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_kv", "mlx_routers", "mlx_switch")
+        f"models/{name}.py"
+        for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_keys", "mlx_kv", "mlx_routers", "mlx_switch")
     }
     assert users == {"http_server.py"} | backends | models
 

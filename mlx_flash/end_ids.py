@@ -1,0 +1,36 @@
+"""Which tokens end a reply: all that a model's folder names, whichever backend runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .source import read_json, safe_file
+
+GENERATION = "generation_config.json"
+
+
+def end_ids(folder: Path, config: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
+    """Ids of config.json, of its text model and of generation_config.json, each once.
+
+    vocab: how many tokens the model has. Raises FormatError for a generation_config.json that is not JSON, ConfigError
+    for what is no id of one of those tokens.
+    """
+    places: list[tuple[str, Any]] = [("config.json", config)]
+    if isinstance(config.get("text_config"), Mapping):
+        places.append(("config.json's 'text_config'", config["text_config"]))
+    if (folder / GENERATION).exists():
+        places.append((GENERATION, read_json(safe_file(folder, GENERATION))))
+    found: dict[int, None] = {}
+    for where, place in places:
+        value = place.get("eos_token_id")
+        for each in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(each) is not int or not 0 <= each < vocab:
+                raise ConfigError(
+                    f"{folder}: 'eos_token_id' of {where} has {str(each)[:40]!r}, which is no id of a model with "
+                    f"{vocab} tokens; correct or remove it"
+                )
+            found[each] = None
+    return tuple(found)
