@@ -16,7 +16,6 @@ from typing import Any
 
 from .detokenizer import StreamingDetokenizer
 from .errors import ConfigError, FlashError, FormatError, UsageError
-from .storage.header import load_json_object
 from .time_limit import call_within
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these makes a tokenizer
@@ -134,24 +133,15 @@ def reading_tokenizer(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def load_tokenizer(folder: Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
-    """The tokenizer of a model folder; `eos_ids`, those of its config.json.
+    """The tokenizer of a model folder, which stops at its own end token and at `eos_ids`.
 
-    eos_token_ids is the union of `eos_ids`, the tokenizer's own and generation_config.json's. Raises ConfigError where
-    there is none or it is a program, FormatError for a file that cannot be read.
+    Raises ConfigError where there is none or it is a program, FormatError for a file that cannot be read.
     """
     folder = Path(folder)
     with reading_tokenizer(folder) as keywords:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **keywords)
-    path = folder / "generation_config.json"
-    more = load_json_object(path, path.read_bytes()).get("eos_token_id") if path.is_file() else None
-    stops = [*eos_ids, *(more if isinstance(more, list) else [] if more is None else [more])]
-    if not all(type(i) is int for i in stops):
-        raise FormatError(
-            f"generation_config.json: 'eos_token_id' is {str(more)[:80]}; it must be an id or a list of ids"
-        )
-    return Tokenizer(tokenizer, stops)
+        return Tokenizer(AutoTokenizer.from_pretrained(str(folder), **keywords), eos_ids)
 
 
 def encode_plain(tokenizer: Any, text: str, special: bool = True) -> list[int]:

@@ -146,12 +146,9 @@ def test_sentencepiece_pieces_and_leading_space(tmp_path: Path) -> None:
     assert tokenizer.encode("Once")[1:] != tokenizer.encode("</s>Once", add_special_tokens=False)[1:]
 
 
-def test_stop_ids_are_the_configs_the_tokenizers_and_the_generation_configs(tmp_path: Path) -> None:
-    folder = byte_level_folder(tmp_path, generation_config__json={"eos_token_id": [7, 8]})
-    tokenizer = load_tokenizer(folder, eos_ids=[5])
-    assert tokenizer.eos_token_ids == {5, 7, 8, tokenizer.eos_token_id}
-    write_folder(tmp_path, generation_config__json={"eos_token_id": 9})
-    assert load_tokenizer(folder).eos_token_ids == {9, tokenizer.eos_token_id}
+def test_stop_ids_are_the_configs_and_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level_folder(tmp_path), eos_ids=[5, 7])
+    assert tokenizer.eos_token_ids == {5, 7, tokenizer.eos_token_id}
 
 
 def test_template_is_rendered_as_transformers_would(tmp_path: Path) -> None:
@@ -268,7 +265,6 @@ def test_nothing_but_the_result_is_printed_and_help_loads_no_transformers(tmp_pa
         ("tokenizer_config__json", []),
         ("tokenizer_config__json", {"added_tokens_decoder": {"x": 1}}),
         ("tokenizer_config__json", {"added_tokens_decoder": [1]}),
-        ("generation_config__json", b"\xff\xfe"),
         ("chat_template__jinja", b"\xff"),
     ],
 )
