@@ -1,14 +1,11 @@
 """`mlx_flash server`: mlx-lm's HTTP server over one model that reads its FFN from flash. Needs mlx-lm.
 
-Owns what is checked of a request before it runs, and what happens when a run fails. Routes, sampling, streaming and
-batching are mlx-lm's. One thread loads the model and generates; those that serve HTTP never touch it.
+Owns what happens when a run fails, and what is kept of replies. Routes, sampling and batching are mlx-lm's; a request
+is read in http_handler.py. One thread loads the model and generates; those that serve HTTP never touch it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import logging
 import socket
 import sys
@@ -20,28 +17,33 @@ from http.server import ThreadingHTTPServer
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
 
+import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from .errors import BackendError, FlashError, UsageError
 from .experts import ExpertPlan
-from .http_requests import check_body
+from .http_handler import Handler
+from .http_replies import Likeliest, TokenTexts
+from .http_requests import check_length
 from .load import RunPlan, load_planned
 
-MOST_BODY_BYTES = 32 << 20
 MOST_WAITING = 256
 NEEDED = {
     "ResponseGenerator": ("_run_generate", "_generate", "_next_request", "_tokenize", "generate", "stop_and_join"),
-    "APIHandler": ("validate_model_parameters", "handle_completion", "handle_models_request"),
+    "APIHandler": ("validate_model_parameters", "handle_completion", "handle_models_request", "generate_response"),
+    "TextStateMachine": ("make_state", "split", "flush"),
 }
 
 
 def check_mlx_lm() -> None:
     """Raise BackendError for an mlx-lm whose server is not made of the pieces used here."""
     for name, methods in NEEDED.items():
-        if not all(hasattr(getattr(mlx_lm_server, name, None), method) for method in methods):
+        if not all(hasattr(getattr(mlx_lm_server, name, None), method) for method in methods) or not hasattr(
+            mlx_lm_server, "_format_top_logprobs"
+        ):
             raise BackendError("mlx_flash server needs mlx-lm 0.32 or later; pip install -U mlx-lm")
 
 
@@ -58,6 +60,7 @@ class Provider(mlx_lm_server.ModelProvider):
         self.model_key: Any = None
         self.model: Any = None
         self.tokenizer: Any = None
+        self.texts: Any = None
         self.draft_model = self.processor = None
         self.is_batchable = False
         self.loaded = threading.Event()  # or failed
@@ -68,6 +71,7 @@ class Provider(mlx_lm_server.ModelProvider):
             return
         try:
             self.model, self.tokenizer = load_planned(self.plan)
+            self.texts = TokenTexts(self.tokenizer)
         except BaseException as error:
             self.failure = error
             raise
@@ -88,6 +92,28 @@ class Provider(mlx_lm_server.ModelProvider):
         self.model = self.tokenizer = None
 
 
+def likeliest(logprobs: mx.array, count: int, tokenizer: Any) -> Likeliest | tuple[()]:
+    """The `count` likeliest tokens of a step, logprobs (vocab,); nothing for a count below 0. Stands for mlx-lm's
+    function of this purpose, which knows no order and takes logprobs as they are: rounded to the model's dtype, where
+    the probabilities of 16 bits need not add up to 1."""
+    if count < 0:
+        return ()
+    exact = logprobs.astype(mx.float32)
+    excess: Any = mx.logsumexp(exact).item()
+    if not (count := min(count, exact.size)):
+        return Likeliest([], excess)
+    ids: Any = mx.argpartition(-exact, kth=count - 1)[:count]
+    found = zip(ids.tolist(), (exact[ids] - excess).tolist(), strict=True)
+    return Likeliest(sorted(found, key=lambda each: (-each[1], each[0])), excess)
+
+
+class PromptIds:
+    """Stands for the tokenizer where a prompt is ids already."""
+
+    def encode(self, ids: list[int]) -> list[int]:
+        return list(ids)
+
+
 class Generator(mlx_lm_server.ResponseGenerator):
     """mlx-lm's generating thread, which goes on after a failure and keeps replies within the context."""
 
@@ -95,6 +121,8 @@ class Generator(mlx_lm_server.ResponseGenerator):
         self._waiting: list[Queue[Any]] = []  # of the last requests
         self._replies: list[Any] = []  # begun last; ended ones do no harm
         self.model_provider: Provider
+        replaced: Any = mlx_lm_server
+        replaced._format_top_logprobs = likeliest
         super().__init__(provider, prompt_cache)
 
     def _run_generate(self) -> None:
@@ -129,112 +157,15 @@ class Generator(mlx_lm_server.ResponseGenerator):
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
-            made = super()._tokenize(tokenizer, request, args)
-        except Exception as error:  # the template's own, or what Jinja and tokenizers raise
+            made = super()._tokenize(tokenizer if request.messages else PromptIds(), request, args)
+        except TemplateError as error:
+            raise UsageError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # what else Jinja and tokenizers raise
             raise UsageError(f"the tokenizer refuses this prompt: {error}") from error
         count, context = len(made[0]), self.model_provider.plan.context
-        if not count:
-            raise UsageError("the prompt is empty")
-        if count > context:
-            raise UsageError(f"the prompt has {count} tokens, the context {context}: shorten it, or start the server "
-                             "with a larger --max-context")  # fmt: skip
+        check_length(count, context, "the prompt")
         args.max_tokens = min(args.max_tokens, context - count + 1)
         return made
-
-
-class ErrorBody:
-    """A connection's file, to which an error's text is written in OpenAI's shape: its client shows no other."""
-
-    def __init__(self, file: Any, status: int):
-        self._file, self._status = file, status
-
-    def write(self, body: bytes) -> None:
-        text = body.decode(errors="replace")
-        with contextlib.suppress(ValueError):
-            text = json.loads(text)["error"]
-        kind = "invalid_request_error" if self._status < 500 else "server_error"
-        error = {"message": text, "type": kind, "param": None, "code": str(self._status)}
-        self._file.write(json.dumps({"error": error}).encode())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-class Handler(mlx_lm_server.APIHandler):
-    """mlx-lm's handler of one request, after its body was checked: what reaches the generating thread can run."""
-
-    _status = 200
-
-    def log_message(self, text: str, *values: Any) -> None:
-        logging.info("%s %s", self.address_string(), text % values)
-
-    @property
-    def provider(self) -> Provider:
-        found = self.response_generator.model_provider
-        assert isinstance(found, Provider)
-        return found
-
-    def do_POST(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if length.isdecimal():  # mlx-lm answers for one that is missing or no number; a negative one is read for ever
-            if int(length) > MOST_BODY_BYTES:
-                return self._refuse(413, f"the body has {length} bytes; at most {MOST_BODY_BYTES} are read")
-            body = self.rfile.read(int(length))
-            try:
-                body.decode()
-            except UnicodeDecodeError as error:
-                return self._refuse(400, f"the body is not UTF-8 text (byte {error.start})")
-            self.rfile = io.BytesIO(body)
-        elif length.lstrip("+-").isdecimal():
-            return self._refuse(400, f"the Content-Length is {length}; it must be a number of bytes")
-        super().do_POST()
-
-    def validate_model_parameters(self) -> None:
-        try:
-            super().validate_model_parameters()
-            check_body(self.body, self.path, self.provider.plan.spec.vocab)
-        except (TypeError, OverflowError) as error:
-            raise ValueError(f"a field is of another type than it takes: {error}") from error
-        if self.top_k >= self.provider.plan.spec.vocab:  # no limit
-            self.top_k = 0
-
-    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        if self.requested_model not in ("default_model", *self.provider.names):
-            return self._refuse_model(self.requested_model)
-        self.requested_model = self.provider.name
-        self.requested_draft_model = "default_model"
-        super().handle_completion(request, stop_words)
-
-    def end_headers(self) -> None:
-        super().end_headers()
-        if self._status >= 400:
-            self.wfile: Any = ErrorBody(self.wfile, self._status)
-
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        # mlx-lm answers 404 to whatever fails before the first token.
-        error = sys.exc_info()[1] if status_code == 404 else None
-        if error is not None:
-            status_code = 400 if isinstance(error, UsageError) else 500
-        self._status = status_code
-        super()._set_completion_headers(status_code)
-
-    def _refuse(self, status: int, message: str) -> None:
-        self._status = status
-        super()._set_completion_headers(status)
-        self.end_headers()
-        self.wfile.write(json.dumps({"error": message}).encode())
-
-    def _refuse_model(self, asked: str) -> None:
-        self._refuse(404, f"the model {asked[:80]!r} is not served here; this server has {self.provider.name!r} only")
-
-    def handle_models_request(self) -> None:
-        asked = unquote(self.path.removeprefix("/v1/models").removeprefix("/"))
-        if asked and asked not in self.provider.names:
-            return self._refuse_model(asked)
-        model = {"id": self.provider.name, "object": "model", "created": self.created, "owned_by": "mlx_flash"}
-        self._set_completion_headers(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(model if asked else {"object": "list", "data": [model]}).encode())
 
 
 class HttpServer(ThreadingHTTPServer):

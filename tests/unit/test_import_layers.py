@@ -25,7 +25,7 @@ LAYERS = [
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
     ("tuning",),
-    ("http_requests", "http_server"),
+    ("http_requests", "http_replies", "http_handler", "http_server"),
     ("serve", "chat"),
     ("cli", "__init__"),
 ]
@@ -78,7 +78,7 @@ def test_only_the_mlx_files_import_mlx() -> None:
         f"models/{name}.py"
         for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_keys", "mlx_kv", "mlx_routers", "mlx_switch")
     }
-    assert users == {"http_server.py"} | backends | models
+    assert users == {"http_handler.py", "http_server.py"} | backends | models
 
 
 def test_public_names() -> None:
