@@ -191,7 +191,9 @@ def test_nothing_runs_where_one_of_the_prompts_cannot(served: Served) -> None:
         status, answer = ask(served, COMPLETION, prompt=["a", "b", "c " * CONTEXT], max_tokens=50, stream=stream)
         assert status == 400 and "prompt[2] has" in answer["error"]["message"]
     assert stats.hits + stats.misses == 0
-    assert ask(served, COMPLETION, prompt=[1] * CONTEXT, max_tokens=50)[1]["usage"]["completion_tokens"] == 1
+    # A prompt that fills the context leaves its own reply one token, and the next prompt's all of them.
+    answer = ask(served, COMPLETION, prompt=[[1] * CONTEXT, [1, 403, 407]], max_tokens=7)[1]
+    assert answer["usage"]["completion_tokens"] == 1 + 7
 
 
 @pytest.mark.parametrize("seed", [None, 1], ids=["batch", "alone"])
