@@ -89,6 +89,8 @@ def convert(
     settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None, requantize)
     with _open(folder, requantize) as source:
         plan = make_plan(source, settings, words)
+        if plan.note is not None:
+            (announce or _to_stderr)(plan.note)
         if not any(path.name in TOKENIZERS for path in plan.tokenizer):
             (announce or _to_stderr)(
                 f"{hf_path} has no tokenizer, without which the converted model cannot be loaded; "

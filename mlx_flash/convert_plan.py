@@ -17,6 +17,7 @@ from .convert_groups import Dequantised, scales_dtype, stored_dtype, wanted_shap
 from .convert_quant import Encoder, make_encoder
 from .end_ids import end_ids
 from .errors import ConfigError, UsageError
+from .folder import is_there, safe_file
 from .models.dense import DENSE, HARMLESS, DenseSpec
 from .models.families import ModelSpec
 from .models.mixtures import is_mixture
@@ -24,8 +25,9 @@ from .models.normalise import normalise
 from .models.quantised import coded_names, coded_shapes, read_quantisation
 from .models.read_config import family_of, read_spec
 from .models.wrappers import wrapped_type
-from .source import Source, safe_file, source_hash, tokenizer_files
+from .source import Source, source_hash, tokenizer_files
 from .storage.layout import FORMAT_VERSION, ITEM_BYTES, QUANTISED_VERSION, Layout, Quantisation, quantised
+from .tied_head import settle_head
 
 MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
 
@@ -62,6 +64,7 @@ class Plan:
     stored: dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape on disk of the same, scales and biases included
     tokenizer: tuple[Path, ...]
     copies: tuple[Path, ...]
+    note: str | None = None  # to be told to whoever asked for the conversion
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +85,8 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
     groups = None if isinstance(source, Dequantised) else read_quantisation(source.config)
     _check_settings(source, settings, groups)
     source.open_tensors()
+    settled = settle_head(source)
+    source.config, source.tensors = settled.config, settled.tensors
     spec = read_spec(source.config, source.shapes)
     end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
     if groups is None:
@@ -110,7 +115,7 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
         "layers": [layout.to_json() for layout in layouts],
         "source_hash": source_hash(source.folder, dtype=settings.dtype, tokenizer=tokenizer, more=settings.options),
     }
-    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if (source.folder / n).exists()]
+    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if is_there(source.folder, n)]
     return Plan(
         spec=spec,
         dtype=kind,
@@ -122,6 +127,7 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
         stored=_stored(source, dict(order), kind, encoder, groups),
         tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
         copies=tuple(copies),
+        note=settled.note,
     )
 
 
@@ -166,6 +172,11 @@ def _place(source: Source, name: str) -> tuple[str, int]:
 def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ConfigError unless the checkpoint has exactly the tensors in `wanted`, which its config describes."""
     missing = [name for name in wanted if name not in source.tensors]
+    if missing == [spec.table.names.get("head", "") + ".weight"]:
+        raise ConfigError(
+            f"{source.folder} has no {missing[0]}, while config.json says that the head is not the embedding; set "
+            "tie_word_embeddings to true there if it is, else the checkpoint is incomplete"
+        )
     if missing:
         raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
     wrong = [
@@ -175,7 +186,7 @@ def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[in
     ]
     if wrong:
         raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
-    head = spec.name("head") + "." if spec.tied else None
+    head = spec.name("head") + "." if spec.tied and "head" in spec.table.names else None
     extra = [
         name
         for name in source.tensors

@@ -18,6 +18,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Tuning, default_tuning, given_settings
 from .end_ids import end_ids
 from .errors import BackendError, FormatError, UsageError
+from .folder import SHARDS, read_json, safe_file, weight_files
 from .models.config_keys import check_fixed
 from .models.mixtures import mixture_backends
 from .models.normalise import normalise
@@ -30,10 +31,11 @@ from .selection.expert_ahead import ExpertLookAhead
 from .selection.lookahead import GUESS_SHARE
 from .selection.router import RouterSelector, Staging
 from .selection.shared import Shared
-from .source import read_json, read_tensors, safe_file, weight_files
+from .source import Source, tokenizer_files
 from .stats import Stats
 from .storage.layout import Layout
 from .storage.reader import open_reader
+from .tied_head import settle_head
 
 MAX_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "seq_length", "model_max_length")
 
@@ -60,7 +62,8 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """Everything decided about a run: nothing has been loaded yet. opened: the backend's model of the folder."""
+    """Everything decided about a run: nothing has been loaded yet. opened: the backend's model of the folder; note: what
+    is to be told about it."""
 
     checkpoint: ExpertFolder
     spec: ExpertSpec
@@ -74,6 +77,7 @@ class ExpertPlan:
     context: int
     dtype: str
     tuning: Tuning
+    note: str | None = None
 
     selection = Selection("router")
     selector = "router"
@@ -148,8 +152,12 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
-    tensors = {name: (tensor.path, tensor.info) for name, tensor in read_tensors(folder).items()}
+    with Source(folder) as source:
+        source.open_tensors()
+        settled = settle_head(source)
+    values, tensors = settled.config, {name: (each.path, each.info) for name, each in settled.tensors.items()}
     _check_strays(folder)
+    tokenizer_files(folder)  # links that lead nowhere and Git LFS pointers, before anything is loaded
     backend_name, entry = choose(config.backend, mixture_backends(values))
     if entry.experts is None:
         raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
@@ -185,6 +193,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
         context,
         opened.dtype,
         default_tuning(given_settings(config)),
+        settled.note,
     )
 
 
@@ -234,7 +243,7 @@ def read_expert_spec(folder: Path, config: dict[str, Any]) -> ExpertSpec:
 def _check_strays(folder: Path) -> None:
     """mlx-lm loads every file of this name, whatever the index says: a stray one could replace tensors."""
     known = set(weight_files(folder))
-    strays = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in known)
+    strays = sorted(path.name for path in folder.glob(SHARDS) if path.name not in known)
     if strays:
         raise FormatError(
             f"{folder} has weights that do not belong to the model: {', '.join(strays[:5])}; move them away"

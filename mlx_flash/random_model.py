@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from .casting import check_dtype, from_float32
 from .errors import FlashError, SpaceError, UsageError
+from .folder import INDEX, WEIGHTS, read_json, safe_file
 from .models.mixtures import is_mixture, read_mixture
 from .models.read_config import read_spec
 from .resolve import models_folder
-from .source import INDEX, WEIGHTS, read_json, safe_file, safetensors_header, tokenizer_files
+from .source import safetensors_header, tokenizer_files
 from .storage.layout import ITEM_BYTES
 from .storage.writer import check_free_space, lock_folder, remove_stale
 from .tokenizer import TOKENIZERS

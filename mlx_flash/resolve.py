@@ -13,9 +13,10 @@ from pathlib import Path
 
 from .convert import convert
 from .errors import FormatError, ReadError, UsageError
+from .folder import is_there, read_json, refuse_other_formats, safe_file
 from .machine import cache_folder as cache_folder
 from .models.mixtures import is_mixture
-from .source import find_folder, is_repo_id, read_json, safe_file, source_hash
+from .source import find_folder, is_repo_id, source_hash
 from .storage.checkpoint import is_checkpoint
 from .storage.layout import layer_file
 from .storage.writer import remove_stale
@@ -81,9 +82,10 @@ def resolve_model(
     # A folder of bundles is never converted: where its config.json is damaged, opening it says so.
     if path.is_dir() and (is_checkpoint(path) or (path / layer_file(0)).is_file()):
         return path
-    if not exists and not is_repo_id(str(model)):
+    if not exists and not path.is_symlink() and not is_repo_id(str(model)):
         raise UsageError(f"{model} does not exist, and is not a Hugging Face repository id (owner/name)")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not is_there(path, "config.json"):
+        refuse_other_formats(path)
         raise UsageError(f"{path} has no config.json, so it is no model folder")
     folder = path if path.is_dir() else find_folder(str(model))
     if _is_mixture(folder):

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder: its config, its tensors by name, its tokenizer files, a hash of it all.
 
 Finds the folder (here, or on the Hub through its cache) and reads raw bytes in big sequential pieces.
-Knows safetensors and where files may lie; knows nothing of families or bundles, and never opens a pickle.
+Knows safetensors; knows nothing of families or bundles, and never opens a pickle.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, FormatError, ReadError, UsageError
+from .folder import INDEX as INDEX
+from .folder import SHARDS, has_index, is_there, read_index, read_json, refuse_file, refuse_other_formats, weight_files
+from .folder import WEIGHTS as WEIGHTS
+from .folder import safe_file as safe_file
 from .models.wrappers import text_names
 from .storage.calibration import SHIPPED
-from .storage.header import TensorInfo, load_json_object, read_header
+from .storage.header import TensorInfo, read_header
 from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
-from .storage.writer import is_safe_name
 from .tokenizer import TOKENIZERS
 
 DTYPE_OF = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TAG_OF = {name: tag for tag, name in DTYPE_OF.items()} | {"uint32": "U32"}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,7 +47,6 @@ TOKENIZER_FILES = (
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FULL_HASH_BYTES = 64_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-MAX_JSON_BYTES = 64 << 20
 READ_ALIGN = 4096  # covers every disk's block
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -75,7 +76,10 @@ def find_folder(path: str | Path, *, revision: str | None = None, weights: bool 
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{str(path)[:80]!r} cannot be a checkpoint: {reason}") from None
     if exists:
+        refuse_file(folder)
         raise UsageError(f"{path} is a file; give the folder that holds config.json")
+    if folder.is_symlink():
+        raise UsageError(f"{path} is a link to {os.readlink(folder)}, which leads to no folder")
     if isinstance(path, Path) or not is_repo_id(path):
         raise UsageError(f"{path} does not exist, and is not a Hugging Face repository id (owner/name)")
     return _from_hub(path, revision, weights)
@@ -86,7 +90,7 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> Path:
 
     patterns = [*TOKENIZER_FILES, "config.json", "generation_config.json"]
     if weights:
-        patterns += ["model*.safetensors", INDEX]
+        patterns += [SHARDS, INDEX]
     try:
         cached = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
         if _is_complete(cached, weights):
@@ -112,65 +116,6 @@ def _is_complete(folder: Path, weights: bool) -> bool:
         return False
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FormatError naming the file."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(f"{path} has {path.stat().st_size} bytes, more than a config can have")
-        return load_json_object(path, path.read_bytes())
-    except OSError as error:
-        raise ReadError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _is_plain(name: str) -> bool:
-    return is_safe_name(name) and "/" not in name
-
-
-def safe_file(folder: Path, name: str) -> Path:
-    """`folder/name`, an existing file that lies in the folder (or is Hugging Face's cache link to its blob).
-
-    Raises FormatError: a checkpoint from elsewhere must not make us read, and copy, a file it does not
-    contain.
-    """
-    if not _is_plain(name):
-        raise FormatError(f"{folder}: the file name {name!r} points outside the folder")
-    path, root = folder / name, folder.resolve()
-    if not path.is_file():
-        raise FormatError(f"{folder} lacks {name}")
-    real = path.resolve()
-    in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
-    if real.parent != root and not in_cache:
-        raise FormatError(f"{path} is a link to {real}, outside the folder; put the file itself there")
-    return path
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The safetensors files of a checkpoint by name, each there. Raises FormatError naming the missing
-    ones."""
-    if (folder / WEIGHTS).exists():
-        return {WEIGHTS: safe_file(folder, WEIGHTS)}
-    if not (folder / INDEX).exists():
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise FormatError(
-                f"{folder} has its weights in PyTorch's pickle format only, which can run code when read; "
-                "convert them to safetensors first (transformers: save_pretrained)"
-            )
-        raise FormatError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
-    weight_map = _weight_map(folder)
-    names = sorted(set(weight_map.values()))
-    missing = [name for name in names if _is_plain(name) and not (folder / name).exists()]
-    if missing:
-        raise FormatError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-    return {name: safe_file(folder, name) for name in names}
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    values = read_json(safe_file(folder, INDEX)).get("weight_map")
-    if not isinstance(values, dict) or not values or not all(isinstance(name, str) for name in values.values()):
-        raise FormatError(f"{folder / INDEX} has no usable 'weight_map'")
-    return values
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by name. Raises FormatError for one that is twice or not where the
     index says."""
@@ -180,8 +125,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise FormatError(f"tensor {name!r} is both in {tensors[name].path.name} and in {path.name}")
             tensors[name] = Tensor(path, info)
-    if not (folder / WEIGHTS).exists():
-        for name, shard in _weight_map(folder).items():
+    if has_index(folder):
+        for name, shard in read_index(folder).items():
             if name not in tensors or tensors[name].path.name != shard:
                 raise FormatError(f"{folder / INDEX} says that {name!r} is in {shard}, where it is not")
     return tensors
@@ -191,7 +136,7 @@ def tokenizer_files(path: Path) -> list[Path]:
     """The tokenizer's files in a folder, or the one file given."""
     if path.is_file():
         return [path]
-    return [safe_file(path, name) for name in TOKENIZER_FILES if (path / name).exists()]
+    return [safe_file(path, name) for name in TOKENIZER_FILES if is_there(path, name)]
 
 
 def read_buffer(count: int) -> np.ndarray:
@@ -204,6 +149,8 @@ class Source:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if not is_there(folder, "config.json"):
+            refuse_other_formats(folder)
         self.config = read_json(safe_file(folder, "config.json"))
         self._files: dict[Path, FileIO] = {}
         self._buffered: set[Path] = set()
@@ -313,7 +260,7 @@ def source_hash(
     for name, path in files.items():
         _add(total, name, _hash_file(path) if full else _hash_samples(path))
     small = ("config.json", "generation_config.json", SHIPPED)
-    others = [safe_file(folder, n) for n in small if (folder / n).exists()]
+    others = [safe_file(folder, n) for n in small if is_there(folder, n)]
     for path in others + tokenizer_files(tokenizer or folder):
         _add(total, path.name, _hash_file(path))
     return total.hexdigest()

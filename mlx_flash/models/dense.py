@@ -218,7 +218,7 @@ def read_dense(
         layers=tuple(LayerSpec(heads, kv_heads, width) for width in widths),
         activation=table.activation,
         eps=0.0,
-        tied=False,
+        tied=values.flag("tie_word_embeddings", False),
         max_context=number("context", 2048),
         eos_ids=eos_ids,
         bos_id=bos_id,

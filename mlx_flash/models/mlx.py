@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -29,6 +30,7 @@ from ..kept import Kept
 from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
+from .heads import embedding_of, fields_of, head_of
 from .mlx_dense import check_kv_cache, check_module, rotate_part
 from .mlx_keys import keys_read as keys_read
 from .normalise import normalise
@@ -121,14 +123,23 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
     except (TypeError, NotImplementedError) as error:  # a dataclass of mlx-lm that misses a field
-        raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {error}") from error
+        raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {brief(error)}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        raise FormatError(f"{path}: cannot load the resident tensors: {error}") from error
+        raise FormatError(f"{path}: cannot load the resident tensors: {brief(error)}") from error
     if spec.family == "glm":
         rotate_part(model, given)
     mx.set_cache_limit(cache_limit_bytes(spec.dim))
     mx.clear_cache()
     return model
+
+
+def brief(error: Exception) -> str:
+    """A library's message on one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else text[:497] + "..."
+    if "Missing" in text and ("lm_head.weight" in text or "embed_out.weight" in text):
+        text += " Where the head is the embedding, set tie_word_embeddings to true in config.json."
+    return text
 
 
 class _Replies:
@@ -152,8 +163,9 @@ class _Replies:
         return offset == 0 or not goes_on
 
 
-def flash_model(model_class: type) -> type:
-    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash."""
+def flash_model(model_class: type, tied: bool = False) -> type:
+    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash.
+    tied: the head is the embedding, also where this architecture has one of its own."""
 
     class FlashModel(model_class):
         def __init__(self, *arguments: Any):
@@ -164,6 +176,10 @@ def flash_model(model_class: type) -> type:
             if (run := getattr(self, "flash", None)) is not None and self._replies.begins(inputs.shape[1], cache):
                 run.begin_reply()
             return super().__call__(inputs, cache=cache, **options)
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            found = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+            return with_head(self, found) if tied else found
 
         def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
             """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
@@ -182,6 +198,17 @@ def flash_model(model_class: type) -> type:
     return FlashModel
 
 
+def with_head(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The weights, in which a head that the model has and the checkpoint shares with the embedding is that one."""
+    parameters: Any = tree_flatten(model.parameters())
+    names = [name for name, _ in parameters]
+    head, embedding = head_of(names), embedding_of(names)
+    if head is None or embedding is None or head in weights:
+        return weights
+    shared = fields_of(embedding, weights)
+    return weights | {head.removesuffix("weight") + name.rpartition(".")[2]: weights[name] for name in shared}
+
+
 def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
     """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
@@ -189,7 +216,7 @@ def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], 
     architecture = importlib.import_module(f"mlx_lm.models.{module}")
 
     def make(args: Any) -> nn.Module:
-        model = flash_model(architecture.Model)(args)
+        model = flash_model(architecture.Model, spec.tied)(args)
         if len(model.layers) != len(ffns):
             raise ConfigError(f"mlx-lm builds {len(model.layers)} layers, the checkpoint has {len(ffns)}")
         for i, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
@@ -208,8 +235,8 @@ def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], 
 def _config(spec: ModelSpec) -> dict[str, Any]:
     """What the spec says, in mlx-lm's keys: its own defaults and spellings (`rope_parameters`, whether the head is
     tied when the config is silent) are not those of every config.json, and both backends must read one config alike."""
-    if isinstance(spec, DenseSpec):
-        return {}
+    if isinstance(spec, DenseSpec):  # MiniCPM's scale of the head is left out by mlx-lm where it is tied
+        return {"tie_word_embeddings": False} if spec.family == "minicpm" else {}
     rope = spec.rope
     if rope is None:
         raise ConfigError(f"family {spec.family!r} without rotary positions does not run on mlx")

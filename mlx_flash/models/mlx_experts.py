@@ -27,7 +27,8 @@ from ..selection.router import RouterSelector
 from ..storage.extents import LayerExtents
 from ..storage.header import TensorInfo
 from ..storage.layout import Layout, Part
-from .mlx import flash_model
+from .heads import fields_of, head_of
+from .mlx import brief, flash_model
 from .mlx_kv import kv_bytes
 from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
@@ -166,13 +167,13 @@ class ExpertModel:
 def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertModel:
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
-    tensors: every tensor of the folder's files, checked. config: its config.json. Raises
-    ConfigError for an architecture that mlx-lm does not
-    have or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
+    tensors: every tensor of the folder's files that the model has, checked. config: its config.json, with whether the
+    head is tied set right; the rest mlx-lm reads itself. Raises ConfigError for an architecture that mlx-lm does not have
+    or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
     bytes can be read from as they are, BackendError for what MLX cannot compute here.
     """
     loaded = _Loaded()
-    model, built = _build(folder, config, loaded)
+    model, built = _build(folder, tensors, config, loaded)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
     switches.sort(key=_in_order)
     if not switches:
@@ -213,16 +214,19 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     model.update_modules(tree_unflatten([(path, module)]))
 
 
-def _build(folder: Path, config: Mapping[str, Any], loaded: _Loaded) -> tuple[nn.Module, dict[str, Any]]:
+def _build(
+    folder: Path, tensors: Tensors, config: Mapping[str, Any], loaded: _Loaded
+) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model, everything lazy."""
     given = normalise(config)
     if given.get("model_type") == "deepseek_v2" and not given.get("rope_scaling"):
         given["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}  # mlx-lm has no plain RoPE for it
     classes = inspect.signature(load_model).parameters["get_model_classes"].default
+    tied = config.get("tie_word_embeddings") is True
 
     def watched(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = classes(config)
-        return _watched(flash_model(model_class), loaded), args_class
+        return _watched(flash_model(model_class, tied), loaded, tensors), args_class
 
     try:
         return load_model(folder, lazy=True, strict=True, model_config=given, get_model_classes=watched)
@@ -231,19 +235,18 @@ def _build(folder: Path, config: Mapping[str, Any], loaded: _Loaded) -> tuple[nn
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         if "not supported" in str(error) and not loaded.names:
             raise ConfigError(f"{folder / 'config.json'}: mlx-lm has no such model: {error}") from error
-        raise FormatError(f"{folder}: the tensors are not those of the model: {_brief(error)}") from error
+        raise FormatError(f"{folder}: the tensors are not those of the model: {brief(error)}") from error
 
 
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 500 else text[:497] + "..."
-
-
-def _watched(model_class: type, loaded: _Loaded) -> type:
-    """The class, whose `sanitize` notes what comes in and which stacks it makes."""
+def _watched(model_class: type, loaded: _Loaded, tensors: Tensors) -> type:
+    """The class, whose `sanitize` notes what comes in and which stacks it makes. A head that is not among `tensors`,
+    because the model shares the embedding's, is left out."""
 
     class Watched(model_class):
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            head = head_of(weights)
+            if head is not None and head not in tensors:
+                weights = {name: weights[name] for name in weights.keys() - set(fields_of(head, weights))}
             loaded.note(weights)
             with loaded.noting_stacks():
                 found: dict[str, mx.array] = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import FormatError, IntegrityError, ReadError
 from .header import TensorInfo, load_json_object, read_header
 from .layout import FORMAT_VERSION, QUANTISED_VERSION, Layout, check_layer_file, layer_file
+from .pointer import is_pointer, pointer_problem
 from .protocol import LayerFile
 from .writer import CONFIG, NO_DIGEST, is_safe_name
 
@@ -121,6 +122,8 @@ class Checkpoint:
         for name, record in self.files.items():
             size = _file_bytes(self.path, name)
             if size != record["bytes"]:
+                if is_pointer(self.path / name):
+                    raise FormatError(pointer_problem(self.path / name))
                 problem = f"has {size} bytes, {record['bytes']} were written"
                 if name.startswith(CALIBRATION):
                     raise FormatError(f"{self.path / name} {problem}; make it anew: mlx_flash calibrate")
@@ -192,6 +195,8 @@ def _bad(path: Path, problem: str) -> FormatError:
 def _read_small(path: Path) -> bytes:
     try:
         _file_bytes(path.parent, path.name)  # opening a pipe would wait for ever
+        if is_pointer(path):
+            raise FormatError(pointer_problem(path))
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
@@ -251,15 +256,17 @@ def _real_path(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         real, root = path.resolve(), folder.resolve()
-        allowed = [root]
-        if root.parent.name == "snapshots":  # the Hugging Face cache: snapshots/REVISION links into blobs
-            allowed.append(root.parent.parent / "blobs")
         os.stat(real)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links
         raise _bad(path, "is missing") from None
-    if not any(real.is_relative_to(place) for place in allowed):
+    if not real.is_relative_to(root) and not _is_blob(real):
         raise _bad(path, f"is a link that leaves the checkpoint, to {real}")
     return real
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file lies in a Hugging Face cache, whose snapshots are links into models--OWNER--NAME/blobs."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:
