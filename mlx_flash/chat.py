@@ -199,7 +199,7 @@ def chat_command(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     try:
         chat = Chat(model, tokenizer, args.system, not args.ignore_chat_template, args.max_tokens, sampling_of(args))
         kind = "a chat" if chat.template else "no chat template: what you write is continued"
-        say(f"{plan.checkpoint.path.name} ({kind}), select {plan.selector}, backend {plan.backend_name}, context "
+        say(f"{plan.name} ({kind}), select {plan.selector}, backend {plan.backend_name}, context "
             f"{plan.context} tokens, {format_bytes(plan.memory.total_bytes)} of memory planned\n{HELP}")  # fmt: skip
         write: Say = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
         args.status = 130 if talk(chat, say, write) else 0

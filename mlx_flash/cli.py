@@ -49,7 +49,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("the prompt is empty")
     model, tokenizer = load(args.model, run_config(args))
     plan, responses, finish = model.flash.plan, [], "interrupted"
-    say(f"{plan.checkpoint.path.name}: select {plan.selector}, backend {plan.backend_name}, "
+    say(f"{plan.name}: select {plan.selector}, backend {plan.backend_name}, "
         f"{format_bytes(plan.memory.total_bytes)} of memory planned")  # fmt: skip
     ids = encode_prompt(tokenizer, prompt, use_chat_template=not args.ignore_chat_template)
     try:

@@ -26,7 +26,7 @@ from .residency.budget import MemoryPlan
 from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
 from .residency.stream import BlockStream
-from .run import DEFAULT_CONTEXT, BaseRun, budget_for, report_keys
+from .run import DEFAULT_CONTEXT, BaseRun, announce, budget_for, report_keys
 from .selection.expert_ahead import ExpertLookAhead
 from .selection.lookahead import GUESS_SHARE
 from .selection.router import RouterSelector, Staging
@@ -62,8 +62,10 @@ class ExpertSpec:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """Everything decided about a run: nothing has been loaded yet. opened: the backend's model of the folder; note: what
-    is to be told about it."""
+    """Everything decided about a run: nothing has been loaded yet.
+
+    opened: the backend's model of the folder; note: what is to be told about it
+    """
 
     checkpoint: ExpertFolder
     spec: ExpertSpec
@@ -83,6 +85,11 @@ class ExpertPlan:
     selector = "router"
     exact = True
     measured_loss = calibration = machine = machine_problem = prediction = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model."""
+        return self.costs.model
 
     @property
     def look_ahead(self) -> str:
@@ -139,9 +146,10 @@ class ExpertRun(BaseRun):
         return RouterSelector(layer, self.shared, Residency(count, capacity), slab, staging, look_ahead)
 
 
-def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
+def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -> ExpertPlan:
     """How a mixture of experts would run; whether the budget is enough is only seen at `.memory`. Opens and checks the
-    files' headers, loads nothing. Raises FormatError, ConfigError, BackendError, UsageError."""
+    files' headers, loads nothing. name: of the model, if not the folder's. Raises FormatError,
+    ConfigError, BackendError, UsageError."""
     values = read_json(safe_file(folder, "config.json"))
     if (program := values.get("model_file")) is not None:
         raise FormatError(f"{folder}: config.json names a program to run ({program!r}); none is run")
@@ -172,7 +180,7 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
         "page rounding": opened.page_bytes,
     }
     costs = ExpertCosts(
-        folder.absolute().name,
+        name or str(folder),
         fixed,
         tuple(opened.slot_bytes(layer) for layer in range(len(layouts))),
         tuple(layout.count for layout in layouts),
@@ -197,17 +205,19 @@ def decide_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
     )
 
 
-def plan_experts(folder: Path, config: FlashConfig) -> ExpertPlan:
+def plan_experts(folder: Path, config: FlashConfig, name: str | None = None) -> ExpertPlan:
     """`decide_experts`, and BudgetError when the budget is too small."""
-    plan = decide_experts(folder, config)
+    plan = decide_experts(folder, config, name)
     _ = plan.memory
     return plan
 
 
-def load_experts(folder: Path, config: FlashConfig) -> tuple[Any, Any]:
+def load_experts(folder: Path, config: FlashConfig, name: str | None = None) -> tuple[Any, Any]:
     """The model and its tokenizer; see `load.load`."""
-    plan = plan_experts(folder, config)
+    plan = plan_experts(folder, config, name)
     report_keys(plan.models, plan.checkpoint.config)
+    if plan.note is not None:
+        announce(plan.note)
     run = ExpertRun(plan)
     try:
         model = plan.opened.start(run.make_selector, plan.context)

@@ -12,13 +12,13 @@ from .config import FlashConfig, format_bytes
 from .errors import BudgetError
 from .experts import ExpertPlan, decide_experts
 from .load import RunPlan, decide
-from .resolve import in_place_folder
+from .resolve import in_place_folder, model_name
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
     """The plan of a run as plain values, bytes throughout. A budget that is too small is reported, not raised."""
     folder = in_place_folder(model)
-    plan = decide(model, config) if folder is None else decide_experts(folder, config)
+    plan = decide(model, config) if folder is None else decide_experts(folder, config, model_name(model))
     problem, memory = None, None
     try:
         memory = plan.memory
@@ -27,6 +27,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
     checkpoint, costs = plan.checkpoint, plan.costs
     counts = [layout.count for layout in checkpoint.layouts]
     return {
+        "model": plan.name,
         "path": str(checkpoint.path),
         "family": plan.spec.family,
         "activation": plan.spec.activation,
@@ -80,7 +81,7 @@ def loss_text(loss: dict[str, Any] | None) -> str:
 def print_inspection(report: dict[str, Any]) -> None:
     """The report for a person, on stdout."""
     exact = "exact" if report["exact"] else loss_text(report["measured_loss"])
-    print(f"{report['path']}")
+    print(report["model"] if report["model"] == report["path"] else f"{report['model']} ({report['path']})")
     print(f"  {report['family']}, {report['activation']}, {report['dtype']}; backend {report['backend']}, "
           f"selector {report['selector']} ({exact}), context {report['max_context']} tokens")  # fmt: skip
     print(f"  FFN on flash {format_bytes(report['ffn_bytes'])} in {sum(report['bundles']):,} bundles of "

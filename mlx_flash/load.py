@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -27,11 +27,13 @@ from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.quantised import expected_layout, read_quantisation, resident_shapes
 from .models.read_config import read_spec
+from .preflight import PlannedCheckpoint
 from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
-from .resolve import in_place_folder, resolve_model
+from .resolve import in_place_folder, model_name, resolve_model
 from .run import DEFAULT_CONTEXT as DEFAULT_CONTEXT
 from .run import BaseRun, budget_for, report_keys
+from .run import announce as announce
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
 from .stats import Stats
@@ -68,6 +70,11 @@ class RunPlan:
     tuning: Tuning
     machine: Machine | None = None
     machine_problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model."""
+        return self.costs.model
 
     @property
     def selector(self) -> str:
@@ -170,6 +177,7 @@ class Run(BaseRun):
 
 
 def run_costs(
+    name: str,
     checkpoint: Checkpoint,
     spec: ModelSpec,
     backend: Backend,
@@ -211,7 +219,7 @@ def run_costs(
     # With `all` a prompt's blocks come from memory too, so that nothing is left to stream; the others copy them.
     unused = selection.name == "all" and not given
     return Costs(
-        checkpoint.path.name,
+        name,
         fixed,
         block,
         slot,
@@ -269,11 +277,6 @@ def choose_selection(
     return Selection("prompt", fraction)
 
 
-def announce(message: str) -> None:
-    """What takes a while is said before it begins, on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raise FormatError unless config.json describes the bundles and the resident tensors that are there."""
     flash = checkpoint.config["flash"]
@@ -293,25 +296,70 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
 
 
-def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:
+def decide(
+    model: str | Path | None,
+    config: FlashConfig,
+    calibrated: bool = True,
+    name: str | None = None,
+    loads: bool = False,
+) -> RunPlan:
     """How a flash checkpoint would run; whether the budget is enough is only seen at `.memory`. Opens and checks the
-    files' headers, loads nothing. calibrated=False: as if it had no calibration. Raises FormatError, ConfigError,
-    BackendError, UsageError."""
-    path = resolve_model(None if model is None else str(model), announce=announce)
+    files' headers, loads nothing. A model that must be converted first is planned before that from its own headers, so
+    that what is refused is refused then.
+
+    calibrated=False: as if it had no calibration. name: what it is called, if not `model`. loads: the model will be
+    loaded, so that a budget that is too small and a missing tokenizer too are found before a conversion. Raises
+    FormatError, ConfigError, BackendError, UsageError.
+    """
+    name = name or model_name(model)
+
+    def check(planned: PlannedCheckpoint) -> None:
+        plan = plan_checkpoint(planned, config, planned.calibration if calibrated else None, name)
+        check_runs(plan, planned, loads)
+
+    path = resolve_model(None if model is None else str(model), announce=announce, check=check)
     checkpoint = Checkpoint.open(path, calibrated)
+    return plan_checkpoint(checkpoint, config, load_calibration(checkpoint), name, measured_machine(checkpoint))
+
+
+def check_runs(plan: RunPlan, planned: PlannedCheckpoint, loads: bool) -> None:
+    """Raise what loading would, of all that can be known before the conversion."""
+    if loads:
+        _ = plan.memory
+    check = getattr(plan.models, "check", None)
+    if check is not None:
+        with ExitStack() as stack:
+            try:
+                hollow = stack.enter_context(planned.hollow())
+            except OSError:  # no room for temporary files: loading asks again
+                hollow = None
+            if hollow is not None:
+                check(hollow, plan.spec)
+    if loads:
+        plan.models.load_tokenizer(planned.path, plan.spec.eos_ids)
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    config: FlashConfig,
+    calibration: Calibration | None,
+    name: str,
+    measured: tuple[Machine | None, str | None] = (None, None),
+) -> RunPlan:
+    """The plan of a checkpoint that is there, or would be. measured: of this machine, and why there is nothing."""
     shapes = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
     spec = read_spec(checkpoint.config, shapes)
-    spec = replace(spec, eos_ids=end_ids(path, checkpoint.config, spec.vocab))
+    spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
     if context > spec.max_context:
         raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
     backend_name, entry = choose(config.backend, spec.table.backends)
     backend = entry.make()
-    calibration = load_calibration(checkpoint)
+    machine, problem = measured
 
     def plan(selection: Selection, tuning: Tuning) -> RunPlan:
-        costs = run_costs(checkpoint, spec, backend, selection, calibration, config, context, tuning)
+        costs = run_costs(name, checkpoint, spec, backend, selection, calibration, config, context, tuning)
         return RunPlan(
             checkpoint,
             spec,
@@ -330,7 +378,6 @@ def decide(model: str | Path | None, config: FlashConfig, calibrated: bool = Tru
             problem,
         )
 
-    machine, problem = measured_machine(checkpoint)
     tuning = default_tuning(given_settings(config))
     neurons = checkpoint.layouts[0].neurons
     selection = choose_selection(
@@ -364,9 +411,11 @@ def tuned(plan: RunPlan) -> Tuning:
     return choose_tuning(plan.machine, plan._demand(capacities), given_settings(plan.config))
 
 
-def plan_run(model: str | Path | None, config: FlashConfig, calibrated: bool = True) -> RunPlan:
+def plan_run(
+    model: str | Path | None, config: FlashConfig, calibrated: bool = True, name: str | None = None
+) -> RunPlan:
     """`decide`, and raise BudgetError when the budget is too small."""
-    plan = decide(model, config, calibrated)
+    plan = decide(model, config, calibrated, name, loads=True)
     _ = plan.memory
     return plan
 
@@ -387,13 +436,13 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
 def any_plan(path: str | Path | None, config: FlashConfig) -> RunPlan | ExpertPlan:
     """`plan_run`, or the same for a mixture of experts, which runs from the folder as it was downloaded."""
     folder = in_place_folder(path)
-    return plan_run(path, config) if folder is None else plan_experts(folder, config)
+    return plan_run(path, config) if folder is None else plan_experts(folder, config, model_name(path))
 
 
 def load_planned(plan: RunPlan | ExpertPlan) -> tuple[Any, Any]:
     """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
     if isinstance(plan, ExpertPlan):
-        return load_experts(plan.checkpoint.path, plan.config)
+        return load_experts(plan.checkpoint.path, plan.config, plan.name)
     report_keys(plan.models, plan.checkpoint.config)
     if plan.machine_problem:
         announce(f"reads as where nothing was measured: {plan.machine_problem}")

@@ -16,6 +16,7 @@ from .errors import FormatError, ReadError, UsageError
 from .folder import is_there, read_json, refuse_other_formats, safe_file
 from .machine import cache_folder as cache_folder
 from .models.mixtures import is_mixture
+from .preflight import PlannedCheckpoint, planned_checkpoint
 from .source import find_folder, is_repo_id, source_hash
 from .storage.checkpoint import is_checkpoint
 from .storage.layout import layer_file
@@ -31,6 +32,11 @@ def models_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"this installation has no model cards ({package / '_models'}); give the path of a model")
+
+
+def model_name(model: str | Path | None) -> str:
+    """What a model is called in messages: what the user wrote."""
+    return DEFAULT_MODEL if model is None else str(model)
 
 
 def in_place_folder(model: str | Path | None) -> Path | None:
@@ -61,12 +67,14 @@ def resolve_model(
     dtype: str | None = None,
     announce: Callable[[str], None] = lambda message: None,
     progress: bool = False,
+    check: Callable[[PlannedCheckpoint], None] = lambda planned: None,
 ) -> Path:
     """The flash checkpoint of a model.
 
     model: None for the default model; a flash checkpoint is returned as it is; a Hugging Face folder or repo
     id is converted into the user's cache the first time, and found there as long as its content stays the
-    same. dtype: as for `convert`, for copies made here; announce: receives a line before a conversion begins.
+    same. dtype: as for `convert`, for copies made here; announce: receives a line before a conversion begins;
+    check: receives what the conversion would make, before anything is written, and may raise.
     Raises UsageError for a model that is not there, an unwritable cache, and whatever `convert` raises.
     """
     if model is None:
@@ -99,18 +107,30 @@ def resolve_model(
         dtype,
         announce,
         progress,
+        check,
     )
 
 
-def _converted(folder: Path, name: str, dtype: str | None, announce: Callable[[str], None], progress: bool) -> Path:
+def _converted(
+    folder: Path,
+    name: str,
+    dtype: str | None,
+    announce: Callable[[str], None],
+    progress: bool,
+    check: Callable[[PlannedCheckpoint], None],
+) -> Path:
     from filelock import FileLock, Timeout
 
     safe_name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "model"
     out = cache_folder() / f"{safe_name}-{source_hash(folder, dtype=dtype)[:12]}"
+    if is_checkpoint(out):  # without the lock: a cache that cannot be written serves what it has
+        return out
     try:
-        if is_checkpoint(out):  # without the lock: a cache that cannot be written serves what it has
-            return out
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, folder, error) from error
+    check(planned_checkpoint(folder, dtype))
+    try:
         lock = FileLock(f"{out}.lock")
         try:
             lock.acquire(timeout=0)
@@ -126,9 +146,13 @@ def _converted(folder: Path, name: str, dtype: str | None, announce: Callable[[s
         finally:
             lock.release()
     except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"cannot write the cache {out.parent} ({reason}); write a copy elsewhere: "
-            f"mlx_flash convert --hf-path {folder} --flash-path OUT"
-        ) from error
+        raise _unwritable(out, folder, error) from error
     return out
+
+
+def _unwritable(out: Path, folder: Path, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(
+        f"cannot write the cache {out.parent} ({reason}); write a copy elsewhere: "
+        f"mlx_flash convert --hf-path {folder} --flash-path OUT"
+    )

@@ -19,6 +19,11 @@ from .selection.shared import Shared
 DEFAULT_CONTEXT = 2048
 
 
+def announce(message: str) -> None:
+    """What takes a while is said before it begins, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def budget_for(config: FlashConfig, costs: Largest) -> int:
     return auto_budget(costs) if config.memory == "auto" else int(config.memory)
 

@@ -93,7 +93,7 @@ def _same(source: Source, one: str, other: str) -> bool:
         pairs = zip((one, other), sizes, buffers, strict=True)
         read = [source.read(name, size * start, size * count, buffer) for name, size, buffer in pairs]
         values = [_numbers(raw, kind) for raw, kind in zip(read, kinds, strict=True)]
-        if not np.array_equal(*values, equal_nan=values[0].dtype.kind == "f"):
+        if not np.array_equal(values[0], values[1], equal_nan=values[0].dtype.kind == "f"):
             return False
     return True
 

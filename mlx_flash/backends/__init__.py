@@ -15,9 +15,10 @@ from .base import Backend
 
 @dataclass(frozen=True)
 class Entry:
-    """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and
-    `families` the column of the family table that says what it runs; `preferred()`: does `auto` take it here?
-    `experts`: the module with `open_experts`, for mixtures of experts that are read in place."""
+    """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and `check`
+    if it can refuse a checkpoint before that is there; `families` the column of the family table that says what it
+    runs; `preferred()`: does `auto` take it here? `experts`: the module with `open_experts`, for mixtures of experts
+    that are read in place."""
 
     make: Callable[[], Backend]
     models: str

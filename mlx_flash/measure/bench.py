@@ -204,7 +204,7 @@ def measure_command(args: argparse.Namespace, config: FlashConfig, options: Benc
         trace = options.make_trace(tuple(layout.count for layout in plan.checkpoint.layouts))
         replay = Replay(trace, options.recall, options.precision) if trace else None
         measured = run_bench(plan, options, replay, progress=not args.json)
-        name, place = plan.checkpoint.path.name, plan.checkpoint.path
+        name, place = plan.name, plan.checkpoint.path
         if args.card:
             name, place = f"{read_card(args.card)[0].name} {plan.dtype}", work_folder(args)
         report = describe(measured, name, bool(args.card), options, place)

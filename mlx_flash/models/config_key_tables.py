@@ -1,4 +1,4 @@
-"""Which keys of config.json are read, which change nothing, and which may have one value only. Data for config_keys.py."""
+"""Which keys of config.json are read, which change nothing, which may have one value only: data for config_keys.py."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -30,8 +29,8 @@ from ..kept import Kept
 from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
-from .heads import embedding_of, fields_of, head_of
 from .mlx_dense import check_kv_cache, check_module, rotate_part
+from .mlx_head import fit_head
 from .mlx_keys import keys_read as keys_read
 from .normalise import normalise
 
@@ -84,12 +83,22 @@ def build(
 
     dtype and context are not used: mlx-lm takes the dtype of the tensors, and its KV cache grows.
     """
-    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers))
+    model = _without_ffns(checkpoint, spec)
     modules = [getattr(layer, MODULES[spec.family][1]) for layer in model.layers]
-    if isinstance(spec, DenseSpec):
-        check_kv_cache(model, make_prompt_cache(model), spec)
     for layer, module in enumerate(modules):
         module._ffn = make_ffn(layer, *module.biases())
+    return model
+
+
+def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raise what `build` would, from the config and the resident tensors' names and shapes: reads no numbers."""
+    _without_ffns(checkpoint, spec, lazy=True)
+
+
+def _without_ffns(checkpoint: Checkpoint, spec: ModelSpec, lazy: bool = False) -> nn.Module:
+    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers), lazy)
+    if isinstance(spec, DenseSpec):
+        check_kv_cache(model, make_prompt_cache(model), spec)
     return model
 
 
@@ -98,8 +107,9 @@ def _nothing(x: mx.array) -> mx.array:
     return x
 
 
-def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
-    """mlx-lm's model of a flash checkpoint folder, resident tensors in their own dtype, FFN of layer i = ffns[i].
+def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], lazy: bool = False) -> nn.Module:
+    """mlx-lm's model of a flash checkpoint folder, resident tensors in their own dtype, FFN of layer i = ffns[i]. lazy:
+    without reading any.
 
     Raises ConfigError for a family or a config that mlx-lm does not run, FormatError when the resident tensors are
     not those of the model or cannot be read.
@@ -119,7 +129,7 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN]) -> nn.Module:
 
     try:
         given = normalise(config) | _config(spec)
-        model, _ = load_model(path, strict=True, model_config=given, get_model_classes=classes)
+        model, _ = load_model(path, lazy=lazy, strict=True, model_config=given, get_model_classes=classes)
     except ModuleNotFoundError as error:
         raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
     except (TypeError, NotImplementedError) as error:  # a dataclass of mlx-lm that misses a field
@@ -165,7 +175,7 @@ class _Replies:
 
 def flash_model(model_class: type, tied: bool = False) -> type:
     """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash.
-    tied: the head is the embedding, also where this architecture has one of its own."""
+    tied: whether the head is the embedding, whatever the architecture makes of it."""
 
     class FlashModel(model_class):
         def __init__(self, *arguments: Any):
@@ -179,7 +189,7 @@ def flash_model(model_class: type, tied: bool = False) -> type:
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             found = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
-            return with_head(self, found) if tied else found
+            return fit_head(self, found, tied)
 
         def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
             """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
@@ -196,17 +206,6 @@ def flash_model(model_class: type, tied: bool = False) -> type:
             return super().load_weights(file_or_weights, strict)
 
     return FlashModel
-
-
-def with_head(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The weights, in which a head that the model has and the checkpoint shares with the embedding is that one."""
-    parameters: Any = tree_flatten(model.parameters())
-    names = [name for name, _ in parameters]
-    head, embedding = head_of(names), embedding_of(names)
-    if head is None or embedding is None or head in weights:
-        return weights
-    shared = fields_of(embedding, weights)
-    return weights | {head.removesuffix("weight") + name.rpartition(".")[2]: weights[name] for name in shared}
 
 
 def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:

@@ -168,8 +168,8 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
     tensors: every tensor of the folder's files that the model has, checked. config: its config.json, with whether the
-    head is tied set right; the rest mlx-lm reads itself. Raises ConfigError for an architecture that mlx-lm does not have
-    or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
+    head is tied set right; the rest mlx-lm reads itself. Raises ConfigError for an architecture that mlx-lm does not
+    have or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
     bytes can be read from as they are, BackendError for what MLX cannot compute here.
     """
     loaded = _Loaded()
@@ -246,7 +246,8 @@ def _watched(model_class: type, loaded: _Loaded, tensors: Tensors) -> type:
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             head = head_of(weights)
             if head is not None and head not in tensors:
-                weights = {name: weights[name] for name in weights.keys() - set(fields_of(head, weights))}
+                unused = fields_of(head, weights)
+                weights = {name: array for name, array in weights.items() if name not in unused}
             loaded.note(weights)
             with loaded.noting_stacks():
                 found: dict[str, mx.array] = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights

@@ -109,7 +109,7 @@ def calibrate(
     plan = decide(model, config, calibrated=False)
     _check_known(plan)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
-    plan = plan_run(plan.checkpoint.path, config, calibrated=False)  # a budget that is too small shows here
+    plan = plan_run(plan.checkpoint.path, config, False, plan.name)  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)
     texts = split_text(tokenizer, data, tokens, min(plan.context, WINDOW_TOKENS), loss_windows)
     check_ids([Window(ids, ids[-1:]) for ids in texts.learn], plan.spec.vocab)

@@ -21,7 +21,7 @@ LAYERS = [
     ("time_limit", "tokenizer", "detokenizer", "sampling", "kept"),
     ("models",),
     ("folder", "source", "end_ids", "tied_head", "convert", "convert_groups", "convert_plan", "convert_quant"),
-    ("random_model", "resolve"),
+    ("preflight", "random_model", "resolve"),
     ("demand", "cost_model"),
     ("run", "experts", "load", "generate", "inspection"),
     ("measure",),
@@ -77,7 +77,7 @@ def test_only_the_mlx_files_import_mlx() -> None:
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
     models = {
         f"models/{name}.py"
-        for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_keys", "mlx_kv", "mlx_routers", "mlx_switch")
+        for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_head", "mlx_keys", "mlx_kv", "mlx_routers", "mlx_switch")
     }
     assert users == {"http_handler.py", "http_server.py"} | backends | models
 
