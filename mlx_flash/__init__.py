@@ -7,9 +7,13 @@ for response in mlx_flash.stream_generate(model, tokenizer, "Once upon a time"):
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .config import FlashConfig
-from .convert import convert
-from .errors import (
+from . import address_space
+
+address_space.check_start()  # before the libraries below, which end the process where they get no memory
+
+from .config import FlashConfig  # noqa: E402
+from .convert import convert  # noqa: E402
+from .errors import (  # noqa: E402
     BackendError,
     BudgetError,
     ConfigError,
@@ -20,8 +24,8 @@ from .errors import (
     SpaceError,
     UsageError,
 )
-from .generate import generate, stream_generate
-from .load import load
+from .generate import generate, stream_generate  # noqa: E402
+from .load import load  # noqa: E402
 
 try:
     __version__ = version("mlx-flash-runtime")

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import __version__
+from .address_space import check_room, explain
 from .config import format_bytes
 from .errors import FlashError, UsageError
 from .options import add_run_options, add_sampling_options, run_config, sampling_of
@@ -41,12 +42,16 @@ def read_stdin() -> str:
 def generate_command(args: argparse.Namespace) -> dict[str, Any]:
     from .generate import make_reply, stream_generate
     from .load import load
+    from .sampling import Sampling
     from .tokenizer import encode_prompt
 
     # Typed \n and \t mean newline and tab, as in mlx-lm's command.
     prompt = read_stdin() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not prompt:
         raise UsageError("the prompt is empty")
+    if args.max_tokens < 1:
+        raise UsageError(f"max_tokens is {args.max_tokens}; it must be at least 1")
+    Sampling(**sampling_of(args))  # checked before anything is loaded
     model, tokenizer = load(args.model, run_config(args))
     plan, responses, finish = model.flash.plan, [], "interrupted"
     say(f"{plan.name}: select {plan.selector}, backend {plan.backend_name}, "
@@ -119,8 +124,9 @@ def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
 
     from .measure.trace import read_trace
     from .tuning.record import knowledge, record_traces
-    from .tuning.simulate import print_table, simulate, write_csv
+    from .tuning.simulate import check_simulation, print_table, simulate, write_csv
 
+    check_simulation(args.fractions, args.tokens)
     if bool(args.data) == bool(args.trace):
         raise UsageError("give either --data TEXT, to record the model on, or --trace FILE, recorded before")
     for path in filter(None, (args.record, args.csv and os.path.dirname(args.csv))):
@@ -164,13 +170,15 @@ def calibrate_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .resolve import resolve_model
+    from .resolve import model_name, resolve_model
     from .storage.checkpoint import verify
 
     path = resolve_model(args.model, announce=say)
     checked = verify(path)
     if not args.json:
-        print(f"{path}: {format_bytes(checked)} checked, every file is as it was written")
+        name = model_name(args.model)
+        where = str(path) if name == str(path) else f"{name} ({path})"
+        print(f"{where}: {format_bytes(checked)} checked, every file is as it was written")
     return {"path": str(path), "bytes": checked, "ok": True}
 
 
@@ -318,7 +326,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def fail(as_json: bool, error: BaseException, status: int) -> int:
-    kind, message = type(error).__name__, str(error) or "interrupted"
+    kind, message = type(error).__name__, str(error) or ("interrupted" if isinstance(error, KeyboardInterrupt) else "")
     try:
         if as_json:
             print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
@@ -346,6 +354,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(arguments)
         args.status = 0
+        backend = "mlx" if args.command == "server" else getattr(args, "backend", None)
+        if backend == "mlx" or (backend is not None and args.command != "inspect"):  # those that load
+            check_room("mlx" if backend == "mlx" else "numpy")
         result = args.run(args)
         if args.json:
             print(json.dumps(result), flush=True)
@@ -355,14 +366,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         silence()  # the reader of stdout went away (`| head`): nothing more can be said
         return 1
-    except (FlashError, OSError, MemoryError) as error:
-        if debug:
+    except BaseException as error:
+        if debug or isinstance(error, SystemExit):
+            raise
+        if not isinstance(error, FlashError) and (text := explain(error)) is not None:
+            return fail(as_json, MemoryError(text), 1)
+        # A bug shows its traceback, but whoever reads JSON still gets an object.
+        if not isinstance(error, Exception if as_json else FlashError | OSError):
             raise
         return fail(as_json, error, getattr(error, "exit_status", 1))
-    except Exception as error:  # a bug: whoever reads JSON still gets an object
-        if debug or not as_json:
-            raise
-        return fail(as_json, error, 1)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .casting import RAW, cast, check_dtype
 from .convert_groups import Dequantised, GroupPipeline
 from .convert_plan import Plan, Settings, make_plan
-from .convert_quant import Matrix
+from .convert_quant import Matrix, check_options
 from .errors import FormatError, UsageError
 from .models.families import TensorRef
 from .source import (
@@ -82,10 +82,12 @@ def convert(
         check_dtype(dtype)
     if out.exists():
         raise UsageError(f"{out} exists; remove it or choose another folder")
-    folder = find_folder(hf_path, revision=revision)
-    words = None if tokenizer is None else _find_tokenizer(tokenizer)
     if dense_bits is not None and not quantize:
         raise UsageError("--dense-bits goes with -q, which quantises")
+    if quantize:
+        check_options(q_bits, q_group_size, dense_bits)
+    folder = find_folder(hf_path, revision=revision)
+    words = None if tokenizer is None else _find_tokenizer(tokenizer)
     settings = Settings(dtype, (q_bits, q_group_size, dense_bits) if quantize else None, requantize)
     with _open(folder, requantize) as source:
         plan = make_plan(source, settings, words)

@@ -83,11 +83,20 @@ class Encoder:
         return {name: ("uint32" if name in coded else self.dtype, shape) for name, shape in found.items()}
 
 
+def check_options(bits: int, group_size: int, dense_bits: int | None) -> tuple[Quantisation, Quantisation | None]:
+    """How bundles and the dense part are quantised; raises ConfigError for settings that are not known."""
+    bundles = check_quantisation(bits, group_size, "--q-bits and --q-group-size")
+    bits = bits if dense_bits is None else dense_bits
+    if bits == DENSE_BITS_KEPT:
+        return bundles, None
+    return bundles, check_quantisation(bits, group_size, "--dense-bits (4, 8, or 16 to keep it)")
+
+
 def make_encoder(
     spec: ModelSpec, dtype: str, bits: int, group_size: int, dense_bits: int | None, measured: bool = False
 ) -> Encoder:
     """Raises ConfigError for settings that are not known, or that the model's shapes cannot take."""
-    bundles = check_quantisation(bits, group_size, "--q-bits and --q-group-size")
+    bundles, dense = check_options(bits, group_size, dense_bits)
     if spec.dim % group_size:
         fitting = [size for size in (32, 64, 128) if spec.dim % size == 0]
         way_out = f"use --q-group-size {' or '.join(map(str, fitting))}" if fitting else "it cannot be quantised"
@@ -95,10 +104,6 @@ def make_encoder(
             f"--q-group-size {group_size}: the rows of this model have {spec.dim} items, which are no whole groups; "
             f"{way_out}"
         )
-    bits = bits if dense_bits is None else dense_bits
-    dense = None
-    if bits != DENSE_BITS_KEPT:
-        dense = check_quantisation(bits, group_size, "--dense-bits (4, 8, or 16 to keep it)")
     return Encoder(dtype, bundles, dense, Loss() if measured else None)
 
 

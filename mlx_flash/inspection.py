@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from .backends import check_name
 from .config import FlashConfig, format_bytes
 from .errors import BudgetError
 from .experts import ExpertPlan, decide_experts
@@ -17,6 +18,7 @@ from .resolve import in_place_folder, model_name
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
     """The plan of a run as plain values, bytes throughout. A budget that is too small is reported, not raised."""
+    check_name(config.backend)  # before what has to be downloaded is
     folder = in_place_folder(model)
     plan = decide(model, config) if folder is None else decide_experts(folder, config, model_name(model))
     problem, memory = None, None

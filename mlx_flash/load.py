@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .backends import choose
+from .address_space import check_room
+from .backends import check_name, choose
 from .backends.base import BLOCK, Backend, FFNSpec, Widths, block_of
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
@@ -312,6 +313,7 @@ def decide(
     FormatError, ConfigError, BackendError, UsageError.
     """
     name = name or model_name(model)
+    check_name(config.backend)
 
     def check(planned: PlannedCheckpoint) -> None:
         plan = plan_checkpoint(planned, config, planned.calibration if calibrated else None, name)
@@ -325,7 +327,7 @@ def decide(
 def check_runs(plan: RunPlan, planned: PlannedCheckpoint, loads: bool) -> None:
     """Raise what loading would, of all that can be known before the conversion."""
     if loads:
-        _ = plan.memory
+        check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
     check = getattr(plan.models, "check", None)
     if check is not None:
         with ExitStack() as stack:
@@ -435,12 +437,14 @@ def load(path: str | Path | None = None, config: FlashConfig | None = None, **fi
 
 def any_plan(path: str | Path | None, config: FlashConfig) -> RunPlan | ExpertPlan:
     """`plan_run`, or the same for a mixture of experts, which runs from the folder as it was downloaded."""
+    check_name(config.backend)  # before what has to be downloaded is
     folder = in_place_folder(path)
     return plan_run(path, config) if folder is None else plan_experts(folder, config, model_name(path))
 
 
 def load_planned(plan: RunPlan | ExpertPlan) -> tuple[Any, Any]:
     """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
+    check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
     if isinstance(plan, ExpertPlan):
         return load_experts(plan.checkpoint.path, plan.config, plan.name)
     report_keys(plan.models, plan.checkpoint.config)

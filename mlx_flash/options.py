@@ -60,8 +60,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N",
                         help=f"at most this many in a reply; default {max_tokens}")  # fmt: skip
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass; 0 (default) = off"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 (default) = off"
+    )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
 

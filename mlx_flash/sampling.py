@@ -38,8 +38,8 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}; it must lie between 0 and 1 (both are off)")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}; it must be a whole number from 0 (off) up")
-        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
-            raise UsageError(f"seed is {self.seed}; it must be a whole number from 0 up, or left out")
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64):
+            raise UsageError(f"seed is {self.seed}; it must be a whole number from 0 up, below 2^64, or left out")
 
 
 def make_sampler(sampling: Sampling) -> Callable[[NDArray[np.floating]], int]:

@@ -30,7 +30,9 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
                         help="KV caches kept of replies that ended, so that a chat goes on; default 1")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of a reply; requests may say less")
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="where a request says none; default 0")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="where a request says none; default 1")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="where a request says none; default 1: off"
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="where a request says none; default 0: all")
     parser.add_argument("--allowed-origins", nargs="+", default=[], metavar="URL",
                         help="web pages that may ask from a browser; * for all, default none")  # fmt: skip
@@ -66,7 +68,7 @@ def server_command(args: argparse.Namespace) -> dict[str, Any]:
     server = Server(plan, names, args.host, args.port, replies, args.allowed_origins, **defaults)
     server.start()
     announce(
-        f"{names[0]} at {server.url} (OpenAI's API), {replies} replies at once, context {plan.context} tokens, "
+        f"{plan.name} at {server.url} (OpenAI's API), {replies} replies at once, context {plan.context} tokens, "
         f"select {plan.selector}, {format_bytes(plan.memory.total_bytes)} of memory planned; Ctrl-C stops it"
     )
     server.serve()

@@ -62,6 +62,12 @@ def register(name: str, entry: Entry) -> None:
     _ENTRIES[name] = entry
 
 
+def check_name(name: str) -> None:
+    """Raise BackendError for the name of a backend that there is not."""
+    if name != "auto" and name not in _ENTRIES:
+        raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
+
+
 def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
     """The entry for a backend name; "auto" is the first preferred one whose column the model's family has, or the
     first one where none is preferred.
@@ -71,8 +77,7 @@ def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
     if name == "auto":
         able = [(n, e) for n, e in _ENTRIES.items() if e.families in families]
         return next(((n, e) for n, e in able if e.preferred()), able[0])
-    if name not in _ENTRIES:
-        raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
+    check_name(name)
     if _ENTRIES[name].families not in families:
         raise BackendError(f"this model family runs on {' and '.join(families)} only, not on {name}")
     return name, _ENTRIES[name]

@@ -25,8 +25,7 @@ def text_windows(
 ) -> tuple[list[Window], int]:
     """The windows of some files, each on its own, at most `tokens` scored tokens of them evenly spread; and how many
     bytes of text the scored tokens are. Raises UsageError for a text that is too short."""
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"--tokens is {tokens}; it must be at least 1")
+    check_tokens(tokens)
     found: list[Window] = []
     for path in data:
         before, ids = encode_text(tokenizer, read_text(path))
@@ -38,6 +37,12 @@ def text_windows(
         found += windows(before, ids, CONTEXT_TOKENS, min(SCORED_TOKENS, context - CONTEXT_TOKENS - len(before)))
     chosen = spread(found, tokens)
     return chosen, sum(len(tokenizer.decode(window.scored).encode()) for window in chosen)
+
+
+def check_tokens(tokens: int | None) -> None:
+    """Raise UsageError for a number of tokens that nothing has."""
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; it must be at least 1")
 
 
 def score(model: Any, window: Window) -> float:
@@ -67,6 +72,9 @@ def perplexity(
     pass one by one, so that the selector works exactly as in decoding. tokens: score about this many, evenly spread.
     Raises UsageError for texts that are empty, too short or no UTF-8, and what `load` raises.
     """
+    check_tokens(tokens)
+    for path in data:
+        read_text(path)  # before anything is loaded
     loaded, tokenizer = load(model, config)
     try:
         chosen, text_bytes = text_windows(tokenizer, data, loaded.flash.plan.context, tokens)

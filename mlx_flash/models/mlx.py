@@ -49,6 +49,8 @@ MODULES = {
     "qwen3": ("qwen3", "mlp"),
 } | {name: (name, row.attribute) for name, row in DENSE.items()}
 
+LEAST_TEMPERATURE = 1e-30  # logits divided by less are no numbers in fp32
+
 
 class Bias(nn.Module):
     """What stays of a linear layer whose rows are on flash."""
@@ -283,7 +285,9 @@ def steps(
         return
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    sampler = make_sampler(temp=sampling.temp, top_p=sampling.top_p, top_k=sampling.top_k)
+    temp = 0.0 if sampling.temp < LEAST_TEMPERATURE else sampling.temp
+    top_k = sampling.top_k if sampling.top_k < model.flash.plan.spec.vocab else 0  # mlx-lm refuses more
+    sampler = make_sampler(temp=temp, top_p=sampling.top_p, top_k=top_k)
     reply = _Reply(model, prefill_chunk, kept or Kept())
     with _wired(model):
         loop = _steps_ahead if _never_reads(model.flash.plan) else _steps_in_turn

@@ -106,6 +106,8 @@ def calibrate(
             f"--tokens {tokens}, --windows {loss_windows} and --seed {seed} must be at least {MIN_TOKENS}, 0 and 0"
         )
     config = FlashConfig(memory=memory, backend=backend, select="all")
+    for path in data:
+        read_text(path)  # before a model is converted
     plan = decide(model, config, calibrated=False)
     _check_known(plan)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))

@@ -13,6 +13,7 @@ from ..config import FlashConfig
 from ..errors import UsageError
 from ..load import load
 from ..measure.perplexity import text_windows
+from ..measure.text import read_text
 from ..measure.trace import Recorder, Trace
 from ..storage.calibration import Calibration
 
@@ -27,6 +28,8 @@ def record_traces(
     """A trace per window of 128 prompt + 256 decoded tokens, about `tokens` decoded ones in all, and the model's
     calibration if it has one. The prompt too passes token by token, so that its ids are known. Raises UsageError for a
     selector that names no bundles, and what `load` raises."""
+    for path in data:
+        read_text(path)  # before anything is loaded
     loaded, tokenizer = load(model, config)
     run = loaded.flash
     try:

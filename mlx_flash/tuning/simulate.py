@@ -52,6 +52,14 @@ class Row:
         return self.misses / self.tokens if self.tokens else 0.0
 
 
+def check_simulation(fractions: Sequence[float], tokens: int = 1) -> None:
+    """Raise UsageError for shares and numbers of tokens that there are none of."""
+    if not all(0 <= fraction <= 1 for fraction in fractions):  # not NaN either
+        raise UsageError(f"--fractions {list(fractions)}: give shares of the bundles, from 0 to 1")
+    if tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; it must be at least 1")
+
+
 def policy_misses(
     tokens: Sequence[np.ndarray], count: int, slots: int, policy: Policy, rates: np.ndarray | None = None
 ) -> np.ndarray:
@@ -127,8 +135,7 @@ def simulate(
     counts = traces[0].counts
     if any(trace.counts != counts for trace in traces):
         raise UsageError("the traces are of different models; simulate each on its own")
-    if not all(0 <= fraction <= 1 for fraction in fractions):  # not NaN either
-        raise UsageError(f"--fractions {list(fractions)}: give shares of the bundles, from 0 to 1")
+    check_simulation(fractions)
     rows = []
     for fraction in fractions:
         slots = tuple(int(fraction * count) for count in counts)

@@ -12,7 +12,7 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "stats", "casting", "options", "affine", "compiling"),
+    ("errors", "config", "address_space", "stats", "casting", "options", "affine", "compiling"),
     ("machine",),
     ("storage",),
     ("residency",),
@@ -28,7 +28,7 @@ LAYERS = [
     ("tuning",),
     ("http_requests", "http_replies", "http_handler", "http_server"),
     ("serve", "chat"),
-    ("cli", "__init__"),
+    ("cli", "__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
