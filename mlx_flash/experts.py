@@ -155,6 +155,9 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
         raise FormatError(f"{folder}: config.json names a program to run ({program!r}); none is run")
     if parse_selection(config.select).name not in ("auto", "router"):
         raise UsageError(f"--select {config.select} names neurons; a mixture of experts runs with router (or auto)")
+    backend_name, entry = choose(config.backend, mixture_backends(values))
+    if entry.experts is None:
+        raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     check_fixed(values, mixture=True)
     spec = read_expert_spec(folder, values)
     context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
@@ -166,9 +169,6 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
     values, tensors = settled.config, {name: (each.path, each.info) for name, each in settled.tensors.items()}
     _check_strays(folder)
     tokenizer_files(folder)  # links that lead nowhere and Git LFS pointers, before anything is loaded
-    backend_name, entry = choose(config.backend, mixture_backends(values))
-    if entry.experts is None:
-        raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     backend = entry.make()
     opened = import_module(entry.experts).open_experts(folder, tensors, values)
     layouts = [extents.layout for extents in opened.extents]

@@ -40,6 +40,7 @@ _MAMBA = {"mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2}
 _LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 32}
 _LINEAR |= {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5}
 _LINEAR |= {"full_attention_interval": 2}
+_QWEN35_ROPE = {"type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _SLIDING = ["sliding_attention", "full_attention"]
 _INDEX = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64}
 _GRANITE = {
@@ -150,8 +151,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "rotary_dim": 8,
     },
-    "qwen2_moe": _QWEN,
-    "qwen3_5_moe": {"text_config": _ALL | _QWEN | _LINEAR | {"model_type": "qwen3_5_moe_text"}},
+    "qwen2_moe": _QWEN | {"norm_topk_prob": False},
+    "qwen3_5_moe": {
+        "text_config": _ALL | _QWEN | _LINEAR | {"model_type": "qwen3_5_moe_text", "rope_parameters": _QWEN35_ROPE}
+    },
     "qwen3_moe": _QWEN,
     "qwen3_next": _QWEN | _LINEAR,
     "qwen3_vl_moe": {"text_config": _ALL | _QWEN | {"model_type": "qwen3_moe"}},

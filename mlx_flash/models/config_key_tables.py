@@ -1,4 +1,4 @@
-"""Which keys of config.json are read, which change nothing, which may have one value only: data for config_keys.py."""
+"""Which keys of config.json are read, which change nothing, and which may have one value only."""
 
 from __future__ import annotations
 
@@ -313,9 +313,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "scale_attn_by_inverse_layer_idx": (False,),
     },
     "gpt_bigcode": {"scale_attn_weights": (True,)},
-    "gpt_neox": {"attention_bias": (True,)},
     "gpt_oss": {
-        "attention_bias": (True,),
         "swiglu_alpha": (1.702,),
         "swiglu_limit": (7.0,),
     },
@@ -328,7 +326,6 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "olmoe": {"clip_qkv": ()},
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
     "phi": {"qk_layernorm": (False,)},
-    "phimoe": {"attention_bias": (True,), "lm_head_bias": (True,)},
     "qwen2_moe": {
         "norm_topk_prob": (False,),
         "decoder_sparse_step": (1,),
@@ -364,8 +361,10 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "exaone_moe": frozenset(("first_k_dense_replace",)),
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
-    "gpt2": frozenset(("n_inner",)),  # seen in the tensors' shapes, as are the next two
-    "gpt_neox": frozenset(("intermediate_size",)),
+    "gpt2": frozenset(("n_inner",)),  # seen in the tensors, as are the next ones
+    "gpt_neox": frozenset(("intermediate_size", "attention_bias")),
+    "gpt_oss": frozenset(("attention_bias",)),
+    "phimoe": frozenset(("attention_bias", "lm_head_bias")),
     "gptj": frozenset(("n_inner",)),
     "kimi_linear": frozenset(
         ("qk_head_dim", "q_lora_rank", "linear_conv_kernel_dim", "linear_head_dim", "linear_num_heads")

@@ -13,6 +13,8 @@ from .config_tables import WRAPPED_DEFAULTS, WRAPPERS
 
 # Of the whole, and not of the text model alone.
 OUTER = ("flash", "quantization", "quantization_config", "torch_dtype", "dtype", "model_file", "transformers_version")
+# In their first files the text model's keys are the config's own.
+FLAT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Where releases of transformers and mlx-lm put the text model, longest first, and its names without a wrapper.
 PREFIXES = (
     ("model.language_model.", "model."),
@@ -40,9 +42,10 @@ def wrapped_type(config: Mapping[str, Any]) -> str | None:
     if not isinstance(kind, str) or kind not in WRAPPERS:
         return None
     text = config.get("text_config")
-    # Qwen2-VL's first files have no such object: the text model's keys are the config's own.
-    inner = text.get("model_type") if isinstance(text, Mapping) else ""
-    return WRAPPERS[kind].get(inner or "")
+    if not isinstance(text, Mapping):
+        return WRAPPERS[kind][""] if kind in FLAT else None
+    inner = text.get("model_type") or ""
+    return WRAPPERS[kind].get(inner) if isinstance(inner, str) else None
 
 
 def unwrap(config: dict[str, Any]) -> dict[str, Any]:

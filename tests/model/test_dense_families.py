@@ -55,6 +55,7 @@ _GPT = {
 }
 _GEMMA = {"hidden_act": "gelu_pytorch_tanh"}
 _SLIDING = ["sliding_attention", "full_attention"]
+_MINISTRAL = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32}
 EXTRA: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 16, "sliding_window_pattern": 2},
     "ernie4_5": {"use_bias": False},
@@ -66,8 +67,9 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": _SLIDING,
     },
     "gemma": _GEMMA,
-    "gemma2": _GEMMA,
+    "gemma2": _GEMMA | {"query_pre_attn_scalar": 256},  # mlx-lm takes another number where there is none
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 16, "sliding_window_pattern": 2},
+    "glm": {"partial_rotary_factor": 1.0},  # mlx-lm knows no other
     "glm4": {"partial_rotary_factor": 0.5},
     "gpt_bigcode": {"n_inner": 300},
     "gpt_neox": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
@@ -82,6 +84,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "helium": {"mlp_bias": False},
     "internlm2": {"bias": False},
     "minicpm": {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 2.0},
+    "ministral3": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", **_MINISTRAL}},
     "nanochat": {"hidden_act": "relu2"},
     "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5},
     "olmo3": {"sliding_window": 16, "layer_types": _SLIDING},
@@ -274,7 +277,7 @@ def test_a_checkpoint_that_is_not_its_config_is_refused(tmp_path: Path) -> None:
     refused({k: v for k, v in whole.items() if not k.startswith(mlp)}, "'num_hidden_layers' is 2.* 1 FFNs")
     refused({k: v for k, v in whole.items() if "layers.1.self_attn.q" not in k}, "layers.1.self_attn.q_proj")
     refused(whole, r"up_proj.weight \[301, 32\]", intermediate_size=301)
-    refused(whole, "partial_rotary_factor", partial_rotary_factor=None)
+    refused(whole, "layer_norm_eps", layer_norm_eps=None)
     refused(whole, "'num_attention_heads', which family", num_attention_heads=None)
     refused(whole, "takes 64 items a token, config.json gives 32", head_dim=4)
 

@@ -139,7 +139,11 @@ def test_config_is_spelled_out() -> None:
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert normal(LLAMA, ["model.norm.weight"])["tie_word_embeddings"] is True
     config = normal(LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}})
-    assert config["rope_theta"] == 5e5 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["rope_theta"] == 5e5 and config["rope_scaling"] == {
+        "rope_type": "linear",
+        "type": "linear",
+        "factor": 2.0,
+    }
     config = normal(LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
     assert config["rope_theta"] == 5e5 and not config.get("rope_scaling")
     assert read_spec(config) == read_spec(LLAMA | {"rope_theta": 5e5, "tie_word_embeddings": False})
