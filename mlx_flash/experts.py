@@ -20,13 +20,15 @@ from .end_ids import end_ids
 from .errors import BackendError, FormatError, UsageError
 from .folder import SHARDS, read_json, safe_file, weight_files
 from .models.config_keys import check_fixed
+from .models.families import ContextLimit
 from .models.mixtures import mixture_backends
 from .models.normalise import normalise
+from .models.read_config import read_limits
 from .residency.budget import MemoryPlan
 from .residency.expert_budget import ExpertCosts
 from .residency.residency import Residency
 from .residency.stream import BlockStream
-from .run import DEFAULT_CONTEXT, BaseRun, announce, budget_for, report_keys
+from .run import DEFAULT_CONTEXT, BaseRun, Context, announce, budget_for, decide_context, report_keys
 from .selection.expert_ahead import ExpertLookAhead
 from .selection.lookahead import GUESS_SHARE
 from .selection.router import RouterSelector, Staging
@@ -51,13 +53,15 @@ class ExpertFolder:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What is known of a model besides its experts. Lengths in items and tokens."""
+    """What is known of a model besides its experts. Lengths in items and tokens; limit: why a run's context may have to
+    be shorter."""
 
     family: str
     activation: str
     vocab: int
     max_context: int
     eos_ids: tuple[int, ...]
+    limit: ContextLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class ExpertPlan:
     opened: Any
     costs: ExpertCosts
     budget_bytes: int
-    context: int
+    context_of: Context
     dtype: str
     tuning: Tuning
     note: str | None = None
@@ -90,6 +94,15 @@ class ExpertPlan:
     def name(self) -> str:
         """What the user calls the model."""
         return self.costs.model
+
+    @property
+    def context(self) -> int:
+        return self.context_of.tokens
+
+    @property
+    def context_text(self) -> str:
+        """The context, and why it is not the model's."""
+        return str(self.context_of)
 
     @property
     def look_ahead(self) -> str:
@@ -160,9 +173,8 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
         raise BackendError(f"the {backend_name} backend runs no mixtures of experts; use --backend mlx")
     check_fixed(values, mixture=True)
     spec = read_expert_spec(folder, values)
-    context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
-    if context > spec.max_context:
-        raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
+    context_of = decide_context(config.max_context, spec.max_context, spec.limit)
+    context = context_of.tokens
     with Source(folder) as source:
         source.open_tensors()
         settled = settle_head(source)
@@ -198,7 +210,7 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
         opened,
         costs,
         budget_for(config, costs),
-        context,
+        context_of,
         opened.dtype,
         default_tuning(given_settings(config)),
         settled.note,
@@ -241,11 +253,13 @@ def read_expert_spec(folder: Path, config: dict[str, Any]) -> ExpertSpec:
     vocab = number("vocab_size")
     if vocab is None:
         raise FormatError(f"{folder / 'config.json'} does not say how many tokens there are ('vocab_size')")
+    most = number(*MAX_CONTEXT_KEYS) or DEFAULT_CONTEXT
     return ExpertSpec(
         family=str(config.get("model_type"))[:80],
         activation=str(config.get("hidden_act", "its own activation"))[:80],
         vocab=vocab,
-        max_context=number(*MAX_CONTEXT_KEYS) or DEFAULT_CONTEXT,
+        max_context=most,
+        limit=read_limits(normal, most),
         eos_ids=end_ids(folder, config, vocab),
     )
 

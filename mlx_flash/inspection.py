@@ -44,6 +44,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "machine": machine_of(plan),
         "prediction": prediction_of(plan) if memory else None,
         "max_context": plan.context,
+        "context_text": plan.context_text,
         "fits": problem is None,
         "problem": problem,
         "budget_bytes": plan.budget_bytes,
@@ -85,7 +86,7 @@ def print_inspection(report: dict[str, Any]) -> None:
     exact = "exact" if report["exact"] else loss_text(report["measured_loss"])
     print(report["model"] if report["model"] == report["path"] else f"{report['model']} ({report['path']})")
     print(f"  {report['family']}, {report['activation']}, {report['dtype']}; backend {report['backend']}, "
-          f"selector {report['selector']} ({exact}), context {report['max_context']} tokens")  # fmt: skip
+          f"selector {report['selector']} ({exact}), context {report['context_text']}")  # fmt: skip
     print(f"  FFN on flash {format_bytes(report['ffn_bytes'])} in {sum(report['bundles']):,} bundles of "
           f"{format_bytes(report['bundle_bytes'])}")  # fmt: skip
     print(f"budget {format_bytes(report['budget_bytes'])} (smallest {format_bytes(report['smallest_budget_bytes'])}, "

@@ -22,7 +22,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .end_ids import end_ids
-from .errors import BudgetError, FlashError, FormatError, UsageError
+from .errors import BudgetError, FlashError, FormatError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
@@ -33,7 +33,7 @@ from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
 from .resolve import in_place_folder, model_name, resolve_model
 from .run import DEFAULT_CONTEXT as DEFAULT_CONTEXT
-from .run import BaseRun, budget_for, report_keys
+from .run import BaseRun, Context, budget_for, decide_context, report_keys
 from .run import announce as announce
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
@@ -52,8 +52,8 @@ SMALL_LAYER = 8 << 20
 class RunPlan:
     """Everything decided about a run: nothing has been loaded yet.
 
-    context: in tokens; tuning: how bundles are read; machine: what was measured of this one, None where nothing was;
-    machine_problem: why what was measured cannot be used
+    context: in tokens; context_of: why so many; tuning: how bundles are read; machine: what was measured of this one,
+    None where nothing was; machine_problem: why what was measured cannot be used
     """
 
     checkpoint: Checkpoint
@@ -71,6 +71,12 @@ class RunPlan:
     tuning: Tuning
     machine: Machine | None = None
     machine_problem: str | None = None
+    context_of: Context | None = None
+
+    @property
+    def context_text(self) -> str:
+        """The context, and why it is not the model's."""
+        return str(self.context_of or f"{self.context} tokens")
 
     @property
     def name(self) -> str:
@@ -353,9 +359,8 @@ def plan_checkpoint(
     spec = read_spec(checkpoint.config, shapes)
     spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
-    context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
-    if context > spec.max_context:
-        raise UsageError(f"--max-context {context} is beyond the model's {spec.max_context} tokens")
+    context_of = decide_context(config.max_context, spec.max_context, spec.limit)
+    context = context_of.tokens
     backend_name, entry = choose(config.backend, spec.table.backends)
     backend = entry.make()
     machine, problem = measured
@@ -378,6 +383,7 @@ def plan_checkpoint(
             tuning,
             machine,
             problem,
+            context_of,
         )
 
     tuning = default_tuning(given_settings(config))
@@ -445,6 +451,8 @@ def any_plan(path: str | Path | None, config: FlashConfig) -> RunPlan | ExpertPl
 def load_planned(plan: RunPlan | ExpertPlan) -> tuple[Any, Any]:
     """The model and the tokenizer of a plan, see `load`. MLX's arrays belong to the thread that calls this."""
     check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
+    if plan.context_of is not None and plan.context_of.reason is not None:
+        announce(f"context {plan.context_text}")
     if isinstance(plan, ExpertPlan):
         return load_experts(plan.checkpoint.path, plan.config, plan.name)
     report_keys(plan.models, plan.checkpoint.config)

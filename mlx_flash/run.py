@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .config import FlashConfig
+from .errors import UsageError
 from .kept import Kept
 from .models.config_keys import unknown_keys, unknown_keys_text
+from .models.families import ContextLimit
 from .residency.budget import Largest, auto_budget
 from .sampling import Sampling
 from .selection.shared import Shared
@@ -35,6 +38,34 @@ def report_keys(models: Any, config: Mapping[str, Any]) -> None:
     unknown = [] if reader is None else unknown_keys(config, reader(config))
     if unknown:
         print(unknown_keys_text(unknown), file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run's context in tokens, the model's own, and why they differ or what the choice means; None: nothing."""
+
+    tokens: int
+    most: int
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens" if self.reason is None else f"{self.tokens} of {self.most}: {self.reason}"
+
+
+def decide_context(wanted: int | None, most: int, limit: ContextLimit | None) -> Context:
+    """The context of a run of a model with `most` tokens. Raises UsageError for a longer one, and for one in which
+    positions or windows would not be those of the model."""
+    end = most if limit is None else min(limit.tokens, most)
+    context = wanted or min(DEFAULT_CONTEXT, end)
+    if limit is not None and limit.hard and context > end:
+        raise UsageError(f"--max-context {context} is beyond {end} of the model's {most} tokens: {limit.reason}")
+    if context > most:
+        raise UsageError(f"--max-context {context} is beyond the model's {most} tokens")
+    if limit is None:
+        return Context(context, most)
+    if context > end:
+        return Context(context, most, limit.beyond)
+    return Context(context, most, limit.reason if context == end < min(DEFAULT_CONTEXT, most) else None)
 
 
 class BaseRun:

@@ -21,6 +21,7 @@ class Attention:
     q_norm, k_norm: over as many items at a time as they have weights
     rotations: (2, context, size / 2) cosines and sines, half-split
     keys, values: (K, context, size) in a storage dtype
+    window: how many positions a token sees, its own included; None: all up to its own
     """
 
     heads: int
@@ -37,6 +38,7 @@ class Attention:
     rotations: np.ndarray | None
     keys: np.ndarray
     values: np.ndarray
+    window: int | None = None
 
     @property
     def width(self) -> int:

@@ -129,15 +129,17 @@ def turn_and_store(p, task):  # type: ignore[no-untyped-def]
 
 @task_kernel
 def attend(p, task):  # type: ignore[no-untyped-def]
-    """out[head] = values weighed by softmax(scale * q[head] . keys), over the positions up to this one; a task is one
-    head. scratch (heads, context)"""
-    v = integers(p, 14)
-    kind, q, group, size, length, keys, values = v[1], v[2], v[3] // v[4], v[5], integers(v[6], 1)[0] + 1, v[7], v[8]
-    head_stride, stride, scratch, context, out = v[9], v[10], v[11], v[12], v[13]
+    """out[head] = values weighed by softmax(scale * q[head] . keys), over the last `window` positions up to this one; a
+    task is one head. scratch (heads, context)"""
+    v = integers(p, 15)
+    kind, q, group, size, end, keys, values = v[1], v[2], v[3] // v[4], v[5], integers(v[6], 1)[0] + 1, v[7], v[8]
+    head_stride, stride, scratch, context, out, window = v[9], v[10], v[11], v[12], v[13], v[14]
+    length = end if end < window else window
+    begin = (end - length) * stride
     scores = scratch + task * context * 4
     score, at = floats(scores, length), q + task * size * 4
     scale, most = np.float32(1 / np.sqrt(size)), np.float32(-np.inf)
-    row = keys + task // group * head_stride
+    row = keys + task // group * head_stride + begin
     for i in range(length):
         value = scale * dot(kind, row, row + stride, at, size)
         score[i] = value
@@ -147,7 +149,7 @@ def attend(p, task):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(length):
         total += score[i]
-    y, row, i = out + task * size * 4, values + task // group * head_stride, 0
+    y, row, i = out + task * size * 4, values + task // group * head_stride + begin, 0
     found = floats(y, size)
     found[:] = 0
     while i + 4 <= length:

@@ -31,6 +31,8 @@ def check(a: Attention, memory: Activations) -> None:
         fits = cache.dtype == a.keys.dtype and cache.strides == a.keys.strides and cache.strides[2] == cache.itemsize
         if cache.shape != (a.kv_heads, context, a.size) or not fits:
             raise ValueError(f"keys {a.keys.dtype} {a.keys.shape}, values {a.values.dtype} {a.values.shape}")
+    if a.window is not None and a.window < 1:
+        raise ValueError(f"a window of {a.window} positions")
     turns = a.rotations
     if turns is not None and (turns.shape != (2, context, a.size // 2) or a.size % 2 or not _plain(turns)):
         raise ValueError(f"rotations {turns.dtype} {turns.shape} for heads of {a.size} and {context} positions")
@@ -94,7 +96,8 @@ def _add_heads(steps: Steps, a: Attention, kind: int, memory: Activations) -> No
     norm = NORMS[a.norm], np.float32(a.eps)
     steps.add(compiled.turn_and_store, 1, kind, *shape, *norm, *norms, *turns, memory.position, *cache)
     scores = memory.scores, memory.scores.shape[1]
-    steps.add(compiled.attend, a.heads, kind, *shape, memory.position, *cache, *scores, memory.attended)
+    window = memory.scores.shape[1] if a.window is None else a.window
+    steps.add(compiled.attend, a.heads, kind, *shape, memory.position, *cache, *scores, memory.attended, window)
 
 
 def _or_0(array: np.ndarray | None) -> Any:

@@ -201,18 +201,25 @@ class NumpyBackend:
         """Write values (T, kv_heads, hd) at positions start.., rounded to nearest even."""
         kernels.narrow(values.transpose(1, 0, 2), cache[:, start : start + len(values)])
 
-    def attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int) -> np.ndarray:
-        """Causal attention: query t, at position start + t, sees keys 0..start + t. q (T, H, hd); keys, values
-        (kv_heads, context, hd), head h uses h // (H / kv_heads) -> (T, H, hd)."""
+    def attend(
+        self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, start: int, window: int | None = None
+    ) -> np.ndarray:
+        """Causal attention: query t, at position start + t, sees keys 0..start + t, or the last `window` of them.
+        q (T, H, hd); keys, values (kv_heads, context, hd), head h uses h // (H / kv_heads) -> (T, H, hd)."""
         tokens, heads, size = q.shape
         end, group = start + tokens, heads // len(keys)
+        first = 0 if window is None else max(0, start + 1 - window)
+        keys, values, start, end = keys[:, first:], values[:, first:], start - first, end - first
         later = np.triu(np.ones((tokens, tokens), bool), 1)
+        earlier = None if window is None else np.tri(tokens, end, start - window, dtype=bool)
         out = np.empty(q.shape, np.float32)
 
         def attend_head(scratch: Scratch, head: int) -> None:
             scores = scratch.get("scores", (tokens, end))
             np.matmul(q[:, head] * np.float32(size**-0.5), scratch.wide(keys[head // group, :end]).T, out=scores)
             scores[:, start:][later] = -np.inf
+            if earlier is not None:
+                scores[earlier] = -np.inf
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             total = scores.sum(axis=1, keepdims=True)

@@ -16,10 +16,11 @@ from typing import Any
 
 from ..config import FlashConfig, Selection, parse_selection
 from ..errors import UsageError
-from ..load import DEFAULT_CONTEXT, announce, plan_run
+from ..load import announce, plan_run
 from ..models.families import ModelSpec
 from ..models.read_config import read_spec
 from ..resolve import cache_folder, models_folder
+from ..run import decide_context
 from ..source import read_json
 from ..storage.checkpoint import Checkpoint
 from ..storage.layout import ITEM_BYTES
@@ -66,7 +67,7 @@ class BenchOptions:
 
     def check_context(self, spec: ModelSpec, config: FlashConfig) -> None:
         """Raise UsageError unless a round fits the context."""
-        context = config.max_context or min(DEFAULT_CONTEXT, spec.max_context)
+        context = decide_context(config.max_context, spec.max_context, spec.limit).tokens
         if self.prompt + self.reply > context:
             raise UsageError(
                 f"--prompt {self.prompt}, --warm {self.warm} and twice --tokens {self.tokens} are "

@@ -22,24 +22,12 @@ from ..storage.pinned import load_tensors
 from ..tokenizer import Tokenizer
 from ..tokenizer import load_tokenizer as load_tokenizer_files
 from .config_keys import OWN, OWN_MIXTURES
-from .families import OPT_POSITION_OFFSET, ModelSpec, Rope
+from .families import OPT_POSITION_OFFSET, ModelSpec
 from .mixtures import is_mixture
 from .quantised import join_coded, read_quantisation, resident_shapes
+from .rotary import attention_factor, inverse_frequencies
 
 FFN = Callable[[np.ndarray], np.ndarray]
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """(D/2,) float64 angles per position, after the config's scaling."""
-    inverse = rope.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.kind == "linear":
-        return inverse / rope.factor
-    if rope.kind == "llama3":
-        turns = rope.original_context * inverse / (2 * np.pi)  # full turns within the original context
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return inverse * (keep + (1 - keep) / rope.factor)
-    return inverse
 
 
 class Layer:
@@ -99,6 +87,7 @@ class Layer:
             rotations=self.decoder.rotations,
             keys=keys,
             values=values,
+            window=self.shape.window,
         )
 
     def linear(self, role: str, x: np.ndarray) -> np.ndarray:
@@ -125,7 +114,7 @@ class Layer:
         keys, values = cache.layers[self.index]
         self.backend.store(keys, start, k)
         self.backend.store(values, start, v)
-        y = self.backend.attend(q, keys, values, start)  # (T, H, D)
+        y = self.backend.attend(q, keys, values, start, self.shape.window)  # (T, H, D)
         return self.linear("o", y.reshape(len(x), heads * size))
 
 
@@ -150,11 +139,12 @@ class Decoder:
         self.dtype, self.context = dtype, context
         self.rotations = None  # (2, context, D/2): cosines and sines
         if spec.rope is not None:
-            inverse = inverse_frequencies(spec.rope, spec.head_dim)
+            inverse = inverse_frequencies(spec.rope, spec.head_dim, context)
             self.rotations = np.empty((2, context, len(inverse)), np.float32)
             for begin in range(0, context, 4096):  # in pieces: angles are fp64
                 angle = np.arange(begin, min(begin + 4096, context))[:, None] * inverse
                 self.rotations[:, begin : begin + 4096] = np.cos(angle), np.sin(angle)
+            self.rotations *= np.float32(attention_factor(spec.rope, context))
         self.embed = self.weight("embed")[0]
         self.head = self.embed if spec.tied else self.weight("head")[0]
         self.positions = self.weight("positions")[0] if "positions" in spec.table.names else None

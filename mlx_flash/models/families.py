@@ -7,14 +7,19 @@ reads configs or weights, or knows what computes them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..storage.layout import Layout, Part
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions, half-split: base and, for `linear` and `llama3`, the config's scaling numbers."""
+    """Rotary positions: the base, and what the config's kind of scaling needs (`rotary.read_rope`).
+
+    attention_factor, long_attention_factor: of cosines and sines, with short and with long factors.
+    short_factors, long_factors: of `longrope`, one per frequency. rotated: the share of `proportional` that turns.
+    alpha: of `ntk_alpha`, how far the base is stretched.
+    """
 
     base: float
     kind: str = "default"
@@ -22,16 +27,40 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    long_attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    rotated: float = 1.0
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class ContextLimit:
+    """Why a run's context ends before the model's: from `tokens` on, what runs here would differ from the original.
+
+    hard: whether a longer context is refused; else it is a choice, and means what `beyond` says.
+    """
+
+    tokens: int
+    reason: str
+    hard: bool = True
+    beyond: str = ""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """cutoff: FATReLU's threshold; activations up to it are zero."""
+    """cutoff: FATReLU's threshold; activations up to it are zero. window: how many tokens, itself included, a token
+    sees; None: all before it."""
 
     heads: int
     kv_heads: int
     intermediate: int
     cutoff: float = 0.0
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +158,8 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All a backend needs to know of a model. Lengths in items; `max_context` in tokens."""
+    """All a backend needs to know of a model. Lengths in items; `max_context` in tokens; limit: why a run's context may
+    have to be shorter."""
 
     family: str
     dim: int
@@ -148,6 +178,7 @@ class ModelSpec:
     out_bias: bool
     ffn_bias: bool
     table: Family
+    limit: ContextLimit | None = field(default=None, kw_only=True)
 
     @property
     def gated(self) -> bool:

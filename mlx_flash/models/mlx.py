@@ -29,9 +29,10 @@ from ..kept import Kept
 from ..tokenizer import reading_tokenizer
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
-from .mlx_dense import check_kv_cache, check_module, rotate_part
+from .mlx_dense import check_kv_cache, check_module
 from .mlx_head import fit_head
 from .mlx_keys import keys_read as keys_read
+from .mlx_positions import mlx_keys, set_positions, set_windows
 from .normalise import normalise
 
 if TYPE_CHECKING:
@@ -83,9 +84,10 @@ def build(
 ) -> nn.Module:
     """The model of a flash checkpoint; `make_ffn(layer)` gives each layer's FFN. Errors are those of `build_model`.
 
-    dtype and context are not used: mlx-lm takes the dtype of the tensors, and its KV cache grows.
+    dtype is not used: mlx-lm takes that of the tensors. context: what decides between tables of positions; mlx-lm's KV
+    cache grows.
     """
-    model = _without_ffns(checkpoint, spec)
+    model = _without_ffns(checkpoint, spec, context)
     modules = [getattr(layer, MODULES[spec.family][1]) for layer in model.layers]
     for layer, module in enumerate(modules):
         module._ffn = make_ffn(layer, *module.biases())
@@ -94,11 +96,11 @@ def build(
 
 def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raise what `build` would, from the config and the resident tensors' names and shapes: reads no numbers."""
-    _without_ffns(checkpoint, spec, lazy=True)
+    _without_ffns(checkpoint, spec, 0, lazy=True)
 
 
-def _without_ffns(checkpoint: Checkpoint, spec: ModelSpec, lazy: bool = False) -> nn.Module:
-    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers), lazy)
+def _without_ffns(checkpoint: Checkpoint, spec: ModelSpec, context: int, lazy: bool = False) -> nn.Module:
+    model = build_model(checkpoint.path, spec, [_nothing] * len(spec.layers), context, lazy)
     if isinstance(spec, DenseSpec):
         check_kv_cache(model, make_prompt_cache(model), spec)
     return model
@@ -109,9 +111,9 @@ def _nothing(x: mx.array) -> mx.array:
     return x
 
 
-def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], lazy: bool = False) -> nn.Module:
-    """mlx-lm's model of a flash checkpoint folder, resident tensors in their own dtype, FFN of layer i = ffns[i]. lazy:
-    without reading any.
+def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], context: int = 0, lazy: bool = False) -> nn.Module:
+    """mlx-lm's model of a flash checkpoint folder, resident tensors in their own dtype, FFN of layer i = ffns[i], for
+    runs of `context` tokens. lazy: without reading any.
 
     Raises ConfigError for a family or a config that mlx-lm does not run, FormatError when the resident tensors are
     not those of the model or cannot be read.
@@ -129,8 +131,9 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], lazy: bool = F
     def classes(config: dict[str, Any]) -> Any:
         return _model_class(spec, ffns)
 
+    normal = normalise(config)
     try:
-        given = normalise(config) | _config(spec)
+        given = normal | mlx_keys(normal) | _config(spec)
         model, _ = load_model(path, lazy=lazy, strict=True, model_config=given, get_model_classes=classes)
     except ModuleNotFoundError as error:
         raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
@@ -138,8 +141,8 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], lazy: bool = F
         raise ConfigError(f"{path / 'config.json'}: mlx-lm cannot build {spec.family}: {brief(error)}") from error
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         raise FormatError(f"{path}: cannot load the resident tensors: {brief(error)}") from error
-    if spec.family == "glm":
-        rotate_part(model, given)
+    set_windows(model, normal)
+    set_positions(model, normal, context)
     mx.set_cache_limit(cache_limit_bytes(spec.dim))
     mx.clear_cache()
     return model
@@ -248,20 +251,15 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
             "rms_norm_eps": spec.eps,
             "rope_freq_constant": rope.base,
         }
-    scaling = {
-        "rope_type": rope.kind,
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_context,
-    }
     return {
         "tie_word_embeddings": spec.tied,
         "head_dim": spec.head_dim,
         "num_key_value_heads": spec.layers[0].kv_heads,
         "max_position_embeddings": spec.max_context,
         "rope_theta": rope.base,
-        "rope_scaling": None if rope.kind == "default" else scaling,
+        "rope_scaling": None,  # positions are set when the model is built
+        "layer_types": None,
+        "sliding_window": None,
     }
 
 

@@ -6,7 +6,7 @@ architecture that does something else, in this release or with this config, is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -98,10 +98,3 @@ def check_kv_cache(model: nn.Module, cache: Sequence[Any], spec: DenseSpec) -> N
             f"mlx-lm's KV cache of {spec.table.title} takes {items} items a token, config.json gives "
             f"{spec.kv_items_per_token}: heads or their size are read wrongly"
         )
-
-
-def rotate_part(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Rotate the share of each head that the config says (`partial_rotary_factor`), where mlx-lm rotates all of it."""
-    for layer in model.layers:
-        attention = layer.self_attn
-        attention.rope.dims = int(attention.head_dim * config["partial_rotary_factor"])

@@ -30,9 +30,11 @@ from ..storage.layout import Layout, Part
 from .heads import fields_of, head_of
 from .mlx import brief, flash_model
 from .mlx_kv import kv_bytes
+from .mlx_positions import mlx_keys, set_positions, set_windows
 from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
 from .normalise import normalise
+from .windows import text_config
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TAGS = {"float32": ("F32",), "float16": ("F16",), "bfloat16": ("BF16",), "uint32": ("U32",), "uint8": ("U8", "F8_E8M0")}
@@ -81,13 +83,15 @@ class _Loaded:
 class ExpertModel:
     """An mlx-lm model that holds no experts. Nothing has been evaluated until `start`.
 
-    paths: its switch layers' names; extents, shapes, top_k, kinds per switch layer: where the experts are, each part's
-    shape for one expert, experts chosen per token, and a number that layers with equal experts share. routers: what
-    says which experts a layer chooses, None where it was not found.
+    config: as mlx-lm read it; original: as the folder has it. paths: its switch layers' names; extents, shapes, top_k,
+    kinds per switch layer: where the experts are, each part's shape for one expert, experts chosen per token, and a
+    number that layers with equal experts share. routers: what says which experts a layer chooses, None where it was not
+    found.
     """
 
     model: nn.Module
     config: dict[str, Any]
+    original: Mapping[str, Any]
     paths: list[str]
     switches: list[nn.Module]
     extents: list[LayerExtents]
@@ -146,8 +150,9 @@ class ExpertModel:
         return ExpertSlab(self.extents[layer].layout, self.shapes[layer], rows) if rows else None
 
     def start(self, make_selector: Callable[[int], RouterSelector], context: int = 0) -> nn.Module:
-        """The model, its dense part in memory and its experts behind the selectors. context: not looked at, mlx-lm's
-        caches grow. Raises FormatError."""
+        """The model, its dense part in memory and its experts behind the selectors. context: what decides between
+        tables of positions; mlx-lm's caches grow. Raises ConfigError, FormatError."""
+        set_positions(self.model, self.original, context)
         try:
             mx.eval(self.model.parameters())
         except RuntimeError as error:
@@ -168,12 +173,13 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
     tensors: every tensor of the folder's files that the model has, checked. config: its config.json, with whether the
-    head is tied set right; the rest mlx-lm reads itself. Raises ConfigError for an architecture that mlx-lm does not
-    have or whose experts are no switch layers, FormatError for tensors that are not the model's or that no expert's
-    bytes can be read from as they are, BackendError for what MLX cannot compute here.
+    head is tied set right. Raises ConfigError for an architecture that mlx-lm does not have or whose experts are no
+    switch layers, FormatError for tensors that are not the model's or that no expert's bytes can be read from as they
+    are, BackendError for what MLX cannot compute here.
     """
-    loaded = _Loaded()
-    model, built = _build(folder, tensors, config, loaded)
+    loaded, normal = _Loaded(), normalise(config)
+    model, built = _build(folder, tensors, normal, loaded)
+    set_windows(model, text_config(normal))
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
     switches.sort(key=_in_order)
     if not switches:
@@ -202,7 +208,7 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
             name, key = part.split(".")
             module[name][key] = mx.zeros((0, *array.shape[1:]), array.dtype)
     loaded.clear()
-    return ExpertModel(model, built, paths, modules, extents, shapes, top_k, kinds, routers)
+    return ExpertModel(model, built, config, paths, modules, extents, shapes, top_k, kinds, routers)
 
 
 def _in_order(switch: tuple[str, nn.Module]) -> list[tuple[int, str]]:
@@ -217,10 +223,8 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _build(
     folder: Path, tensors: Tensors, config: Mapping[str, Any], loaded: _Loaded
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model, everything lazy."""
-    given = normalise(config)
-    if given.get("model_type") == "deepseek_v2" and not given.get("rope_scaling"):
-        given["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", "factor": 1.0}  # mlx-lm has no plain RoPE for it
+    """mlx-lm's model, everything lazy. config: normalised."""
+    given = dict(config) | mlx_keys(config)
     classes = inspect.signature(load_model).parameters["get_model_classes"].default
     tied = config.get("tie_word_embeddings") is True
 

@@ -10,11 +10,12 @@ from typing import Any
 from ..errors import ConfigError
 from .config_keys import check_fixed
 from .dense import DENSE, read_dense
-from .families import FAMILIES, Family, LayerSpec, ModelSpec, Rope
+from .families import FAMILIES, ContextLimit, Family, LayerSpec, ModelSpec, Rope
 from .normalise import normalise
+from .rotary import check_size, context_limit, read_rope
+from .windows import read_limit, read_windows, text_config
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
-ROPE_TYPES = ("default", "linear", "llama3")
 NUMBER = (int, float)
 MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
 MAX_LAYERS = 10_000
@@ -117,26 +118,6 @@ def _cutoffs(config: ConfigValues, layers: tuple[LayerSpec, ...]) -> tuple[Layer
     return tuple(replace(layer, cutoff=float(value)) for layer, value in zip(layers, values, strict=True))
 
 
-def _rope(config: ConfigValues) -> Rope:
-    scaling = config.get("rope_scaling", {})
-    base = config.number("rope_theta", 10000.0)
-    kind = scaling.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"unknown RoPE type {_short(kind)}; known: {', '.join(ROPE_TYPES)}")
-    numbers = ConfigValues(scaling)
-    if kind == "default":
-        return Rope(base)
-    factor = numbers.check("factor", numbers.get("factor"), NUMBER)
-    if factor < 1:
-        raise ConfigError(f"config.json: the RoPE 'factor' is {factor!r}; it must be at least 1")
-    if kind == "linear":
-        return Rope(base, kind, float(factor))
-    low, high = numbers.number("low_freq_factor", 1.0), numbers.number("high_freq_factor", 4.0)
-    if low >= high:
-        raise ConfigError(f"config.json: 'high_freq_factor' is {high}; it must be above 'low_freq_factor', {low}")
-    return Rope(base, kind, float(factor), low, high, numbers.positive("original_max_position_embeddings", 8192))
-
-
 def _eos_ids(config: ConfigValues) -> tuple[int, ...]:
     value = config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
@@ -189,17 +170,16 @@ def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | No
         raise ConfigError("config.json: 'attention_bias' is true, which is not known for Qwen3")
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
     context = config.positive("max_position_embeddings", 2048)
-    window = config.get("sliding_window")
-    if window is not None and config.flag("use_sliding_window", True):
-        context = min(context, config.check("sliding_window", window))  # within the window attention is full
+    windows, rope = read_windows(config, config.layers("num_hidden_layers")), read_rope(config)
     return {
         "dim": dim,
         "head_dim": config.positive("head_dim", dim // heads),
-        "layers": (layer,) * config.layers("num_hidden_layers"),
+        "layers": tuple(replace(layer, window=window) for window in windows),
         "eps": config.number("rms_norm_eps"),
         "tied": config.flag("tie_word_embeddings", has_head is False),
         "max_context": context,
-        "rope": _rope(config),
+        "limit": context_limit(rope, context),
+        "rope": rope,
         "qk_norm": "q_norm" in table.names,
         "qkv_bias": family == "qwen2" or attention_bias,
         "out_bias": family != "qwen2" and attention_bias,
@@ -231,6 +211,16 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
     }
 
 
+def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
+    """Up to where a model of `most` tokens runs as its config says, whatever its family. Raises ConfigError."""
+    values = ConfigValues(text_config(config))
+    parameters = values.get("rope_parameters", {})
+    kinds = [key for key, each in parameters.items() if isinstance(each, Mapping)] if type(parameters) is dict else []
+    found = [read_limit(values), *(context_limit(read_rope(values, kind), most) for kind in kinds or [None])]
+    limits = sorted((limit for limit in found if limit is not None), key=lambda limit: (not limit.hard, limit.tokens))
+    return limits[0] if limits else None
+
+
 def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ModelSpec:
     """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
     config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
@@ -239,7 +229,8 @@ def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] |
     family, values = family_of(config), ConfigValues(config)
     check_fixed(config)
     if family in DENSE:
-        return read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
+        dense = read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
+        return replace(dense, limit=read_limits(config, dense.max_context))
     return spec_of(values, family, FAMILIES[family], shapes)
 
 
@@ -257,8 +248,8 @@ def spec_of(
     for layer in fields["layers"]:
         if layer.heads % layer.kv_heads:
             raise ConfigError(f"config.json: {layer.heads} heads cannot share {layer.kv_heads} key/value heads")
-    if fields["rope"] is not None and fields["head_dim"] % 2:
-        raise ConfigError(f"config.json: heads of {fields['head_dim']} items cannot be rotated; it must be even")
+    if fields["rope"] is not None:
+        check_size(fields["rope"], fields["head_dim"])
     return ModelSpec(
         family=family,
         vocab=values.need("vocab_size"),

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..models.decoder import inverse_frequencies
 from ..models.families import ModelSpec
+from ..models.rotary import attention_factor, inverse_frequencies
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -49,8 +49,9 @@ class TorchDecoder:
         assert spec.gated and spec.rope is not None
         self.embed = weights[spec.name("embed") + ".weight"]
         self.head = self.embed if spec.tied else weights[spec.name("head") + ".weight"]
-        angles = np.arange(context)[:, None] * inverse_frequencies(spec.rope, spec.head_dim)
-        turns = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+        angles = np.arange(context)[:, None] * inverse_frequencies(spec.rope, spec.head_dim, context)
+        turns = np.stack([np.cos(angles), np.sin(angles)]) * attention_factor(spec.rope, context)
+        turns = turns.astype(np.float32)
         self.turns = torch.from_numpy(turns).to(self.embed.device)  # (2, context, D/2)
 
     def __call__(self, ids: torch.Tensor, cache: TorchCache | None = None, seen: Seen | None = None) -> torch.Tensor:
@@ -89,16 +90,18 @@ class TorchDecoder:
             end = start + x.shape[1]
             keys[:, :, start:end], values[:, :, start:end] = k, v
             k, v = keys[:, :, :end], values[:, :, :end]
-        many = shape.heads // shape.kv_heads
+        many, window = shape.heads // shape.kv_heads, shape.window or start + x.shape[1]
         if x.shape[1] == 1:  # the heads that share keys take the place of the tokens: nothing is copied
+            k, v = k[:, :, -window:], v[:, :, -window:]
             y = F.scaled_dot_product_attention(q.reshape(len(x), -1, many, size), k, v)
             return self.linear("o", y.reshape(len(x), 1, -1), index)
         if many > 1:
             k, v = k.repeat_interleave(many, 1), v.repeat_interleave(many, 1)
         mask = None
-        if start:  # `is_causal` counts from the first key, as if nothing came before
-            mask = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not start)  # (B, H, T, D)
+        if start or window < x.shape[1]:  # `is_causal` counts from the first key, as if nothing came before
+            mask = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool, device=x.device)
+            mask = mask.tril(start).triu(start + 1 - window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, D)
         return self.linear("o", y.transpose(1, 2).flatten(2), index)
 
     def rope(self, x: torch.Tensor, start: int) -> torch.Tensor:  # (B, T, H, D)
