@@ -14,6 +14,24 @@ from .casting import from_float32, to_float32
 
 LEAST_SCALE = np.float32(1e-7)  # of a group whose items are all alike
 BYTE_BITS = 8
+RUN = 8  # items: of any width they fill whole bytes
+
+
+def unpack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """codes (rows, words) uint32 -> (rows, n) uint8, n = words * 32 / bits: each item's code, of 1 to 8 bits. Item i of
+    a row begins at its bit i * bits, bit 0 of word 0 being the first."""
+    raw = np.ascontiguousarray(codes).view(np.uint8)
+    if BYTE_BITS % bits == 0:
+        items = raw[..., None] >> np.arange(0, BYTE_BITS, bits, dtype=np.uint8)
+        if bits < BYTE_BITS:
+            items &= np.uint8((1 << bits) - 1)
+        return items.reshape(len(codes), -1)
+    runs = raw.reshape(-1, bits)  # RUN items in as many bytes as an item has bits
+    whole = np.zeros(len(runs), np.uint64)
+    for k in range(bits):
+        whole |= runs[:, k].astype(np.uint64) << np.uint64(BYTE_BITS * k)
+    found = whole[:, None] >> (np.arange(RUN, dtype=np.uint64) * np.uint64(bits))
+    return (found & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(len(codes), -1)
 
 
 def quantise(values: np.ndarray, bits: int, group_size: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,10 +101,7 @@ class AffineRows:
         """Write them into `out` (rows, n) fp32, any strides: code * scale + bias."""
         if not out.size:
             return
-        shifts = np.arange(0, BYTE_BITS, self.bits, dtype=np.uint8)
-        items = np.ascontiguousarray(self.codes).view(np.uint8)[..., None] >> shifts
-        if self.bits < BYTE_BITS:
-            items &= np.uint8((1 << self.bits) - 1)
+        items = unpack(self.codes, self.bits)
         groups = items.reshape(*self.scales.shape, self.group_size).astype(np.float32)
         groups *= _wide(self.scales)[..., None]
         groups += _wide(self.biases)[..., None]

@@ -135,17 +135,15 @@ def _to_stderr(message: str) -> None:
 
 def _write(source: Source, plan: Plan, out: Path, progress: bool, announce: Callable[[str], None]) -> None:
     with FolderWriter(out) as writer, ThreadPoolExecutor(1, "convert") as worker:
-        pipeline: _Pipeline | GroupPipeline
-        if plan.groups is None:
-            pipeline = _Pipeline(source, plan, worker)
-        else:
-            pipeline = GroupPipeline(source, plan.spec, plan.stored)
+        copies = GroupPipeline(source, plan.spec, plan.stored)
+        pipeline = copies if plan.groups else _Pipeline(source, plan, worker)
         bar = tqdm(total=len(plan.layouts) + 1, desc="convert", unit="layer", disable=not progress, file=sys.stderr)
         with bar:
             for i, layout in enumerate(plan.layouts):
                 pipeline.layer(writer.open(layer_file(i)), layout, i)
                 bar.update()
-            pipeline.resident(writer.open("model.safetensors"))
+            pipeline.finish()
+            (copies if plan.copied else pipeline).resident(writer.open("model.safetensors"))
             pipeline.finish()
             bar.update()
         for path in plan.tokenizer + plan.copies:

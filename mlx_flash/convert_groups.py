@@ -6,53 +6,88 @@ The scales of `down` are shared by `group_size` neurons, so that many make a bun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .affine import AffineRows
 from .casting import from_float32
 from .errors import ConfigError
 from .models.families import ModelSpec
-from .models.quantised import coded_names, coded_shapes, read_quantisation
+from .models.quantised import check_no_small_floats, find_codings, plain_shapes, read_quantisation
 from .source import DTYPE_OF, READ_ALIGN, Source, Tensor, read_buffer, safetensors_header
 from .storage.header import TensorInfo
-from .storage.layout import ITEM_BYTES, Layout, Quantisation, layer_header
-from .storage.weights import VIEWS
+from .storage.layout import AFFINE, ITEM_BYTES, Layout, Part, Quantisation, layer_header, with_codings
+from .storage.weights import VIEWS, wide_codes
 from .storage.writer import HashedFile
 
 BLOCK_BYTES = 8 << 20
-TAGS = DTYPE_OF | {"U32": "uint32"}
+TAGS = DTYPE_OF | {"U32": "uint32", "U8": "uint8"}
 QUANTISATION = ("quantization", "quantization_config")
+PLAIN_NEURONS = 64  # at most, to a bundle where no scales say how many belong together
+
+Codings = Mapping[str, Quantisation]
 
 
-def wanted_shapes(source: Source, spec: ModelSpec, quantisation: Quantisation) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a quantised checkpoint must have. Raises ConfigError for FFNs that cannot be
-    cut into groups."""
-    for layer, shape in enumerate(spec.layers):
-        if shape.intermediate % quantisation.group_size or spec.dim % quantisation.group_size:
+def group_layouts(source: Source, spec: ModelSpec, codings: Codings) -> tuple[Layout, ...]:
+    """The layers' bundles: as many neurons as share `down`'s scales. Raises ConfigError for FFNs that cannot be cut
+    into groups."""
+    sizes = []
+    for layer in range(len(spec.layers)):
+        refs = spec.ffn_sources(layer)
+        turned = [role for role, ref in refs.items() if ref.transposed]
+        if turned != ["down"]:
             raise ConfigError(
-                f"{source.folder}: layer {layer} has {shape.intermediate} neurons of {spec.dim} items, which are no "
-                f"whole groups of {quantisation.group_size}"
+                f"{source.folder}: the FFNs of {spec.table.title} are stored the other way round, and quantised they "
+                "cannot be cut into groups; use the original checkpoint"
             )
-    resident = spec.resident_shapes()
-    found = coded_shapes(resident, coded_names(resident, source.tensors), quantisation)
-    return found | coded_shapes(spec.ffn_shapes(), spec.ffn_shapes(), quantisation)
+        coded = codings.get(refs["down"].name)
+        sizes.append(None if coded is None else coded.group_size)
+    usual = max((size for size in sizes if size), default=PLAIN_NEURONS)
+    layouts = []
+    for layer, size in enumerate(sizes):
+        count, refs = spec.layers[layer].intermediate, spec.ffn_sources(layer)
+        neurons = size or (usual if count % usual == 0 else math.gcd(count, PLAIN_NEURONS))
+        matrices = [part.name for part in spec.layout(layer, "float32").parts]
+        each = [codings.get(refs[name].name) for name in matrices]
+        parts = tuple(
+            Part(name, _numbers(source, refs[name].name, coded), spec.dim)
+            for name, coded in zip(matrices, each, strict=True)
+        )
+        layouts.append(with_codings(Layout(parts, count), each, neurons))
+    return tuple(layouts)
 
 
-def scales_dtype(source: Source, spec: ModelSpec) -> str:
-    """The dtype of the FFNs' scales. Raises ConfigError if there are several, or codes that are none."""
-    found = set()
-    for name in spec.ffn_shapes():
-        module = name.removesuffix(".weight")
-        tags = [source.tensors[f"{module}.{field}"].info.dtype for field in ("weight", "scales", "biases")]
-        if tags[0] != "U32" or tags[1] != tags[2] or tags[1] not in DTYPE_OF:
-            raise ConfigError(f"{name!r} is {tags[0]} with scales of {tags[1]} and biases of {tags[2]}, not quantised")
-        found.add(DTYPE_OF[tags[1]])
-    if len(found) > 1:
-        raise ConfigError(f"{source.folder} mixes scales of {' and '.join(sorted(found))} in its FFNs")
-    return found.pop()
+def _numbers(source: Source, name: str, coded: Quantisation | None) -> str:
+    """The dtype of a matrix of an FFN, or of its scales; some dtype where these are no numbers of their own. Raises
+    ConfigError for codes that are none."""
+    if coded is None:
+        return source.dtype(name)
+    if coded.mode != AFFINE:
+        return "bfloat16"
+    module = name.removesuffix(".weight")
+    codes, scales, biases = (source.tensors[f"{module}.{field}"].info.dtype for field in ("weight", "scales", "biases"))
+    if codes != "U32" or scales != biases or scales not in DTYPE_OF:
+        raise ConfigError(f"{name!r} is {codes} with scales of {scales} and biases of {biases}, not quantised")
+    return DTYPE_OF[scales]
+
+
+def numbers_dtype(source: Source, spec: ModelSpec, layouts: Sequence[Layout]) -> str:
+    """What is computed in: the dtype of the FFNs' scales, or where they have none of their own that of most of the
+    resident tensors that are numbers."""
+    found = {part.dtype for layout in layouts for part in layout.parts if part.dtype in ITEM_BYTES and part.dtype in
+             DTYPE_OF.values()}  # fmt: skip
+    if found:
+        return max(sorted(found), key=lambda dtype: ITEM_BYTES[dtype])
+    return usual_dtype(source)
+
+
+def usual_dtype(source: Source) -> str:
+    """The dtype that most of the tensors have which are numbers; bfloat16 where none is."""
+    tags = Counter(tensor.info.dtype for tensor in source.tensors.values() if tensor.info.dtype in DTYPE_OF)
+    return DTYPE_OF[tags.most_common(1)[0][0]] if tags else "bfloat16"
 
 
 def stored_dtype(source: Source, name: str) -> str:
@@ -133,37 +168,42 @@ class Dequantised(Source):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.quantisation = read_quantisation(self.config)
+        self.entries = read_quantisation(self.config)
         self.config = {key: value for key, value in self.config.items() if key not in QUANTISATION}
-        self._coded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._coded: dict[str, tuple[Quantisation, list[Tensor]]] = {}
 
     def open_tensors(self) -> None:
         super().open_tensors()
-        assert self.quantisation is not None
-        stored = self.tensors
-        self.tensors = dict(stored)
-        for name in coded_names(stored, stored):
+        stored, usual = self.tensors, usual_dtype(self)
+        infos = {name: tensor.info for name, tensor in stored.items()}
+        check_no_small_floats(infos)
+        codings = find_codings(self.entries, infos)
+        shapes = plain_shapes(infos, codings)
+        self.tensors = {}
+        for name, shape in shapes.items():
+            coded = codings.get(name)
+            if coded is None:
+                self.tensors[name] = stored[name]
+                continue
             module = name.removesuffix(".weight")
-            fields = stored[name], stored[module + ".scales"], stored[module + ".biases"]
-            rows, columns = fields[0].info.shape[0], fields[1].info.shape[1] * self.quantisation.group_size
-            tag = fields[1].info.dtype
-            size = rows * columns * ITEM_BYTES[stored_dtype(self, module + ".scales")]
-            info = TensorInfo(name, tag, (rows, columns), fields[0].info.offset, size)
-            self._coded[name] = fields
-            self.tensors[name] = Tensor(fields[0].path, info)
-            del self.tensors[module + ".scales"], self.tensors[module + ".biases"]
+            fields = [stored[name], *(stored[f"{module}.{field}"] for field in coded.fields)]
+            tags = {name: tag for tag, name in DTYPE_OF.items()}
+            tag = fields[1].info.dtype if coded.mode == AFFINE else tags[usual]
+            if tag not in DTYPE_OF:
+                raise ConfigError(f"tensor '{module}.scales' is {tag}; known: {', '.join(DTYPE_OF)}")
+            size = math.prod(shape) * ITEM_BYTES[DTYPE_OF[tag]]
+            self._coded[name] = coded, fields
+            self.tensors[name] = Tensor(fields[0].path, TensorInfo(name, tag, shape, fields[0].info.offset, size))
 
     def read(self, name: str, start: int, count: int, memory: np.ndarray) -> np.ndarray:
         """See `Source.read`; what was quantised is computed, in memory of its own."""
         if name not in self._coded:
             return super().read(name, start, count, memory)
-        assert self.quantisation is not None
+        coded, fields = self._coded[name]
         dtype, columns = self.dtype(name), self.tensors[name].info.shape[1]
         row = columns * ITEM_BYTES[dtype]
         first, last = start // row, -(-(start + count) // row)
-        codes, scales, biases = (self._rows(tensor, first, last) for tensor in self._coded[name])
-        wide = np.empty((last - first, columns), np.float32)
-        AffineRows(codes, scales, biases, self.quantisation.bits).widen(wide)
+        wide = wide_codes([self._rows(tensor, first, last) for tensor in fields], coded)
         items = from_float32(wide, dtype).reshape(-1).view(np.uint8)
         return items[start - first * row : start - first * row + count]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .convert_groups import Dequantised, scales_dtype, stored_dtype, wanted_shapes
+from .convert_groups import Codings, Dequantised, group_layouts, numbers_dtype, stored_dtype
 from .convert_quant import Encoder, make_encoder
 from .end_ids import end_ids
 from .errors import ConfigError, UsageError
@@ -22,11 +22,19 @@ from .models.dense import DENSE, HARMLESS, DenseSpec
 from .models.families import ModelSpec
 from .models.mixtures import is_mixture
 from .models.normalise import normalise
-from .models.quantised import coded_names, coded_shapes, read_quantisation
+from .models.quantised import (
+    Entries,
+    check_no_small_floats,
+    coded_shapes,
+    find_codings,
+    plain_shapes,
+    read_quantisation,
+)
 from .models.read_config import family_of, read_spec
 from .models.wrappers import wrapped_type
 from .source import Source, source_hash, tokenizer_files
-from .storage.layout import FORMAT_VERSION, ITEM_BYTES, QUANTISED_VERSION, Layout, Quantisation, quantised
+from .storage.header import TensorInfo
+from .storage.layout import ITEM_BYTES, Layout, quantised
 from .tied_head import settle_head
 
 MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
@@ -59,7 +67,8 @@ class Plan:
     config: dict[str, Any]
     layouts: tuple[Layout, ...]
     encoder: Encoder | None
-    groups: Quantisation | None  # of a source that is copied as it is, in groups of neurons
+    groups: bool  # whether FFNs are copied as they are, in groups of neurons
+    copied: bool  # whether the resident tensors are copied as they are
     resident: dict[str, tuple[int, ...]]  # in the order in which the source holds them
     stored: dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape on disk of the same, scales and biases included
     tokenizer: tuple[Path, ...]
@@ -82,26 +91,28 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
         )
     if family_of(source.config) not in DENSE:
         read_spec(source.config)  # what is unknown is named before its files are looked for
-    groups = None if isinstance(source, Dequantised) else read_quantisation(source.config)
-    _check_settings(source, settings, groups)
+    entries = None if isinstance(source, Dequantised) else read_quantisation(source.config)
+    _check_settings(source, settings, None if entries is None else str(entries.default))
     source.open_tensors()
+    check_no_small_floats({name: tensor.info for name, tensor in source.tensors.items()})
     settled = settle_head(source)
     source.config, source.tensors = settled.config, settled.tensors
-    spec = read_spec(source.config, source.shapes)
+    infos = {name: tensor.info for name, tensor in source.tensors.items()}
+    codings, spec = _codings_and_spec(source, infos, entries)
     end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
-    if groups is None:
-        check_tensors(source, spec, spec.resident_shapes() | spec.ffn_shapes())
-        for name in spec.resident_shapes() | spec.ffn_shapes():
-            source.dtype(name)
-        kind = settings.dtype or _ffn_dtype(source, spec)
+    plain = spec.resident_shapes() | spec.ffn_shapes()
+    check_tensors(source, spec, coded_shapes(plain, codings))
+    groups = any(name in codings for name in spec.ffn_shapes())
+    if groups:
+        layouts = group_layouts(source, spec, codings)
+        kind = numbers_dtype(source, spec, layouts)
     else:
-        check_tensors(source, spec, wanted_shapes(source, spec, groups))
-        kind = scales_dtype(source, spec)
+        for name in plain:
+            stored_dtype(source, name) if name in codings else source.dtype(name)
+        kind = settings.dtype or _ffn_dtype(source, spec)
+        layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
     encoder = settings.encoder(spec, kind)
     order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
-    layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
-    if groups is not None:
-        layouts = tuple(quantised(layout, groups, groups.group_size) for layout in layouts)
     config = normalised_config(source.config, spec, kind)
     if encoder is not None:
         layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
@@ -109,7 +120,7 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
             sizes = {"group_size": encoder.dense.group_size, "bits": encoder.dense.bits}
             config["quantization"] = sizes | {"mode": "affine"}
     flash = {
-        "format_version": FORMAT_VERSION if encoder is None and groups is None else QUANTISED_VERSION,
+        "format_version": max(layout.version for layout in layouts),
         "activation": spec.activation,
         "dtype": kind,
         "layers": [layout.to_json() for layout in layouts],
@@ -123,45 +134,54 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
         layouts=layouts,
         encoder=encoder,
         groups=groups,
+        copied=bool(codings),
         resident=dict(order),
-        stored=_stored(source, dict(order), kind, encoder, groups),
+        stored=_stored(source, dict(order), kind, encoder, codings),
         tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
         copies=tuple(copies),
         note=settled.note,
     )
 
 
-def _check_settings(source: Source, settings: Settings, groups: Quantisation | None) -> None:
-    """Raise UsageError for what cannot be asked of a source that is quantised, or is not."""
+def _codings_and_spec(
+    source: Source, infos: Mapping[str, TensorInfo], entries: Entries | None
+) -> tuple[Codings, ModelSpec]:
+    """How the source's tensors are quantised, and its model. A family that is known by its config says what shape the
+    matrices have, of which codes alone leave several possible."""
+    known: dict[str, tuple[int, ...]] = {}
+    if entries is not None and family_of(source.config) not in DENSE:
+        spec = read_spec(source.config, source.shapes)
+        known = spec.resident_shapes() | spec.ffn_shapes()
+    codings = find_codings(entries, infos, known)
+    return codings, read_spec(source.config, plain_shapes(infos, codings))
+
+
+def _check_settings(source: Source, settings: Settings, quantised: str | None) -> None:
+    """Raise UsageError for what cannot be asked of a source that is quantised (so), or is not (None)."""
     if settings.requantise and settings.quantise is None:
         raise UsageError("--requantize goes with -q, which says how")
     if settings.requantise and not isinstance(source, Dequantised):
         raise UsageError(f"{source.folder} is not quantised; -q without --requantize quantises it")
-    if groups is None:
+    if quantised is None:
         return
     if settings.quantise is not None:
         raise UsageError(
-            f"{source.folder} is quantised already, to {groups.bits} bits in groups of {groups.group_size}; convert it "
-            "as it is, without -q, or add --requantize, which loses a little"
+            f"{source.folder} is quantised already, to {quantised}; convert it as it is, without -q, or add "
+            "--requantize, which loses a little"
         )
     if settings.dtype is not None:
         raise UsageError(f"{source.folder} is quantised already and is copied as it is, without --dtype")
 
 
 def _stored(
-    source: Source,
-    resident: dict[str, tuple[int, ...]],
-    dtype: str,
-    encoder: Encoder | None,
-    groups: Quantisation | None,
+    source: Source, resident: dict[str, tuple[int, ...]], dtype: str, encoder: Encoder | None, codings: Codings
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape on disk of the tensors that stay resident."""
     if encoder is not None:
         return encoder.tensors(resident)
-    if groups is None:
+    if not codings:
         return {name: (dtype, shape) for name, shape in resident.items()}
-    shapes = coded_shapes(resident, coded_names(resident, source.tensors), groups)
-    return {name: (stored_dtype(source, name), shape) for name, shape in shapes.items()}
+    return {name: (stored_dtype(source, name), shape) for name, shape in coded_shapes(resident, codings).items()}
 
 
 def _place(source: Source, name: str) -> tuple[str, int]:

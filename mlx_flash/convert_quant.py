@@ -79,7 +79,7 @@ class Encoder:
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape on disk of each of the tensors that stay resident."""
         coded = self.coded(shapes)
-        found = dict(shapes) if self.dense is None else coded_shapes(shapes, coded, self.dense)
+        found = dict(shapes) if self.dense is None else coded_shapes(shapes, dict.fromkeys(coded, self.dense))
         return {name: ("uint32" if name in coded else self.dtype, shape) for name, shape in found.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .address_space import check_room
-from .backends import check_name, choose
+from .backends import Entry, check_name, choose
 from .backends.base import BLOCK, Backend, FFNSpec, Widths, block_of
 from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
@@ -26,7 +26,14 @@ from .errors import BudgetError, FlashError, FormatError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
-from .models.quantised import expected_layout, read_quantisation, resident_shapes
+from .models.quantised import (
+    expected_layout,
+    numpy_problem,
+    resident_codings,
+    resident_plain_shapes,
+    resident_shapes,
+    usual_coding,
+)
 from .models.read_config import read_spec
 from .preflight import PlannedCheckpoint
 from .residency.budget import Costs, MemoryPlan, split_budget
@@ -40,7 +47,7 @@ from .selection.shared import Selector, Shared
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
-from .storage.layout import ITEM_BYTES
+from .storage.layout import ITEM_BYTES, Layout
 from .storage.reader import open_reader
 
 # Bytes of a layer's bundles. On MLX asking a layer which neurons fired takes some 0.15 ms, in which more than this is
@@ -122,7 +129,7 @@ class RunPlan:
     def _demand(self, capacities: Sequence[int]) -> Demand:
         chunk = min(self.config.prefill_chunk, self.context)
         layouts = self.checkpoint.layouts
-        dense = read_quantisation(self.checkpoint.config)
+        dense = usual_coding(resident_codings(self.checkpoint))
         return demand(self.spec, self.dtype, layouts, self.selection, self.calibration, capacities, chunk, dense)
 
     @cached_property
@@ -146,12 +153,10 @@ class RunPlan:
     @property
     def worst_bytes_per_token(self) -> int:
         """Most bytes that one token reads. What is selected can be anything: whole layers, but for `all`."""
-        layouts = self.checkpoint.layouts
-        per_bundle = layouts[0].stride
+        pairs = list(zip(self.checkpoint.layouts, self.memory.capacities, strict=True))
         if self.selection.name != "all":
-            pairs = zip(layouts, self.memory.capacities, strict=True)
-            return sum(layout.count * per_bundle for layout, capacity in pairs if capacity < layout.count)
-        return sum(b.count - c for b, c in zip(layouts, self.memory.capacities, strict=True)) * per_bundle
+            return sum(layout.count * layout.stride for layout, capacity in pairs if capacity < layout.count)
+        return sum((layout.count - capacity) * layout.stride for layout, capacity in pairs)
 
 
 class Run(BaseRun):
@@ -160,11 +165,10 @@ class Run(BaseRun):
     plan: RunPlan
 
     def __init__(self, plan: RunPlan):
-        layout = plan.checkpoint.layouts[0]
-        names = [part.name for part in layout.parts]
-        staging = [plan.backend.slab(layout, block_of(layout), names) for _ in range(plan.memory.staging_blocks)]
+        kinds, firsts = bundle_kinds(plan.checkpoint.layouts)
+        rings = [[whole_slab(plan.backend, layout) for _ in range(plan.memory.staging_blocks)] for layout in firsts]
         reader = open_reader(plan.checkpoint.layer_files, aside=plan.backend.aside, **plan.tuning.reader_options)
-        super().__init__(plan, Shared(plan.backend, reader, BlockStream(staging), Stats()))
+        super().__init__(plan, Shared(plan.backend, reader, BlockStream(rings[0], rings[1:], kinds), Stats()))
         self.factory = SelectorFactory(
             plan.selection,
             self.shared,
@@ -183,6 +187,24 @@ class Run(BaseRun):
         return self.factory.make(layer, ffn)
 
 
+def bundle_kinds(layouts: Sequence[Layout]) -> tuple[list[int], list[Layout]]:
+    """Layers whose bundles are made alike are of one kind: each layer's, and the first layout of each kind."""
+    firsts: list[Layout] = []
+    kinds = []
+    for layout in layouts:
+        alike = (k for k, first in enumerate(firsts) if replace(layout, count=first.count) == first)
+        kind = next(alike, len(firsts))
+        if kind == len(firsts):
+            firsts.append(layout)
+        kinds.append(kind)
+    return kinds, firsts
+
+
+def whole_slab(backend: Backend, layout: Layout) -> Any:
+    """Memory for a block of whole bundles."""
+    return backend.slab(layout, block_of(layout), [part.name for part in layout.parts])
+
+
 def run_costs(
     name: str,
     checkpoint: Checkpoint,
@@ -196,12 +218,15 @@ def run_costs(
 ) -> Costs:
     """What this model needs with this selector, part by part, in bytes."""
     layouts, chunk = checkpoint.layouts, config.prefill_chunk
-    largest = max(layouts, key=lambda layout: layout.count)
-    names = [part.name for part in largest.parts]
+    largest = max(layouts, key=lambda layout: layout.count * layout.bundle_bytes)
+    _, kinds = bundle_kinds(layouts)
     resident = resident_parts(selection, largest, calibration)
-    slot_parts = parts_in_slots(selection, largest, calibration)
+
+    def slot_names(layout: Layout) -> list[str]:
+        return parts_in_slots(selection, layout, calibration)
+
     item = ITEM_BYTES[layouts[0].dtype]
-    block = backend.slab_bytes(layouts[0], block_of(layouts[0]), names)
+    block = sum(backend.slab_bytes(each, block_of(each), [part.name for part in each.parts]) for each in kinds)
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
         "KV cache": spec.kv_items_per_token * item * context * config.sequences,
@@ -210,13 +235,14 @@ def run_costs(
     if resident:
         fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
     if selection.name != "all":
-        neurons = min(BLOCK, largest.count * largest.neurons)
+        neurons = min(BLOCK, max(layout.count * layout.neurons for layout in layouts))
         fixed["prefill scratch"] += 4 * min(chunk, context) * neurons  # scalars of a block
     predicts = selection.name == "predictor" or (selection.name == "gate" and tuning.look_ahead == "on")
     if predicts and calibration is not None and calibration.has_predictors:
         fixed["predictors"] = sum(layer.predictor_bytes for layer in calibration.layers)
-    slot = backend.slab_bytes(layouts[0], 8 * BLOCK, slot_parts) // (8 * BLOCK)
-    fixed["page rounding"] = len(layouts) * (backend.slab_bytes(layouts[0], 1, slot_parts) - slot)
+    slots = [backend.slab_bytes(each, 8 * BLOCK, slot_names(each)) // (8 * BLOCK) for each in layouts]
+    pages = [backend.slab_bytes(each, 1, slot_names(each)) for each in layouts]
+    fixed["page rounding"] = sum(pages) - sum(slots)
     counts = tuple(layout.count for layout in layouts)
     curves: tuple[np.ndarray, ...] = ()
     if calibration is not None and spec.has_zeros and selection.name in ("gate", "predictor"):
@@ -229,14 +255,15 @@ def run_costs(
         name,
         fixed,
         block,
-        slot,
+        max(slots),
         counts,
-        unit=block_of(layouts[0]) if selection.name == "all" else 1,
+        unit=max(map(block_of, layouts)) if selection.name == "all" else 1,
         curves=curves,
         staging_blocks=tuning.staging_blocks,
         least_staging=tuning.staging_blocks if given else 1,
         resident_staging=0 if unused else None,
         share=None if config.slots == "auto" else float(config.slots),
+        layer_slots=tuple(slots) if len(set(slots)) > 1 else (),
     )
 
 
@@ -355,13 +382,12 @@ def plan_checkpoint(
     measured: tuple[Machine | None, str | None] = (None, None),
 ) -> RunPlan:
     """The plan of a checkpoint that is there, or would be. measured: of this machine, and why there is nothing."""
-    shapes = {name: info.shape for name, (_, info) in checkpoint.resident_tensors().items()}
-    spec = read_spec(checkpoint.config, shapes)
+    spec = read_spec(checkpoint.config, resident_plain_shapes(checkpoint))
     spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
     context_of = decide_context(config.max_context, spec.max_context, spec.limit)
     context = context_of.tokens
-    backend_name, entry = choose(config.backend, spec.table.backends)
+    backend_name, entry = choose_backend(config, spec, checkpoint)
     backend = entry.make()
     machine, problem = measured
 
@@ -387,7 +413,7 @@ def plan_checkpoint(
         )
 
     tuning = default_tuning(given_settings(config))
-    neurons = checkpoint.layouts[0].neurons
+    neurons = max(max(2, layout.neurons) if layout.grouped else 1 for layout in checkpoint.layouts)
     selection = choose_selection(
         config, spec, calibration, lambda each: plan(each, tuning).costs, neurons, backend.lazy
     )
@@ -399,6 +425,13 @@ def plan_checkpoint(
             config, spec, calibration, lambda each: plan(each, tuning).costs, neurons, backend.lazy
         )
     return plan(selection, tuning)
+
+
+def choose_backend(config: FlashConfig, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[str, Entry]:
+    """The backend that runs; see `backends.choose`. Raises BackendError, which names a quantisation that is in the
+    way."""
+    problem = numpy_problem(spec, checkpoint.layouts, resident_codings(checkpoint))
+    return choose(config.backend, spec.table.backends, {} if problem is None else {"numpy": problem})
 
 
 def measured_machine(checkpoint: Checkpoint) -> tuple[Machine | None, str | None]:

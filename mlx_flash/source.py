@@ -32,7 +32,7 @@ from .storage.layout import ALIGN, FORMAT_VERSION, ITEM_BYTES
 from .tokenizer import TOKENIZERS
 
 DTYPE_OF = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-TAG_OF = {name: tag for tag, name in DTYPE_OF.items()} | {"uint32": "U32"}
+TAG_OF = {name: tag for tag, name in DTYPE_OF.items()} | {"uint32": "U32", "uint8": "U8"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -5,7 +5,7 @@ A further backend is registered with `register` and needs no change anywhere els
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -68,16 +68,21 @@ def check_name(name: str) -> None:
         raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
 
 
-def choose(name: str, families: tuple[str, ...]) -> tuple[str, Entry]:
+def choose(name: str, families: tuple[str, ...], problems: Mapping[str, str] | None = None) -> tuple[str, Entry]:
     """The entry for a backend name; "auto" is the first preferred one whose column the model's family has, or the
-    first one where none is preferred.
+    first one where none is preferred. problems: why a backend cannot run this model though it knows its family.
 
-    Raises BackendError for an unknown name, and for a family without that backend.
+    Raises BackendError for an unknown name, for a family without that backend, and for a problem.
     """
+    problems = problems or {}
     if name == "auto":
-        able = [(n, e) for n, e in _ENTRIES.items() if e.families in families]
+        able = [(n, e) for n, e in _ENTRIES.items() if e.families in families and n not in problems]
+        if not able:
+            raise BackendError(next(iter(problems.values())))
         return next(((n, e) for n, e in able if e.preferred()), able[0])
     check_name(name)
     if _ENTRIES[name].families not in families:
         raise BackendError(f"this model family runs on {' and '.join(families)} only, not on {name}")
+    if name in problems:
+        raise BackendError(problems[name])
     return name, _ENTRIES[name]

@@ -323,7 +323,7 @@ class MlxBackend:
         """Begin one FFN on x (..., d). Raises ConfigError for an activation that is not known."""
         if spec.activation not in ACTIVATIONS:
             raise ConfigError(f"unknown activation {spec.activation!r}; the mlx backend knows {', '.join(ACTIVATIONS)}")
-        return MlxPass(spec, x) if spec.layout.neurons == 1 else MlxGroupPass(spec, x)
+        return MlxGroupPass(spec, x) if spec.layout.grouped else MlxPass(spec, x)
 
     def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Predictor:
         """See `base.Backend.predictor`; int8 until it is used, products in fp32."""
@@ -357,6 +357,6 @@ class MlxBackend:
         scores = 0 if fused else 2 * item * widths.heads * chunk * context
         activations = 4 * chunk * (5 * dim + 5 * widths.qkv_rows)
         copies = 2 * min(PIECE, layout.count) * sum(part.nbytes for part in layout.parts)  # two pieces at once
-        if layout.neurons > 1:
+        if layout.grouped:
             ffn, copies = scratch_bytes(layout, chunk, item), 0
         return max(max(ffn, scores) + activations, copies) + cache_limit_bytes(dim)

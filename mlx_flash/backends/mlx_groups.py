@@ -1,21 +1,22 @@
 """One layer's FFN in MLX arrays where bundles are groups of neurons that share the scales of `down`. Needs mlx.
 
 The products are mlx-lm's own, bit for bit: gate and up with the rows at hand, `down` in one product over all of its
-columns, which are put side by side first. Columns that passed through staging are copied before they go, so that the
+columns, which are put side by side first. Each matrix has its own quantisation, or none. Columns that passed through staging are copied before they go, so that the
 result is the same at every budget. Copying takes as long as two products more: little, next to reading from a disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..storage.layout import Layout
+from ..storage.layout import Layout, Quantisation
 from .base import FFNSpec
 from .mlx_rows import MlxRows
-from .mlx_slab import DTYPES, MlxSlab, is_run
+from .mlx_slab import MlxSlab, is_run
 from .mlx_sum import ACTIVATIONS
 
 DOWN_COPIES = 3  # of a layer's `down`, at most: pieces, put side by side, in order
@@ -23,7 +24,7 @@ DOWN_COPIES = 3  # of a layer's `down`, at most: pieces, put side by side, in or
 
 @dataclass
 class _Piece:
-    """ids (n,), their neurons' h (1, T, n, neurons), and codes, scales and biases of down, each (d, n, .)."""
+    """ids (n,), their neurons' h (1, T, n, neurons), and down's parts (codes, scales, biases), each (d, n, .)."""
 
     ids: np.ndarray
     scalars: mx.array
@@ -34,11 +35,10 @@ class MlxGroupPass:
     """See `base.FFNPass`; x (..., d). Lazy: rows that `dense` and `down` were given are in use until `settle`."""
 
     def __init__(self, spec: FFNSpec, x: mx.array):
-        assert spec.layout.quantisation is not None
-        self._spec, self._coded = spec, spec.layout.quantisation
+        self._spec = spec
         self._activation = ACTIVATIONS[spec.activation]
         self._shape, self._dtype = x.shape, x.dtype
-        self._x = x.reshape(1, -1, x.shape[-1]).astype(DTYPES[spec.layout.dtype])  # (1, T, d)
+        self._x = x.reshape(1, -1, x.shape[-1])  # (1, T, d)
         self._pieces: list[_Piece] = []
         self._copied = 0  # pieces that need no slab any more
         self._result: mx.array | None = None
@@ -74,7 +74,7 @@ class MlxGroupPass:
         self._copied = len(self._pieces)
 
     def result(self) -> mx.array:
-        """The FFN's output, shape and dtype of x."""
+        """The FFN's output, shape of x; its dtype is that of mlx-lm's, which can be wider than x's."""
         self._result = self._whole() if self._pieces else mx.zeros(self._shape, self._dtype)
         self._pieces.clear()
         return self._result
@@ -86,24 +86,36 @@ class MlxGroupPass:
         if not is_run(order):
             index = mx.array(order.astype(np.uint32))
             scalars, down = mx.take(scalars, index, axis=2), [mx.take(array, index, axis=1) for array in down]
-        rows = MlxRows(tuple(array.reshape(len(array), -1) for array in down), self._coded, True)
+        coded, arrays = self._spec.layout.coding("down"), [array.reshape(len(array), -1) for array in down]
+        rows = _across(arrays, coded)
         whole = rows.product(scalars.reshape(1, self._x.shape[1], -1))
-        return whole.astype(self._dtype).reshape(self._shape)
+        if self._spec.down_bias is not None:
+            whole = whole + self._spec.down_bias
+        return whole.reshape(self._shape)
 
     def _add(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray) -> None:
-        gate, up = (MlxRows(self._held(slab, name, rows), self._coded, True) for name in ("gate", "up"))
-        scalars = self._activation.times(gate.product(self._x), up.product(self._x))
-        if self._spec.cutoff:
-            lead = self._activation.alone(gate.product(self._x))
-            scalars = mx.where(mx.abs(lead) > self._spec.cutoff, scalars, 0)
-        down = [array.reshape(len(ids), self._spec.layout.dim, -1) for array in self._held(slab, "down", rows)]
+        spec, scalars = self._spec, self._products(self._spec.first, slab, rows)
+        if spec.up_bias is not None:
+            neurons = spec.layout.neurons
+            which = (ids[:, None] * neurons + np.arange(neurons)).reshape(-1)
+            scalars = scalars + mx.take(spec.up_bias, mx.array(which.astype(np.uint32)))
+        if spec.gated:
+            gate, scalars = scalars, self._activation.times(scalars, self._products("up", slab, rows))
+            if spec.cutoff:
+                scalars = mx.where(mx.abs(self._activation.alone(gate)) > spec.cutoff, scalars, 0)
+        else:
+            scalars = self._activation.alone(scalars)
+        down = [array.reshape(len(ids), spec.layout.dim, -1) for array in self._held(slab, "down", rows)]
         shape = (1, self._x.shape[1], len(ids), -1)
         self._pieces.append(_Piece(ids, scalars.reshape(shape), [array.swapaxes(0, 1) for array in down]))
 
+    def _products(self, matrix: str, slab: MlxSlab, rows: np.ndarray) -> mx.array:
+        """x times a matrix' rows of the bundles in these rows of the slab, (1, T, n)."""
+        return _across(self._held(slab, matrix, rows), self._spec.layout.coding(matrix)).product(self._x)
+
     def _held(self, slab: MlxSlab, matrix: str, rows: np.ndarray) -> tuple[mx.array, ...]:
-        """Codes, scales and biases of a matrix' rows of these bundles, back to back: where they lie, if they follow
-        each other."""
-        inner = self._spec.layout.dim if matrix == "down" else self._coded.group_size
+        """A matrix' parts of these bundles, rows back to back: where they lie, if they follow each other."""
+        inner = self._spec.layout.dim if matrix == "down" else self._spec.layout.neurons
         index = None if is_run(rows) else mx.array(rows.astype(np.uint32))
         found = []
         for name in self._spec.layout.parts_of(matrix):
@@ -111,6 +123,11 @@ class MlxGroupPass:
             part = whole[int(rows[0]) : int(rows[-1]) + 1] if index is None else mx.take(whole, index, axis=0)
             found.append(part.reshape(len(rows) * inner, -1))
         return tuple(found)
+
+
+def _across(arrays: Sequence[mx.array], coded: Quantisation | None) -> MlxRows:
+    """Rows (n, .), for x . row."""
+    return MlxRows((arrays[0].T,) if coded is None else tuple(arrays), coded, True)
 
 
 def _joined(arrays: list[mx.array], axis: int) -> mx.array:

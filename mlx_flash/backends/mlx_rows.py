@@ -15,7 +15,7 @@ from ..storage.layout import Quantisation
 
 @dataclass(frozen=True)
 class MlxRows:
-    """Rows (groups, n, d): one array, or codes, scales and biases, each (groups, n, .).
+    """Rows (groups, n, d): one array, or codes, scales and, where the mode has them, biases, each (groups, n, .).
 
     across: for x . row; a plain array is then (groups, d, n). wide: sums of quantised rows are computed in fp32: MLX's
     CPU adds them up in the dtype of the scales, which in bfloat16 loses six times more than one rounding, and takes six
@@ -33,12 +33,12 @@ class MlxRows:
         # kernel then depends on their number. For T > 1 on Metal it does in any case: there is one group.
         if self.coded is None:
             return left @ self.arrays[0]
-        codes, scales, biases = self.arrays
+        codes, scales = self.arrays[:2]
+        biases = self.arrays[2] if len(self.arrays) > 2 else None
         if self.wide and not self.across:
-            left, scales, biases = (array.astype(mx.float32) for array in (left, scales, biases))
-        return mx.quantized_matmul(
-            left, codes, scales, biases, self.across, group_size=self.coded.group_size, bits=self.coded.bits
-        )
+            left, scales, biases = (array.astype(mx.float32) for array in (left, scales, self.arrays[2]))
+        kind = {"group_size": self.coded.group_size, "bits": self.coded.bits, "mode": self.coded.mode}
+        return mx.quantized_matmul(left, codes, scales, biases, self.across, **kind)
 
     def rows(self, part: slice, groups: int) -> MlxRows:
         """Rows `part` of a single group, not across, as so many groups."""

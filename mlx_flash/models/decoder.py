@@ -24,7 +24,7 @@ from ..tokenizer import load_tokenizer as load_tokenizer_files
 from .config_keys import OWN, OWN_MIXTURES
 from .families import OPT_POSITION_OFFSET, ModelSpec
 from .mixtures import is_mixture
-from .quantised import join_coded, read_quantisation, resident_shapes
+from .quantised import join_coded, resident_codings, resident_shapes
 from .rotary import attention_factor, inverse_frequencies
 
 FFN = Callable[[np.ndarray], np.ndarray]
@@ -206,9 +206,7 @@ def build(
     """The decoder of a flash checkpoint: loads the dense part into pinned memory. Raises FormatError, ReadError."""
     shapes = resident_shapes(checkpoint, spec)
     tensors = load_tensors(checkpoint.resident_tensors(), shapes, backend.from_bytes)
-    quantisation = read_quantisation(checkpoint.config)
-    if quantisation is not None:
-        tensors = join_coded(tensors, quantisation.bits)
+    tensors = join_coded(tensors, resident_codings(checkpoint))
     decoder = Decoder(spec, backend, tensors, dtype, context)
     for index in range(len(spec.layers)):
         biases = (decoder.weight("up", index)[1], decoder.weight("down", index)[1]) if spec.ffn_bias else (None, None)

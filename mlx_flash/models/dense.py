@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from ..storage.layout import Layout
 from .families import Family, LayerSpec, ModelSpec, TensorRef
 
 Shape = tuple[int, ...]
@@ -270,8 +271,8 @@ def _from_flash(
     """Module pattern, width and neurons per layer, as the conversion wrote them; opening a checkpoint checks them."""
     bias = f".{table.names['down']}.bias"
     module = next((m for m in table.modules if m.format(i=0) + bias in shapes), table.modules[0])
-    layers = flash["layers"]
-    return module, layers[0]["parts"][0]["length"], [layer["count"] for layer in layers]
+    layouts = [Layout.from_json(layer) for layer in flash["layers"]]
+    return module, layouts[0].dim, [layout.count * layout.neurons for layout in layouts]
 
 
 def _from_tensors(shapes: Mapping[str, Shape], table: DenseFamily) -> tuple[str, int, list[int]]:

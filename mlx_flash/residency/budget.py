@@ -30,6 +30,7 @@ class Costs:
     staging_blocks: at most so many; least_staging: at least so many, also where they leave fewer slots.
     resident_staging: blocks where everything is resident; None: staging_blocks.
     share: of every layer's bundles that get slots; None: what the budget leaves.
+    layer_slots: a slot's bytes in each layer, where they differ; `slot` is then the largest, by which slots are dealt.
     """
 
     model: str
@@ -43,6 +44,13 @@ class Costs:
     least_staging: int = 1
     resident_staging: int | None = None
     share: float | None = None
+    layer_slots: tuple[int, ...] = ()
+
+    def slots_bytes(self, capacities: Sequence[int]) -> int:
+        """Bytes of so many slots in each layer."""
+        if not self.layer_slots:
+            return self.slot * sum(capacities)
+        return sum(slot * capacity for slot, capacity in zip(self.layer_slots, capacities, strict=True))
 
     @property
     def shared_slots(self) -> tuple[int, ...]:
@@ -58,12 +66,12 @@ class Costs:
     def smallest(self) -> int:
         """The smallest legal budget: no slots but those asked for, staging for one block if anything streams."""
         staging = self.least_staging if self.share != 1 else min(self.least_staging, self.staging_when_resident)
-        return sum(self.fixed.values()) + self.staging_block * staging + self.slot * sum(self.shared_slots)
+        return sum(self.fixed.values()) + self.staging_block * staging + self.slots_bytes(self.shared_slots)
 
     @property
     def largest(self) -> int:
         """Everything resident."""
-        staging, slots = self.staging_block * self.staging_when_resident, self.slot * sum(self.counts)
+        staging, slots = self.staging_block * self.staging_when_resident, self.slots_bytes(self.counts)
         # A tiny model's bundles may take less than a block of staging does: never under the smallest.
         return max(sum(self.fixed.values()) + staging + slots, self.smallest)
 
@@ -104,7 +112,7 @@ def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]
 def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     """The plan for a budget; raises BudgetError, part by part, when it is under the smallest legal one."""
     if budget_bytes < costs.smallest:
-        slots = costs.slot * sum(costs.shared_slots)
+        slots = costs.slots_bytes(costs.shared_slots)
         parts = costs.fixed | {"staging": costs.smallest - sum(costs.fixed.values()) - slots}
         needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in (parts | {"slots": slots}).items() if size)
         smaller = "--slots" if slots else "--max-context"
@@ -126,7 +134,7 @@ def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
             capacities = split_by_gain(total, costs.counts, costs.unit, costs.curves, _floors(costs.curves, total))
         else:
             capacities = split_slots(total, costs.counts, costs.unit)
-    parts = dict(costs.fixed) | {"staging": staging * costs.staging_block, "slots": sum(capacities) * costs.slot}
+    parts = dict(costs.fixed) | {"staging": staging * costs.staging_block, "slots": costs.slots_bytes(capacities)}
     return MemoryPlan(budget_bytes, parts, capacities, staging)
 
 
@@ -134,7 +142,7 @@ def _given_slots(costs: Costs, left: int) -> tuple[int, tuple[int, ...]]:
     """Staging blocks and slots per layer where the share of the slots is given; staging takes what they leave."""
     capacities = costs.shared_slots
     wanted = costs.staging_when_resident if capacities == costs.counts else costs.staging_blocks
-    return min(wanted, (left - sum(capacities) * costs.slot) // costs.staging_block), capacities
+    return min(wanted, (left - costs.slots_bytes(capacities)) // costs.staging_block), capacities
 
 
 def _floors(curves: Sequence[Any], total: int) -> list[int]:

@@ -6,7 +6,7 @@ Owns a ring of staging slabs. Which blocks, and what is done with them, is the s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +34,19 @@ Fetch = Callable[[Request, Any], Pending]
 class BlockStream:
     """Keeps every staging slab but the one in use filling. `take` and `release` alternate.
 
+    slabs: those of the ring. Where layers' bundles are made differently, others[k] has one beside each of `slabs` for
+    layers of kind k + 1; kinds: of each layer, 0 for `slabs`.
+
     An exception other than ReadError (Ctrl-C) leaves reads under way, also some that are not in the ring: drain the
     reader, then `stop`.
     """
 
-    def __init__(self, slabs: list[Any]):
+    def __init__(self, slabs: list[Any], others: Sequence[list[Any]] = (), kinds: Sequence[int] = ()):
         self.slabs = slabs
+        self._rings, self._kinds = [slabs, *others], kinds
+        self._place = {id(slab): place for ring in self._rings for place, slab in enumerate(ring)}
         self._fetch: Fetch | None = None
-        self._free = list(slabs)
+        self._free = list(range(len(slabs)))
         self._coming: deque[tuple[Request, Any, Pending]] = deque()
         self._wanted: Iterator[Request] = iter(())
 
@@ -58,7 +63,7 @@ class BlockStream:
             with suppress(ReadError):  # dropped: whoever asks for it again will see the error again
                 self._coming[0][2].wait()
             self._coming.popleft()  # not before the wait, which may be interrupted
-        self._free = list(self.slabs)
+        self._free = list(range(len(self.slabs)))
         self._wanted = iter(())
         self._fetch = None  # a selector's method: held, it would keep the slabs of a model that was dropped
 
@@ -78,7 +83,7 @@ class BlockStream:
 
     def release(self, slab: Any) -> None:
         """The block is done with; its slab takes the next one."""
-        self._free.append(slab)
+        self._free.append(self._place[id(slab)])
         self._fill()
 
     def _fill(self) -> None:
@@ -86,7 +91,7 @@ class BlockStream:
             request = next(self._wanted, None)
             if request is None:
                 return
-            slab = self._free.pop()
+            slab = self._rings[self._kinds[request.layer] if self._kinds else 0][self._free.pop()]
             assert self._fetch is not None
             # If this is interrupted the slab is in neither list: it may be half submitted, so nobody may have it.
             self._coming.append((request, slab, self._fetch(request, slab)))

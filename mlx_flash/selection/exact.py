@@ -10,22 +10,23 @@ import numpy as np
 
 from ..backends.base import FFNSpec, block_of
 from ..residency.stream import Request
+from ..storage.layout import Layout
 from .shared import Shared, blocks, is_decode
 
 
 class AllSelector:
     """Every bundle: whole blocks from id 0 up are resident, fixed for the run, the rest streams through staging.
 
-    `capacities` and `counts` are those of every layer: the reads go on, in a circle, from this layer into the next
+    `capacities` and `layouts` are those of every layer: the reads go on, in a circle, from this layer into the next
     ones and into the next token.
     """
 
     exact = True
 
-    def __init__(self, layer: int, spec: FFNSpec, shared: Shared, capacities: Sequence[int], counts: Sequence[int]):
+    def __init__(self, layer: int, spec: FFNSpec, shared: Shared, capacities: Sequence[int], layouts: Sequence[Layout]):
         self.layer, self.spec, self.shared = layer, spec, shared
-        self.capacities, self.counts = capacities, counts
-        self.capacity, self.count = capacities[layer], counts[layer]
+        self.capacities, self.layouts = capacities, layouts
+        self.capacity, self.count = capacities[layer], layouts[layer].count
         names = [part.name for part in spec.layout.parts]
         self.slab = shared.backend.slab(spec.layout, self.capacity, names)
         self.loaded = False
@@ -62,8 +63,9 @@ class AllSelector:
 
     def _circle(self) -> Iterator[Request]:
         """Every streamed block of every layer, from this layer on, for ever."""
-        layers = len(self.counts)
+        layers = len(self.layouts)
         for step in count(self.layer):
             layer = step % layers
-            for first, length in blocks(self.capacities[layer], self.counts[layer], block_of(self.spec.layout)):
+            layout = self.layouts[layer]
+            for first, length in blocks(self.capacities[layer], layout.count, block_of(layout)):
                 yield Request(layer, np.arange(first, first + length))

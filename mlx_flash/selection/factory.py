@@ -109,7 +109,7 @@ class SelectorFactory:
         """The selector of one layer."""
         name, fraction = self.selection.name, self.selection.fraction
         if name == "all":
-            return AllSelector(layer, spec, self.shared, self.capacities, [layout.count for layout in self.layouts])
+            return AllSelector(layer, spec, self.shared, self.capacities, self.layouts)
         calibrated = self.calibration.layers[layer].rate if self.calibration and name in ("gate", "predictor") else None
         compiled = self.shared.backend.compiles
         residency = Residency(spec.layout.count, self.capacities[layer], self._policy, calibrated, compiled)

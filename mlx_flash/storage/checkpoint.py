@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import FormatError, IntegrityError, ReadError
 from .header import TensorInfo, load_json_object, read_header
-from .layout import FORMAT_VERSION, QUANTISED_VERSION, Layout, check_layer_file, layer_file
+from .layout import FORMAT_VERSION, MIXED_VERSION, Layout, check_layer_file, layer_file
 from .pointer import is_pointer, pointer_problem
 from .protocol import LayerFile
 from .writer import CONFIG, NO_DIGEST, is_safe_name
@@ -60,10 +60,10 @@ class Checkpoint:
         if not isinstance(flash, dict):
             raise FormatError(f'{path / CONFIG} has no "flash" object: run `mlx_flash convert {path} OUT` first')
         version = flash.get("format_version")
-        if type(version) is not int or version not in (FORMAT_VERSION, QUANTISED_VERSION):
+        if type(version) is not int or not FORMAT_VERSION <= version <= MIXED_VERSION:
             raise FormatError(
-                f"{path} has format version {str(version)[:20]}, this mlx_flash reads {FORMAT_VERSION} and "
-                f"{QUANTISED_VERSION}; convert the model again"
+                f"{path} has format version {str(version)[:20]}, this mlx_flash reads {FORMAT_VERSION} to "
+                f"{MIXED_VERSION}; convert the model again"
             )
         for key in ("activation", "dtype", "source_hash"):
             if not isinstance(flash.get(key), str):
@@ -73,11 +73,11 @@ class Checkpoint:
             flash.pop("calibration", None)
             files = {name: record for name, record in files.items() if not name.startswith(CALIBRATION)}
         layouts = _layouts(path, flash.get("layers"))
-        quantised = any(layout.quantisation is not None for layout in layouts)
-        if version != (QUANTISED_VERSION if quantised else FORMAT_VERSION):
-            kind = "quantised" if quantised else "not quantised"
+        if version != (right := max(layout.version for layout in layouts)):
+            kind = "quantised" if right > FORMAT_VERSION else "not quantised"
             raise FormatError(
-                f"{path} has format version {version}, and bundles that are {kind}; convert the model again"
+                f"{path} has format version {version}, and bundles of version {right}, which are {kind}; convert the "
+                "model again"
             )
         checkpoint = cls(path, config, layouts, files)
         checkpoint._check()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,22 +20,47 @@ from .header import read_header as read_header
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2  # an older release must not try to read these
+MIXED_VERSION = 3  # quantised otherwise than to 4 or 8 bits, alike in all matrices: the same
 ALIGN = 512
 DATA_START = 16384
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
 MAX_COUNT = (1 << 31) - 1  # ids are int32 in the residency
 MAX_PART_ITEMS = 1 << 40
-BITS, GROUP_SIZES = (4, 8), (32, 64, 128)
+MAX_NEURONS = 256  # of a bundle: whole blocks of the sum
+BITS, GROUP_SIZES = (4, 8), (32, 64, 128)  # that `convert -q` writes, and that the numpy backend computes with
 WORD_BITS = 32
+AFFINE = "affine"
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+SCALE_ONLY_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # MLX's other modes: bits, group size
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """MLX's affine format: `group_size` consecutive items of a row share a scale and a bias, an item is a code of
-    `bits` in 32-bit words, the first item in the lowest bits."""
+    """One of MLX's formats: `group_size` consecutive items of a row share a scale, and in the affine mode a bias; an
+    item is a code of `bits` in 32-bit words, the first item in the lowest bits, without gaps between items."""
 
     bits: int
     group_size: int
+    mode: str = AFFINE
+
+    @property
+    def known(self) -> bool:
+        """Whether MLX has this format."""
+        if self.mode == AFFINE:
+            return self.bits in AFFINE_BITS and self.group_size in GROUP_SIZES
+        return SCALE_ONLY_MODES.get(self.mode) == (self.bits, self.group_size)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What goes with the codes."""
+        return ("scales", "biases") if self.mode == AFFINE else ("scales",)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size} ({self.mode})"
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        return found if self.mode == AFFINE else found | {"mode": self.mode}
 
     def words(self, items: int) -> int:
         """32-bit words that hold the codes of so many items."""
@@ -65,12 +90,39 @@ class Layout:
     quantisation: where the weights are codes: matrix `gate` is then the parts `gate` (uint32 codes), `gate.scales` and
     `gate.biases`. neurons: per bundle; with more than one, `down` is quantised along them: its codes are d rows of
     `neurons` items, and a row has one scale and one bias.
+
+    codings: of each matrix, where they are not all quantised alike; None for one that is not quantised. `down` then
+    has d rows of `neurons` items too, quantised or not, and `quantisation` is None.
     """
 
     parts: tuple[Part, ...]
     count: int
     quantisation: Quantisation | None = None
     neurons: int = 1
+    codings: tuple[Quantisation | None, ...] = ()
+
+    @property
+    def coded(self) -> bool:
+        """Whether any matrix is quantised."""
+        return self.quantisation is not None or any(self.codings)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a bundle's `down` is d rows of its neurons, and not one row of d items per neuron."""
+        return self.neurons > 1 or bool(self.codings)
+
+    @property
+    def version(self) -> int:
+        """The least format version of a checkpoint that holds such bundles."""
+        if not self.coded:
+            return FORMAT_VERSION
+        alike = self.quantisation
+        plain = alike is not None and alike.mode == AFFINE and alike.bits in BITS
+        return QUANTISED_VERSION if plain and self.neurons in (1, alike.group_size) else MIXED_VERSION  # type: ignore
+
+    def coding(self, matrix: str) -> Quantisation | None:
+        """How a matrix is quantised."""
+        return self.codings[self.matrices.index(matrix)] if self.codings else self.quantisation
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -86,15 +138,16 @@ class Layout:
 
     @property
     def dtype(self) -> str:
-        """What is computed in: the dtype of the weights, or of their scales."""
-        return self.parts[0].dtype if self.quantisation is None else self.parts[1].dtype
+        """What is computed in: the dtype of the weights, or of their scales. Where these are not numbers of their own
+        (the modes without biases) MLX computes in that of the input; bfloat16 is what it usually is."""
+        return next((part.dtype for part in self.parts if part.dtype not in ("uint32", "uint8")), "bfloat16")
 
     @property
     def dim(self) -> int:
         """The width of a neuron's rows, in items."""
-        if self.quantisation is None:
-            return self.parts[0].length
-        return self.parts[1].length * self.quantisation.group_size // self.neurons
+        first = self.parts[0]
+        coded = self.coding(first.name)
+        return (first.length if coded is None else first.length * WORD_BITS // coded.bits) // self.neurons
 
     @property
     def bundle_bytes(self) -> int:
@@ -140,8 +193,12 @@ class Layout:
         """What config.json holds of this layout."""
         parts = [{"name": part.name, "dtype": part.dtype, "length": part.length} for part in self.parts]
         found: dict[str, Any] = {"count": self.count, "stride": self.stride, "parts": parts}
-        if self.quantisation is not None:
-            found["quantization"] = {"bits": self.quantisation.bits, "group_size": self.quantisation.group_size}
+        if self.codings:
+            pairs = zip(self.matrices, self.codings, strict=True)
+            found["quantization"] = {name: None if coded is None else coded.to_json() for name, coded in pairs}
+            found["neurons"] = self.neurons
+        elif self.quantisation is not None:
+            found["quantization"] = self.quantisation.to_json()
             found["neurons"] = self.neurons
         return found
 
@@ -168,22 +225,34 @@ class Layout:
 def quantised(layout: Layout, quantisation: Quantisation, neurons: int = 1) -> Layout:
     """The layout of the same weights as codes, `neurons` of them to a bundle. Raises FormatError where the shapes
     cannot be quantised so."""
-    dtype, dim, size = layout.dtype, layout.dim, quantisation.group_size
-    if dim % size:
-        raise FormatError(f"rows of {dim} items are no whole groups of {size}; choose a group size that divides {dim}")
+    return with_codings(layout, [quantisation] * len(layout.parts), neurons)
+
+
+def with_codings(layout: Layout, codings: Sequence[Quantisation | None], neurons: int) -> Layout:
+    """A plain layout's weights, each matrix as codes or (None) as it is, `neurons` to a bundle. Raises FormatError
+    where the shapes cannot be quantised so."""
+    dim = layout.dim
     if layout.count % neurons:
         raise FormatError(f"{layout.count} neurons are no whole bundles of {neurons}")
-    codes, groups = neurons * quantisation.words(dim), neurons * quantisation.groups(dim)
-    parts = [
-        part
-        for name in layout.matrices
-        for part in (
-            Part(name, "uint32", codes),
-            Part(f"{name}.scales", dtype, groups),
-            Part(f"{name}.biases", dtype, groups),
-        )
-    ]
-    return Layout(tuple(parts), layout.count // neurons, quantisation, neurons)
+    parts = []
+    for plain, coded in zip(layout.parts, codings, strict=True):
+        if coded is None:
+            parts.append(Part(plain.name, plain.dtype, neurons * dim))
+            continue
+        if dim % coded.group_size and (plain.name != "down" or neurons == 1):
+            size = coded.group_size
+            raise FormatError(
+                f"rows of {dim} items are no whole groups of {size}; choose a group size that divides {dim}"
+            )
+        if plain.name == "down" and neurons > 1 and neurons % coded.group_size:
+            raise FormatError(f"{neurons} neurons are no whole groups of {coded.group_size}")
+        parts.append(Part(plain.name, "uint32", coded.words(neurons * dim)))
+        dtype = plain.dtype if coded.mode == AFFINE else "uint8"
+        parts += [Part(f"{plain.name}.{field}", dtype, coded.groups(neurons * dim)) for field in coded.fields]
+    count = layout.count // neurons
+    if all(coded == codings[0] for coded in codings):
+        return Layout(tuple(parts), count, codings[0], neurons)
+    return Layout(tuple(parts), count, None, neurons, tuple(codings))
 
 
 def layer_file(layer: int) -> str:
@@ -228,23 +297,57 @@ def _size(value: Any, what: str, largest: int) -> int:
 
 def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
     """The layout of codes that a JSON layout's parts are to be; raises FormatError if they are not."""
-    _need_fields(value, "a quantisation", {"bits", "group_size"})
-    bits, size = value["bits"], value["group_size"]
-    if type(bits) is not int or type(size) is not int or bits not in BITS or size not in GROUP_SIZES:
-        raise _bad(f"layout is quantised to {str(bits)[:20]} bits in groups of {str(size)[:20]}, which is not known")
-    if type(neurons) is not int or neurons not in (1, size):
-        raise _bad(f"layout has {str(neurons)[:20]} neurons to a bundle; known: 1 and the group size, {size}")
-    found = replace(layout, quantisation=Quantisation(bits, size), neurons=neurons)
-    if len(found.parts) % 3 or found.dim < 1:
-        raise _bad("layout is quantised, but its parts are not codes, scales and biases")
-    plain = Layout(tuple(Part(name, found.dtype, found.dim) for name in found.matrices), found.count * neurons)
+    matrices = layout.matrices
+    if isinstance(value, dict) and "bits" not in value:
+        _need_fields(value, "a quantisation", set(matrices))
+        codings = [None if value[name] is None else _coding(value[name]) for name in matrices]
+    else:
+        codings = [_coding(value)] * len(matrices)
+    if type(neurons) is not int or not 1 <= neurons <= MAX_NEURONS:
+        raise _bad(f"layout has {str(neurons)[:20]} neurons to a bundle; known: 1 to {MAX_NEURONS}")
+    wrong = _bad("layout is quantised, but its parts are not codes, scales and biases of the same weights")
+    dtypes = _number_types(layout, matrices, codings)
+    alike = all(coded == codings[0] for coded in codings)
+    found = replace(
+        layout, quantisation=codings[0] if alike else None, neurons=neurons, codings=() if alike else tuple(codings)
+    )
+    if dtypes is None or not found.coded or found.dim < 1:
+        raise wrong
+    plain = Layout(tuple(Part(n, d, found.dim) for n, d in zip(matrices, dtypes, strict=True)), found.count * neurons)
     try:
-        wanted = quantised(plain, found.quantisation, neurons)  # type: ignore[arg-type]
+        wanted = with_codings(plain, codings, neurons)
     except FormatError as error:
         raise _bad(f"layout is quantised, but {error}") from None
-    if wanted != found or found.dtype in ("uint32", "uint8"):
-        raise _bad("layout is quantised, but its parts are not codes, scales and biases of the same weights")
+    if wanted != found:
+        raise wrong
     return found
+
+
+def _number_types(layout: Layout, matrices: Sequence[str], codings: Sequence[Quantisation | None]) -> list[str] | None:
+    """The dtype of each matrix' numbers: of its scales, or its own. None where one is no dtype of numbers."""
+    dtypes = {part.name: part.dtype for part in layout.parts}
+    found = []
+    for name, coded in zip(matrices, codings, strict=True):
+        if coded is not None and coded.mode != AFFINE:
+            found.append("bfloat16")  # of no part
+            continue
+        dtype = dtypes.get(name if coded is None else f"{name}.scales")
+        if dtype is None or dtype in ("uint32", "uint8"):
+            return None
+        found.append(dtype)
+    return found
+
+
+def _coding(value: Any) -> Quantisation:
+    mode = value.get("mode", AFFINE) if isinstance(value, dict) else AFFINE
+    _need_fields(value, "a quantisation", {"bits", "group_size"} | ({"mode"} if mode != AFFINE else set()))
+    bits, size = value["bits"], value["group_size"]
+    if type(bits) is not int or type(size) is not int or not Quantisation(bits, size, str(mode)).known:
+        raise _bad(
+            f"layout is quantised to {str(bits)[:20]} bits in groups of {str(size)[:20]} ({str(mode)[:20]}), which is "
+            "not known"
+        )
+    return Quantisation(bits, size, mode)
 
 
 def _part(value: Any) -> Part:

@@ -6,29 +6,45 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .. import microscaling
 from ..affine import AffineBundles, AffineRows
 from ..casting import RAW, to_float32
-from .layout import Layout
+from .layout import AFFINE, Layout, Quantisation
 
-VIEWS = {"uint32": np.uint32, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+VIEWS = {
+    **{"uint32": np.uint32, "uint8": np.uint8},
+    **{"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16},
+}
+
+
+def wide_codes(fields: Sequence[np.ndarray], coded: Quantisation) -> np.ndarray:
+    """Codes (rows, words), scales and, if there are any, biases (rows, groups) as numbers (rows, n) fp32."""
+    if coded.mode != AFFINE:
+        return microscaling.widen(fields[0], fields[1], coded.mode)
+    rows = AffineRows(fields[0], fields[1], fields[2], coded.bits)
+    out = np.empty(rows.shape, np.float32)
+    rows.widen(out)
+    return out
 
 
 def wide_rows(raw: np.ndarray, layout: Layout, matrix: str) -> np.ndarray:
     """A matrix' rows of n bundles, (n * neurons, d) fp32. raw (n, layout.matrix_bytes(matrix)) uint8, contiguous."""
-    if layout.quantisation is None:
+    coded = layout.coding(matrix)
+    turned = matrix == "down" and layout.grouped
+    rows = len(raw) * (layout.dim if turned else layout.neurons)
+    if coded is None:
         dtype = layout.part(matrix).dtype
-        return to_float32(raw.view(RAW[dtype]), dtype)
-    fields, at = [], 0
-    for name in layout.parts_of(matrix):
-        part = layout.part(name)
-        fields.append(np.ascontiguousarray(raw[:, at : at + part.nbytes]).view(VIEWS[part.dtype]))
-        at += part.nbytes
-    coded = coded_rows(fields, layout, matrix)
-    if isinstance(coded, AffineBundles):
-        return coded.widen()
-    out = np.empty(coded.shape, np.float32)
-    coded.widen(out)
-    return out
+        wide = to_float32(raw.view(RAW[dtype]), dtype).reshape(rows, -1)
+    else:
+        fields, at = [], 0
+        for name in layout.parts_of(matrix):
+            part = layout.part(name)
+            fields.append(np.ascontiguousarray(raw[:, at : at + part.nbytes]).view(VIEWS[part.dtype]).reshape(rows, -1))
+            at += part.nbytes
+        wide = wide_codes(fields, coded)
+    if not turned:
+        return wide
+    return wide.reshape(len(raw), layout.dim, layout.neurons).swapaxes(1, 2).reshape(-1, layout.dim)
 
 
 def coded_rows(fields: Sequence[np.ndarray], layout: Layout, matrix: str) -> AffineRows | AffineBundles:

@@ -12,7 +12,7 @@ import mlx_flash
 PACKAGE = Path(mlx_flash.__file__).parent
 # A file may import from the layers before its own, and from its own.
 LAYERS = [
-    ("errors", "config", "address_space", "stats", "casting", "options", "affine", "compiling"),
+    ("errors", "config", "address_space", "stats", "casting", "options", "affine", "microscaling", "compiling"),
     ("machine",),
     ("storage",),
     ("residency",),
