@@ -28,6 +28,7 @@ from .models.quantised import (
     coded_shapes,
     find_codings,
     plain_shapes,
+    quantization_object,
     read_quantisation,
 )
 from .models.read_config import family_of, read_spec
@@ -114,6 +115,8 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
     encoder = settings.encoder(spec, kind)
     order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
     config = normalised_config(source.config, spec, kind)
+    if entries is not None:
+        config["quantization"] = quantization_object(entries, codings, spec.resident_shapes())
     if encoder is not None:
         layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
         if encoder.dense is not None:  # for mlx-lm

@@ -286,6 +286,19 @@ def resident_shapes(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Shape]
     return coded_shapes(spec.resident_shapes(), resident_codings(checkpoint))
 
 
+def quantization_object(
+    entries: Entries, codings: Mapping[str, Quantisation], names: Collection[str]
+) -> dict[str, Any]:
+    """What config.json says of these `names`' codings, so that it can be read without knowing the matrices' shapes."""
+
+    def spelt(coded: Quantisation) -> dict[str, Any]:
+        return {"group_size": coded.group_size, "bits": coded.bits, "mode": coded.mode}
+
+    special = {name.removesuffix(".weight"): coded for name, coded in codings.items() if name in names}
+    each = {module: spelt(coded) for module, coded in special.items() if coded != entries.default}
+    return spelt(entries.default) | each
+
+
 def usual_coding(codings: Mapping[str, Quantisation]) -> Quantisation | None:
     """The one that most tensors have; None where none has any."""
     found = Counter(codings.values()).most_common(1)
@@ -305,7 +318,11 @@ def expected_layout(spec: ModelSpec, layer: int, dtype: str, found: Sequence[Lay
     """A layer's layout by the config, quantised as the bundles on flash are. Raises FormatError where they cannot be of
     this model."""
     layout = spec.layout(layer, dtype)
-    if layer >= len(found) or not found[layer].coded or found[layer].matrices != layout.matrices:
+    if (
+        layer >= len(found)
+        or not (found[layer].coded or found[layer].grouped)
+        or found[layer].matrices != layout.matrices
+    ):
         return layout
     stored = found[layer]
     dtypes = {part.name: part.dtype for part in stored.parts}
@@ -323,7 +340,9 @@ def numpy_problem(spec: ModelSpec, layouts: Sequence[Layout], codings: Mapping[s
     }
     for layer, layout in enumerate(layouts):
         alike = layout.quantisation
-        if not layout.coded or (alike is not None and _plain(alike) and layout.neurons in (1, alike.group_size)):
+        if not (layout.coded or layout.grouped) or (
+            alike is not None and _plain(alike) and layout.neurons in (1, alike.group_size)
+        ):
             continue
         sources = spec.ffn_sources(layer)
         each = {sources[matrix].name.removesuffix(".weight"): layout.coding(matrix) for matrix in layout.matrices}

@@ -74,10 +74,9 @@ class Checkpoint:
             files = {name: record for name, record in files.items() if not name.startswith(CALIBRATION)}
         layouts = _layouts(path, flash.get("layers"))
         if version != (right := max(layout.version for layout in layouts)):
-            kind = "quantised" if right > FORMAT_VERSION else "not quantised"
+            kind = {1: "not quantised", 2: "quantised alike"}.get(right, "quantised in other ways")
             raise FormatError(
-                f"{path} has format version {version}, and bundles of version {right}, which are {kind}; convert the "
-                "model again"
+                f"{path} has format version {version}, and bundles that are {kind}; convert the model again"
             )
         checkpoint = cls(path, config, layouts, files)
         checkpoint._check()

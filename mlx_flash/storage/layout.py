@@ -114,7 +114,7 @@ class Layout:
     @property
     def version(self) -> int:
         """The least format version of a checkpoint that holds such bundles."""
-        if not self.coded:
+        if not self.coded and not self.grouped:
             return FORMAT_VERSION
         alike = self.quantisation
         plain = alike is not None and alike.mode == AFFINE and alike.bits in BITS
@@ -250,7 +250,7 @@ def with_codings(layout: Layout, codings: Sequence[Quantisation | None], neurons
         dtype = plain.dtype if coded.mode == AFFINE else "uint8"
         parts += [Part(f"{plain.name}.{field}", dtype, coded.groups(neurons * dim)) for field in coded.fields]
     count = layout.count // neurons
-    if all(coded == codings[0] for coded in codings):
+    if all(coded == codings[0] for coded in codings) and (codings[0] is not None or neurons == 1):
         return Layout(tuple(parts), count, codings[0], neurons)
     return Layout(tuple(parts), count, None, neurons, tuple(codings))
 
@@ -307,11 +307,11 @@ def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
         raise _bad(f"layout has {str(neurons)[:20]} neurons to a bundle; known: 1 to {MAX_NEURONS}")
     wrong = _bad("layout is quantised, but its parts are not codes, scales and biases of the same weights")
     dtypes = _number_types(layout, matrices, codings)
-    alike = all(coded == codings[0] for coded in codings)
+    alike = codings[0] is not None and all(coded == codings[0] for coded in codings)
     found = replace(
         layout, quantisation=codings[0] if alike else None, neurons=neurons, codings=() if alike else tuple(codings)
     )
-    if dtypes is None or not found.coded or found.dim < 1:
+    if dtypes is None or found.dim < 1:
         raise wrong
     plain = Layout(tuple(Part(n, d, found.dim) for n, d in zip(matrices, dtypes, strict=True)), found.count * neurons)
     try:

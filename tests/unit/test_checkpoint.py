@@ -15,6 +15,7 @@ from mlx_flash.storage.checkpoint import Checkpoint, is_checkpoint, verify
 from mlx_flash.storage.layout import (
     DATA_START,
     FORMAT_VERSION,
+    MIXED_VERSION,
     QUANTISED_VERSION,
     Layout,
     Part,
@@ -134,10 +135,10 @@ def test_what_is_no_checkpoint(tmp_path, folder):
         verify(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, QUANTISED_VERSION + 1, None, "1", True, 1.0])
+@pytest.mark.parametrize("version", [0, MIXED_VERSION + 1, None, "1", True, 1.0])
 def test_another_version(folder, version):
     edit(folder, lambda flash: flash.update(format_version=version))
-    with pytest.raises(FormatError, match=f"format version {version}, this mlx_flash reads 1 and 2; convert"):
+    with pytest.raises(FormatError, match=f"format version {version}, this mlx_flash reads 1 to 3; convert"):
         Checkpoint.open(folder)
 
 

@@ -207,8 +207,8 @@ def test_wrong_sources(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes())
     config = json.loads((source / "config.json").read_text())
     for change, error, match in (
-        ({"quantization": {"bits": 4}}, ConfigError, "groups of None"),
-        ({"quantization_config": {"bits": 4}}, ConfigError, "affine"),
+        ({"quantization": {"bits": 4}}, ConfigError, "lacks .group_size."),
+        ({"quantization_config": {"bits": 4}}, ConfigError, "names no known kind"),
         ({"model_type": "mamba"}, ConfigError, "gpt2"),
         ({"hidden_act": "gelu_new"}, ConfigError, "gelu_new"),
         ({"flash": {}}, UsageError, "already"),

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_flash
-from mlx_flash.affine import AffineBundles, AffineRows, quantise
+from mlx_flash.affine import AffineBundles, AffineRows, quantise, unpack
 from mlx_flash.casting import from_float32, to_float32
 from mlx_flash.errors import ConfigError, FormatError, UsageError
 from mlx_flash.inspection import inspect_model
-from mlx_flash.models.quantised import read_quantisation
+from mlx_flash.models.quantised import Entries, coded_shapes, find_codings, plain_shapes, read_quantisation
 from mlx_flash.storage.checkpoint import Checkpoint
-from mlx_flash.storage.layout import Layout, Part, Quantisation, quantised
+from mlx_flash.storage.header import TensorInfo
+from mlx_flash.storage.layout import Layout, Part, Quantisation, quantised, with_codings
 from mlx_flash.storage.weights import VIEWS
 from tests.tiny import make_tiny
 
@@ -100,17 +101,53 @@ def test_a_layout_is_read_back(neurons: int) -> None:
     assert layout.count * neurons == 256
 
 
+FORMATS = [None, *(Quantisation(bits, size) for bits in (1, 2, 3, 4, 5, 6, 8) for size in (32, 64, 128))]
+FORMATS += [Quantisation(4, 32, "mxfp4"), Quantisation(8, 32, "mxfp8"), Quantisation(4, 16, "nvfp4")]
+
+
+@given(st.lists(st.sampled_from(FORMATS), min_size=3, max_size=3), st.sampled_from(["float32", "bfloat16"]))
+def test_a_layout_of_matrices_of_any_formats_is_read_back(codings: list[Quantisation | None], dtype: str) -> None:
+    layout = with_codings(plain(dtype=dtype), codings, 128)
+    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert layout.dim == 128 and layout.grouped and layout.count * layout.neurons == 256
+    assert [layout.coding(name) for name in layout.matrices] == codings
+    item = 4 if dtype == "float32" else 2
+    for name, coded in zip(layout.matrices, codings, strict=True):
+        weights = 128 * 128
+        scales = 0 if coded is None else weights // coded.group_size * (2 * item if coded.mode == "affine" else 1)
+        assert layout.matrix_bytes(name) == weights * (8 * item if coded is None else coded.bits) // 8 + scales
+    alike = codings[0] is not None and len(set(codings)) == 1
+    assert layout.version == (2 if alike and codings[0] in map(lambda b: Quantisation(b, 128), (4, 8)) else 3)
+
+
+@given(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_codes_are_a_row_of_bits(bits: int, words: int, seed: int) -> None:
+    """Item i begins at bit i * bits: checked against Python's own big integers."""
+    items = np.random.default_rng(seed).integers(0, 1 << bits, (3, 32 * words))
+    rows = [sum(int(code) << (bits * i) for i, code in enumerate(row)) for row in items]
+    packed = [np.frombuffer(row.to_bytes(4 * bits * words, "little"), "<u4") for row in rows]
+    assert np.array_equal(unpack(np.stack(packed), bits), items)
+
+
 WRONG: list[tuple[Any, str]] = [
-    (lambda j: j["quantization"].update(bits=3), "3 bits"),
+    (lambda j: j["quantization"].update(bits=7), "7 bits"),
+    (lambda j: j["quantization"].update(bits=3), "is quantised, but"),
     (lambda j: j["quantization"].update(group_size=True), "groups of True"),
-    (lambda j: j.update(neurons=7), "7 neurons"),
+    (lambda j: j.update(neurons=7), "is quantised, but"),
+    (lambda j: j.update(neurons=512), "512 neurons"),
+    (lambda j: j.update(neurons=True), "True neurons"),
     (lambda j: j.update(neurons=64), "is quantised, but"),
     (lambda j: j["quantization"].update(group_size=32), "is quantised, but"),
     (lambda j: j["parts"].pop(), "is quantised, but"),
     (lambda j: j["parts"][0].update(dtype="float32"), "is quantised, but"),
     (lambda j: j["parts"][1].update(dtype="uint32"), "is quantised, but"),
     (lambda j: j.pop("neurons"), "exactly the fields"),
-    (lambda j: j["quantization"].update(mode="x"), "exactly the fields"),
+    (lambda j: j["quantization"].update(mode="x"), "which is not known"),
+    (lambda j: j["quantization"].update(mode=7), "which is not known"),
+    (lambda j: j["quantization"].update(what=1), "exactly the fields"),
+    (lambda j: j.update(quantization=4), "exactly the fields"),
+    (lambda j: j.update(quantization={"gate": None}), "exactly the fields"),
+    (lambda j: j.update(quantization={"gate": None, "up": None, "down": None}), "is quantised, but"),
 ]
 
 
@@ -129,29 +166,112 @@ def test_shapes_that_no_group_fits() -> None:
         quantised(plain(count=250), Quantisation(4, 32), 32)
 
 
+FOUR = {"group_size": 64, "bits": 4}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"quantization": {"group_size": 64, "bits": 3}}, "3 bits are not known; choose 4 or 8"),
+    ({"quantization": {"group_size": 64, "bits": 7}}, "7 bits are not known; MLX has 1, 2, 3, 4, 5, 6, 8"),
+    ({"quantization": {"group_size": 64, "bits": "4"}}, "4 bits are not known"),
+    ({"quantization": {"group_size": 64, "bits": True}}, "True bits are not known"),
+    ({"quantization": {"group_size": 48, "bits": 4}}, "groups of 48 are not known; MLX has 32, 64, 128"),
     ({"quantization": {"group_size": 16, "bits": 4}}, "groups of 16 are not known"),
-    ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mode 'mxfp4'"),
-    ({"quantization": {"group_size": 64, "bits": 4, "a.down_proj": {"bits": 8}}}, "differs for 'a.down_proj'"),
-    ({"quantization": {"group_size": 64, "bits": 4, "what": 7}}, "'what'"),
+    ({"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, r"groups of 64.*MLX has 32 \(mxfp4\)"),
+    ({"quantization": {"group_size": 32, "bits": 8, "mode": "mxfp4"}}, r"8 bits.*MLX has 4 \(mxfp4\)"),
+    ({"quantization": {"group_size": 64, "bits": 4, "mode": "fp3"}}, "mode 'fp3'; MLX has affine, mxfp4"),
+    ({"quantization": {"group_size": 64, "bits": 4, "mode": ["affine"]}}, "mode .*MLX has affine"),
+    ({"quantization": {"group_size": 64}}, "lacks 'bits'"),
+    ({"quantization": {"bits": 4}}, "lacks 'group_size'"),
+    ({"quantization": FOUR | {"a.down_proj": {"bits": 9}}}, "of 'a.down_proj': 9 bits"),
+    ({"quantization": FOUR | {"a.down_proj": {"bits": 8, "global_scale": True}}}, "has 'global_scale'"),
+    ({"quantization": FOUR | {"what": 7}}, "'what'.*neither true, false nor an object"),
+    ({"quantization": FOUR | {"what": None}}, "'what'.*neither true, false nor an object"),
+    ({"quantization": FOUR, "quantize_activations": True}, "'quantize_activations'"),
     ({"quantization": "4 bits"}, "not an object"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "not of MLX's affine format"),
+    ({"quantization": [4]}, "not an object"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "by FP8 with block scales"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by GPTQ"),
+    ({"quantization_config": {"quant_method": "awq"}}, "by AWQ"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "by bitsandbytes"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "by compressed-tensors"),
+    ({"quantization_config": {"quant_method": "hqq"}}, "by HQQ"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "by transformers' MXFP4"),
+    ({"quantization_config": {"quant_method": "newest"}}, "by 'newest'"),
+    ({"quantization_config": {"load_in_8bit": True}}, "names no known kind"),
+    ({"quantization_config": "int8"}, "by 'int8'"),
 ]
 
 
 @pytest.mark.parametrize(("config", "match"), REFUSED)
 def test_another_quantisation_is_refused(config: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match) as error:
         read_quantisation(config)
+    assert "\n" not in str(error.value)
 
 
 def test_mlx_lm_spells_a_quantisation_in_several_ways() -> None:
+    def spelt(**entries: Any) -> Entries | None:
+        return read_quantisation({"quantization": FOUR | entries, "quantization_config": FOUR})
+
     four = Quantisation(4, 64)
-    assert read_quantisation({"quantization": {"group_size": 64, "bits": 4}}) == four
-    alike = {"group_size": 64, "bits": 4, "mode": "affine", "x": False, "y": {"group_size": 64, "bits": 4}}
-    assert read_quantisation({"quantization": alike}) == four
+    assert spelt() == spelt(mode="affine") == Entries(four, {})
+    assert spelt(x=False, y=dict(FOUR), z=True) == Entries(four, {"x": False, "y": four, "z": True})
+    # What an entry leaves out is MLX's default for its mode, whatever is said for all.
+    entries = spelt(x={"bits": 6}, y={"mode": "nvfp4"}, z={"bits": 8, "group_size": None, "mode": "mxfp8"})
+    assert entries is not None and entries.modules == {
+        "x": Quantisation(6, 64),
+        "y": Quantisation(4, 16, "nvfp4"),
+        "z": Quantisation(8, 32, "mxfp8"),
+    }
     assert read_quantisation({}) is None
+
+
+def infos(**shapes: tuple[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    return {name.replace("__", "."): TensorInfo(name, tag, shape, 0, 0) for name, (tag, shape) in shapes.items()}
+
+
+STORED = {
+    "a__weight": ("U32", (7, 24)),
+    "a__scales": ("BF16", (7, 4)),
+    "a__biases": ("BF16", (7, 4)),
+    "b__weight": ("BF16", (7, 128)),
+}
+SIX_OF_32 = {"bits": 6, "group_size": 32}
+CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"a": {"bits": 4, "group_size": 32}}, {}, r"'a' has 4 bits in groups of 32 .*codes U32 \[7, 24\].*download"),
+    ({"a": {"bits": 6, "group_size": 64}}, {}, "'a' has 6 bits in groups of 64"),
+    ({"a": {"mode": "mxfp4"}}, {}, r"'a' has 4 bits in groups of 32 \(mxfp4\)"),
+    ({"a": True}, {}, "'a' has 4 bits in groups of 64"),
+    ({"a": False}, {}, "'a' is not quantised, but it has scales"),
+    ({"b": SIX_OF_32}, {}, "'b', whose weights are stored as they are"),
+    ({"c": SIX_OF_32}, {}, "'c', of which the checkpoint has no weights"),
+    ({"c": True}, {}, "'c', of which the checkpoint has no weights"),
+    ({}, {"a__scales": ("BF16", (7, 3))}, "'a' has 4 bits in groups of 64"),
+    ({}, {"a__scales": ("U8", (7, 4))}, "'a' has 4 bits in groups of 64"),
+    ({}, {"a__weight": ("F32", (7, 24))}, "'a' has .*codes F32"),
+    ({"a": SIX_OF_32}, {"a__biases": None}, "lacks 1 of the tensors of a: a.biases"),
+    ({}, {"a__scales": None}, "lacks 1 of the tensors of a: a.scales"),
+]
+
+
+@pytest.mark.parametrize(("entries", "changes", "match"), CONTRADICTIONS)
+def test_entries_that_contradict_the_tensors(entries: dict[str, Any], changes: dict[str, Any], match: str) -> None:
+    tensors = infos(**{name: value for name, value in (STORED | changes).items() if value is not None})
+    with pytest.raises(ConfigError, match=match):
+        find_codings(read_quantisation({"quantization": FOUR | entries}), tensors)
+
+
+def test_what_tensors_say_where_config_json_does_not() -> None:
+    tensors = infos(**STORED)
+    known = {"a.weight": (7, 128), "b.weight": (7, 128)}
+    for entries, shapes in (({}, known), ({"a": SIX_OF_32}, {}), ({"b": False, "c": False}, known)):
+        codings = find_codings(read_quantisation({"quantization": FOUR | entries}), tensors, shapes)
+        assert codings == {"a.weight": Quantisation(6, 32)}
+        assert plain_shapes(tensors, codings) == {"a.weight": (7, 128), "b.weight": (7, 128)}
+        assert coded_shapes(plain_shapes(tensors, codings), codings) == {n: info.shape for n, info in tensors.items()}
+    # 4 bits of 64s and 2 bits of 128s have one shape: the matrix' own tells them apart.
+    ambiguous = infos(a__weight=("U32", (7, 16)), a__scales=("F16", (7, 2)), a__biases=("F16", (7, 2)))
+    four = read_quantisation({"quantization": FOUR})
+    assert find_codings(four, ambiguous) == {"a.weight": Quantisation(4, 64)}
+    assert find_codings(four, ambiguous, {"a.weight": (7, 256)}) == {"a.weight": Quantisation(2, 128)}
+    assert find_codings(four, ambiguous, {"a.weight": (7, 64)}) == {"a.weight": Quantisation(8, 32)}
 
 
 @pytest.fixture(scope="module")
