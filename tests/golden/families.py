@@ -1,0 +1,8 @@
+"""All families of the golden grid."""
+
+from __future__ import annotations
+
+from .cells import DENSE, GridFamily
+from .mixtures import MIXTURES
+
+FAMILIES: dict[str, GridFamily] = DENSE | MIXTURES
