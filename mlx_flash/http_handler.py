@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from mlx_lm import server as mlx_lm_server
-
 from .errors import UsageError
 from .http_replies import ChatLogprobs, CompletionLogprobs, Piece, Reply, joined
 from .http_requests import check_body, check_length, listed_logprobs, prompt_name, prompts_of, without_nulls
+from .models.mlx_compat import server as mlx_lm_server
 
 MOST_BODY_BYTES = 32 << 20
 Listing = ChatLogprobs | CompletionLogprobs

@@ -20,31 +20,17 @@ from typing import Any
 
 import mlx.core as mx
 from jinja2 import TemplateError
-from mlx_lm import server as mlx_lm_server
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from .errors import BackendError, FlashError, UsageError
+from .errors import FlashError, UsageError
 from .experts import ExpertPlan
 from .http_handler import Handler
 from .http_replies import Likeliest, TokenTexts
 from .http_requests import check_length
 from .load import RunPlan, load_planned
+from .models.mlx_compat import LRUPromptCache, can_trim_prompt_cache, check_server, make_prompt_cache, trim_prompt_cache
+from .models.mlx_compat import server as mlx_lm_server
 
 MOST_WAITING = 256
-NEEDED = {
-    "ResponseGenerator": ("_run_generate", "_generate", "_next_request", "_tokenize", "generate", "stop_and_join"),
-    "APIHandler": ("validate_model_parameters", "handle_completion", "handle_models_request", "generate_response"),
-    "TextStateMachine": ("make_state", "split", "flush"),
-}
-
-
-def check_mlx_lm() -> None:
-    """Raise BackendError for an mlx-lm whose server is not made of the pieces used here."""
-    for name, methods in NEEDED.items():
-        if not all(hasattr(getattr(mlx_lm_server, name, None), method) for method in methods) or not hasattr(
-            mlx_lm_server, "_format_top_logprobs"
-        ):
-            raise BackendError("mlx_flash server needs mlx-lm 0.32 or later; pip install -U mlx-lm")
 
 
 class Provider(mlx_lm_server.ModelProvider):
@@ -231,7 +217,7 @@ class Server:
         origins: Sequence[str] = (),
         **defaults: Any,
     ):
-        check_mlx_lm()
+        check_server()
         settings = SimpleNamespace(
             **{"max_tokens": 512, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | defaults,
             model=names[0],

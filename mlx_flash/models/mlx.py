@@ -6,7 +6,6 @@ mlx-lm's generate, caches, samplers and adapters take the result like any other 
 
 from __future__ import annotations
 
-import importlib
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +16,23 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import load_model
-from mlx_lm.utils import load_tokenizer as load_wrapped_tokenizer
 
 from ..backends.mlx import cache_limit_bytes
 from ..errors import ConfigError, FormatError
 from ..kept import Kept
 from ..tokenizer import reading_tokenizer
+from . import mlx_compat
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
+from .mlx_compat import (
+    architecture,
+    can_trim_prompt_cache,
+    generation_stream,
+    load_model,
+    make_prompt_cache,
+    make_sampler,
+    wired_limit,
+)
 from .mlx_dense import check_kv_cache, check_module
 from .mlx_head import fit_head
 from .mlx_keys import keys_read as keys_read
@@ -217,10 +221,10 @@ def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], 
     """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
     module, attribute = MODULES[spec.family]
-    architecture = importlib.import_module(f"mlx_lm.models.{module}")
+    code = architecture(module)
 
     def make(args: Any) -> nn.Module:
-        model = flash_model(architecture.Model, spec.tied)(args)
+        model = flash_model(code.Model, spec.tied)(args)
         if len(model.layers) != len(ffns):
             raise ConfigError(f"mlx-lm builds {len(model.layers)} layers, the checkpoint has {len(ffns)}")
         for i, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
@@ -233,7 +237,7 @@ def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], 
             setattr(layer, attribute, FlashFFNModule(ffn, biases))
         return model
 
-    return make, architecture.ModelArgs
+    return make, code.ModelArgs
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
 def load_tokenizer(path: Path, eos_ids: Sequence[int]) -> Any:
     """mlx-lm's tokenizer of a folder, which stops at any of `eos_ids` (none given: at the tokenizer's own)."""
     with reading_tokenizer(path) as keywords:
-        return load_wrapped_tokenizer(path, dict(keywords), eos_token_ids=list(eos_ids) or None)
+        return mlx_compat.load_tokenizer(path, dict(keywords), eos_token_ids=list(eos_ids) or None)
 
 
 def steps(

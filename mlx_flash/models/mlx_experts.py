@@ -17,8 +17,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
 
 from ..backends.mlx import available, cache_limit_bytes
 from ..backends.mlx_slab import DTYPES, PAGE, ExpertSlab
@@ -29,6 +27,7 @@ from ..storage.header import TensorInfo
 from ..storage.layout import Layout, Part
 from .heads import fields_of, head_of
 from .mlx import brief, flash_model
+from .mlx_compat import load_model, make_prompt_cache
 from .mlx_kv import kv_bytes
 from .mlx_positions import mlx_keys, set_positions, set_windows
 from .mlx_routers import Router, find_router

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from mlx_lm.utils import MODEL_REMAPPING
-
 from .config_keys import OWN
 from .families import FAMILIES
+from .mlx_compat import MODEL_REMAPPING, architecture
 from .normalise import normalise
 
 
@@ -25,7 +23,7 @@ def keys_read(config: Mapping[str, Any]) -> frozenset[str]:
     found: set[str] = set()
     for kind in kinds:
         try:
-            module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(str(kind), kind)}")
+            module = architecture(MODEL_REMAPPING.get(str(kind), str(kind)))
         except ImportError:  # the text model has no file of its own
             continue
         used = {

@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
+
+from .mlx_compat import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 
 
 def kv_bytes(model: nn.Module, tokens: int, chunk: int) -> int:

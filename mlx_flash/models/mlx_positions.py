@@ -14,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import ConfigError
 from .families import Rope
+from .mlx_compat import KVCache, RotatingKVCache, create_attention_mask, make_prompt_cache
 from .read_config import ConfigValues
 from .rotary import BASE_KEYS, attention_factor, inverse_frequencies, kind_of, read_rope
 from .windows import NATIVE, RULES, WITHOUT, layer_type, read_windows, text_config

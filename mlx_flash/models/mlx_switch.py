@@ -13,10 +13,10 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from ..backends.mlx_slab import ExpertSlab
 from ..selection.router import Group, RouterSelector
+from .mlx_compat import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 from .mlx_routers import Router
 
 SWITCHES = (SwitchGLU, SwitchMLP)

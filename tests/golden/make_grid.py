@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 transformers.utils.logging.disable_progress_bar()
 
-from .cells import BASE, EARLY, ENDS, NEW_TOKENS, PROMPT_TOKENS, Cell, Config, GridFamily
+from .cells import BASE, EARLY, ENDS, NEW_TOKENS, PROMPT_TOKENS, Config, GridFamily
 from .families import FAMILIES
 from .old_spelling import old_spelling
-from .weights import GRID, difference, make_tensors, write_folder
+from .weights import GRID, difference, write_folder
 
 LEAST_GAP, LEAST_WORDS, ATTEMPTS = 2e-3, 8, 40  # between the best two logits; different tokens of a reply; seeds
 NOTICED = 1e-2  # of a changed key in the logits
@@ -160,7 +160,11 @@ def as_text(value: Any, depth: int = 0) -> str:
     if not isinstance(value, dict) or depth == 3 or not value:
         return json.dumps(value)
     blank = "  " * (depth + 1)
-    return "{\n" + ",\n".join(f"{blank}{json.dumps(k)}: {as_text(v, depth + 1)}" for k, v in value.items()) + f"\n{blank[2:]}}}"
+    return (
+        "{\n"
+        + ",\n".join(f"{blank}{json.dumps(k)}: {as_text(v, depth + 1)}" for k, v in value.items())
+        + f"\n{blank[2:]}}}"
+    )
 
 
 def main(names: list[str]) -> None:

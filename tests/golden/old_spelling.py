@@ -9,8 +9,11 @@ Config = dict[str, Any]
 NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 RENAMED = {
     "internlm3": {"attention_bias": "qkv_bias", "mlp_bias": "bias"},
-    "exaone": {"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon",
-               "hidden_act": "activation_function"},
+    "exaone": {
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    },
 }
 S, F = "sliding_attention", "full_attention"
 

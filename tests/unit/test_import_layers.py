@@ -75,11 +75,14 @@ def test_only_the_mlx_files_import_mlx() -> None:
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
-    models = {
-        f"models/{name}.py"
-        for name in ("mlx", "mlx_dense", "mlx_experts", "mlx_head", "mlx_keys", "mlx_kv", "mlx_routers", "mlx_switch")
-    }
-    assert users == {"http_handler.py", "http_server.py"} | backends | models
+    names = ("mlx", "mlx_compat", "mlx_dense", "mlx_experts", "mlx_head", "mlx_kv", "mlx_positions", "mlx_routers")
+    models = {f"models/{name}.py" for name in (*names, "mlx_switch")}
+    assert users == {"http_server.py"} | backends | models
+
+
+def test_one_file_imports_mlx_lm() -> None:
+    users = [path for path in FILES if any(name.split(".")[0] == "mlx_lm" for name in imported(path))]
+    assert [str(path.relative_to(PACKAGE)) for path in users] == ["models/mlx_compat.py"]
 
 
 def test_public_names() -> None:
