@@ -315,7 +315,9 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raise FormatError unless config.json describes the bundles and the resident tensors that are there."""
     flash = checkpoint.config["flash"]
     layouts = [expected_layout(spec, i, flash["dtype"], checkpoint.layouts) for i in range(len(spec.layers))]
-    if layouts != checkpoint.layouts or flash["activation"] != spec.activation:
+    # Older copies of dense architectures name what mlx-lm computes, which can be another form of the same function.
+    named = (spec.activation, getattr(spec.table, "activation", spec.activation))
+    if layouts != checkpoint.layouts or flash["activation"] not in named:
         raise FormatError(
             f"{checkpoint.path}: config.json does not describe the bundles ({len(layouts)} layers by the config, "
             f"{len(checkpoint.layouts)} on flash); convert the model again"

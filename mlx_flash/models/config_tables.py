@@ -92,7 +92,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "exaone": {"rope_theta": 500000.0} | _UNTIED,
     "exaone4": _BASE | {"rope_scaling": None},
     "exaone_moe": _BASE,
-    "gemma2": {"query_pre_attn_scalar": 256},
+    "gemma2": {"query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh"},
     "gemma3_text": {
         "hidden_size": 2304,
         "intermediate_size": 9216,
@@ -103,6 +103,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 262208,
         "sliding_window": 4096,
         "max_position_embeddings": 131072,
+        "hidden_activation": "gelu_pytorch_tanh",
     },
     "glm": _HALF | _UNTIED | {"attention_bias": True},
     "glm4": _HALF,

@@ -187,7 +187,7 @@ def read_dense(
     """
     family = str(config["model_type"])
     table = DENSE[family]
-    _check_activation(config, table)
+    activation = _activation(config, table)
     if shapes is None:
         raise ConfigError(f"{table.title} ({family}) runs through mlx-lm only, with the tensors of a checkpoint")
     flash = config.get("flash")
@@ -217,7 +217,7 @@ def read_dense(
         vocab=values.need("vocab_size"),
         head_dim=number("head_dim", dim // heads),
         layers=tuple(LayerSpec(heads, kv_heads, width) for width in widths),
-        activation=table.activation,
+        activation=activation,
         eps=0.0,
         tied=values.flag("tie_word_embeddings", False),
         max_context=number("context", 2048),
@@ -250,8 +250,9 @@ def _resident(shapes: Mapping[str, Shape], of_ffn: Collection[str]) -> dict[str,
     }
 
 
-def _check_activation(config: Mapping[str, Any], table: DenseFamily) -> None:
-    """mlx-lm computes one activation, whatever the config names."""
+def _activation(config: Mapping[str, Any], table: DenseFamily) -> str:
+    """What the config names; the FFN is not mlx-lm's, which computes one activation whatever the config says."""
+    found = table.activation
     for key in ACTIVATION_KEYS:
         name = config.get(key)
         if name is not None and name not in table.known_spellings:
@@ -259,6 +260,9 @@ def _check_activation(config: Mapping[str, Any], table: DenseFamily) -> None:
                 f"config.json: {key!r} is {str(name)[:80]!r}; mlx-lm runs {table.title} with "
                 f"{' or '.join(table.known_spellings)} only"
             )
+        if name is not None:
+            found = next(kind for kind, spellings in SPELLINGS.items() if name in spellings)
+    return found
 
 
 def _ffn_names(module: str, table: DenseFamily, layers: int) -> set[str]:

@@ -62,6 +62,8 @@ def _place(values: Values, kind: str) -> Values:
         for key, default in defaults.items():
             if values.get(key) is None:
                 values[key] = default
+    if kind == "gemma" and values.get("hidden_act") == "gelu":
+        values["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's first files mean by it
     _head_dim(values, kind)
     _period(values, kind)
     _pattern(values, kind)

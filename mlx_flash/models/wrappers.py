@@ -13,6 +13,8 @@ from .config_tables import WRAPPED_DEFAULTS, WRAPPERS
 
 # Of the whole, and not of the text model alone.
 OUTER = ("flash", "quantization", "quantization_config", "torch_dtype", "dtype", "model_file", "transformers_version")
+# A module around everything, which transformers writes since 5 and mlx-lm does not know.
+OUTER_MODULES = {"gpt2": "transformer."}
 # In their first files the text model's keys are the config's own.
 FLAT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Where releases of transformers and mlx-lm put the text model, longest first, and its names without a wrapper.
@@ -91,7 +93,8 @@ def text_names(config: Mapping[str, Any], names: Collection[str]) -> dict[str, s
     """Name in the text model -> name in the files, of all tensors that are the text model's. Raises FormatError for
     tensors that belong to neither text nor vision, and for two with one name."""
     if wrapped_type(config) is None or "flash" in config:
-        return {name: name for name in names}
+        outer = OUTER_MODULES.get(str(config.get("model_type")), "")
+        return {name.removeprefix(outer): name for name in names}
     found: dict[str, str] = {}
     for name in names:
         text = text_name(name)

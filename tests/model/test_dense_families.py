@@ -53,7 +53,7 @@ _GPT = {
     "layer_norm_epsilon": 1e-5,
     "activation_function": "gelu_new",
 }
-_GEMMA = {"hidden_act": "gelu_pytorch_tanh"}
+_GEMMA = {"hidden_act": "gelu_pytorch_tanh"}  # what mlx-lm computes is spelt out below where it is another form
 _SLIDING = ["sliding_attention", "full_attention"]
 _MINISTRAL = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32}
 EXTRA: dict[str, dict[str, Any]] = {
@@ -66,13 +66,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "default"},
         "layer_types": _SLIDING,
     },
-    "gemma": _GEMMA,
+    "gemma": {"hidden_act": "gelu"},
     "gemma2": _GEMMA | {"query_pre_attn_scalar": 256},  # mlx-lm takes another number where there is none
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 16, "sliding_window_pattern": 2},
     "glm": {"partial_rotary_factor": 1.0},  # mlx-lm knows no other
     "glm4": {"partial_rotary_factor": 0.5},
-    "gpt_bigcode": {"n_inner": 300},
-    "gpt_neox": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
+    "gpt_bigcode": {"n_inner": 300, "activation_function": "gelu"},
+    "gpt_neox": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gptj": {"rotary_dim": 4},
     "granite": {
         "logits_scaling": 2.0,
@@ -92,7 +92,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "plamo": {"n_shared_head": 2},
     "qwen": {"kv_channels": 8, "layer_norm_epsilon": 1e-6, "intermediate_size": 600, "no_bias": True},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
-    "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5},
+    "starcoder2": {"hidden_act": "gelu", "norm_epsilon": 1e-5},
 }
 GPTS = ("gpt2", "gpt_bigcode", "gptj")
 
