@@ -215,6 +215,7 @@ def _parameters(values: Values, kind: str) -> None:
         return
     parameters = _object(values, "rope_parameters")
     if not _per_layer_type(parameters):
+        values.setdefault("rope_scaling", None)
         kept = {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if values.get(key) is not None}
         values["rope_parameters"] = {"rope_type": "default"} | (values.get("rope_scaling") or {}) | parameters | kept
 

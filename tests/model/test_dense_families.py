@@ -166,7 +166,8 @@ def test_tokens_are_those_of_mlx_lm(name: str, tmp_path: Path) -> None:
         for prompt, tokens in zip(PROMPTS, wanted, strict=True):
             assert list(model.flash.steps(model, prompt, 6, Sampling())) == tokens
         logits = [np.array(m(mx.array([PROMPTS[1]])).astype(mx.float32)) for m in (plain, model)]
-        assert np.abs(logits[0] - logits[1]).max() <= 1e-4 * np.abs(logits[0]).max()
+        tolerance = 5e-4 if name == "gemma" else 1e-4  # mlx-lm computes another form of GELU than transformers
+        assert np.abs(logits[0] - logits[1]).max() <= tolerance * np.abs(logits[0]).max()
         model.flash.close()
     with pytest.raises(BackendError, match="runs on mlx only, not on numpy"):
         mlx_flash.load(path, backend="numpy")
