@@ -15,8 +15,10 @@ import numpy as np
 
 from .casting import from_float32
 from .errors import ConfigError
+from .models.dense import DENSE
 from .models.families import ModelSpec
 from .models.quantised import check_no_small_floats, find_codings, plain_shapes, read_quantisation
+from .models.read_config import family_of, read_spec
 from .source import DTYPE_OF, READ_ALIGN, Source, Tensor, read_buffer, safetensors_header
 from .storage.header import TensorInfo
 from .storage.layout import AFFINE, ITEM_BYTES, Layout, Part, Quantisation, layer_header, with_codings
@@ -29,6 +31,14 @@ QUANTISATION = ("quantization", "quantization_config")
 PLAIN_NEURONS = 64  # at most, to a bundle where no scales say how many belong together
 
 Codings = Mapping[str, Quantisation]
+
+
+def known_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    """The shapes of the matrices, where the config alone says them: of codes alone several are possible."""
+    if family_of(source.config) in DENSE:
+        return {}
+    spec = read_spec(source.config, source.shapes)
+    return spec.resident_shapes() | spec.ffn_shapes()
 
 
 def group_layouts(source: Source, spec: ModelSpec, codings: Codings) -> tuple[Layout, ...]:
@@ -77,8 +87,7 @@ def _numbers(source: Source, name: str, coded: Quantisation | None) -> str:
 def numbers_dtype(source: Source, spec: ModelSpec, layouts: Sequence[Layout]) -> str:
     """What is computed in: the dtype of the FFNs' scales, or where they have none of their own that of most of the
     resident tensors that are numbers."""
-    found = {part.dtype for layout in layouts for part in layout.parts if part.dtype in ITEM_BYTES and part.dtype in
-             DTYPE_OF.values()}  # fmt: skip
+    found = {part.dtype for layout in layouts for part in layout.parts if part.dtype in DTYPE_OF.values()}
     if found:
         return max(sorted(found), key=lambda dtype: ITEM_BYTES[dtype])
     return usual_dtype(source)
@@ -177,7 +186,7 @@ class Dequantised(Source):
         stored, usual = self.tensors, usual_dtype(self)
         infos = {name: tensor.info for name, tensor in stored.items()}
         check_no_small_floats(infos)
-        codings = find_codings(self.entries, infos)
+        codings = find_codings(self.entries, infos, known_shapes(self))
         shapes = plain_shapes(infos, codings)
         self.tensors = {}
         for name, shape in shapes.items():

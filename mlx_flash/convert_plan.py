@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .convert_groups import Codings, Dequantised, group_layouts, numbers_dtype, stored_dtype
+from .convert_groups import Codings, Dequantised, group_layouts, known_shapes, numbers_dtype, stored_dtype
 from .convert_quant import Encoder, make_encoder
 from .end_ids import end_ids
 from .errors import ConfigError, UsageError
@@ -23,7 +23,6 @@ from .models.families import ModelSpec
 from .models.mixtures import is_mixture
 from .models.normalise import normalise
 from .models.quantised import (
-    Entries,
     check_no_small_floats,
     coded_shapes,
     find_codings,
@@ -34,7 +33,6 @@ from .models.quantised import (
 from .models.read_config import family_of, read_spec
 from .models.wrappers import wrapped_type
 from .source import Source, source_hash, tokenizer_files
-from .storage.header import TensorInfo
 from .storage.layout import ITEM_BYTES, Layout, quantised
 from .tied_head import settle_head
 
@@ -99,7 +97,8 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
     settled = settle_head(source)
     source.config, source.tensors = settled.config, settled.tensors
     infos = {name: tensor.info for name, tensor in source.tensors.items()}
-    codings, spec = _codings_and_spec(source, infos, entries)
+    codings = find_codings(entries, infos, {} if entries is None else known_shapes(source))
+    spec = read_spec(source.config, plain_shapes(infos, codings))
     end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
     plain = spec.resident_shapes() | spec.ffn_shapes()
     check_tensors(source, spec, coded_shapes(plain, codings))
@@ -144,19 +143,6 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
         copies=tuple(copies),
         note=settled.note,
     )
-
-
-def _codings_and_spec(
-    source: Source, infos: Mapping[str, TensorInfo], entries: Entries | None
-) -> tuple[Codings, ModelSpec]:
-    """How the source's tensors are quantised, and its model. A family that is known by its config says what shape the
-    matrices have, of which codes alone leave several possible."""
-    known: dict[str, tuple[int, ...]] = {}
-    if entries is not None and family_of(source.config) not in DENSE:
-        spec = read_spec(source.config, source.shapes)
-        known = spec.resident_shapes() | spec.ffn_shapes()
-    codings = find_codings(entries, infos, known)
-    return codings, read_spec(source.config, plain_shapes(infos, codings))
 
 
 def _check_settings(source: Source, settings: Settings, quantised: str | None) -> None:

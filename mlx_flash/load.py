@@ -22,7 +22,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .end_ids import end_ids
-from .errors import BudgetError, FlashError, FormatError
+from .errors import BackendError, BudgetError, FlashError, FormatError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
@@ -47,7 +47,7 @@ from .selection.shared import Selector, Shared
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
-from .storage.layout import ITEM_BYTES, Layout
+from .storage.layout import ITEM_BYTES, Layout, bundle_kinds
 from .storage.reader import open_reader
 
 # Bytes of a layer's bundles. On MLX asking a layer which neurons fired takes some 0.15 ms, in which more than this is
@@ -166,7 +166,8 @@ class Run(BaseRun):
 
     def __init__(self, plan: RunPlan):
         kinds, firsts = bundle_kinds(plan.checkpoint.layouts)
-        rings = [[whole_slab(plan.backend, layout) for _ in range(plan.memory.staging_blocks)] for layout in firsts]
+        blocks = [(layout, block_of(layout), [part.name for part in layout.parts]) for layout in firsts]
+        rings = [[plan.backend.slab(*block) for _ in range(plan.memory.staging_blocks)] for block in blocks]
         reader = open_reader(plan.checkpoint.layer_files, aside=plan.backend.aside, **plan.tuning.reader_options)
         super().__init__(plan, Shared(plan.backend, reader, BlockStream(rings[0], rings[1:], kinds), Stats()))
         self.factory = SelectorFactory(
@@ -185,24 +186,6 @@ class Run(BaseRun):
         cutoff = spec.layers[layer].cutoff
         ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff)
         return self.factory.make(layer, ffn)
-
-
-def bundle_kinds(layouts: Sequence[Layout]) -> tuple[list[int], list[Layout]]:
-    """Layers whose bundles are made alike are of one kind: each layer's, and the first layout of each kind."""
-    firsts: list[Layout] = []
-    kinds = []
-    for layout in layouts:
-        alike = (k for k, first in enumerate(firsts) if replace(layout, count=first.count) == first)
-        kind = next(alike, len(firsts))
-        if kind == len(firsts):
-            firsts.append(layout)
-        kinds.append(kind)
-    return kinds, firsts
-
-
-def whole_slab(backend: Backend, layout: Layout) -> Any:
-    """Memory for a block of whole bundles."""
-    return backend.slab(layout, block_of(layout), [part.name for part in layout.parts])
 
 
 def run_costs(
@@ -387,11 +370,12 @@ def plan_checkpoint(
     spec = read_spec(checkpoint.config, resident_plain_shapes(checkpoint))
     spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
+    spec = read_spec(checkpoint.config, resident_plain_shapes(checkpoint))
+    spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
+    check_checkpoint(checkpoint, spec)
     context_of = decide_context(config.max_context, spec.max_context, spec.limit)
     context = context_of.tokens
-    backend_name, entry = choose_backend(config, spec, checkpoint)
-    backend = entry.make()
-    machine, problem = measured
+    backend_name, entry, backend = make_backend(config, spec, checkpoint)
 
     def plan(selection: Selection, tuning: Tuning) -> RunPlan:
         costs = run_costs(name, checkpoint, spec, backend, selection, calibration, config, context, tuning)
@@ -429,11 +413,19 @@ def plan_checkpoint(
     return plan(selection, tuning)
 
 
-def choose_backend(config: FlashConfig, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[str, Entry]:
-    """The backend that runs; see `backends.choose`. Raises BackendError, which names a quantisation that is in the
-    way."""
+def make_backend(config: FlashConfig, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[str, Entry, Backend]:
+    """The backend that runs, see `backends.choose`, by name and made. Raises BackendError, which names a quantisation
+    that is in the way."""
     problem = numpy_problem(spec, checkpoint.layouts, resident_codings(checkpoint))
-    return choose(config.backend, spec.table.backends, {} if problem is None else {"numpy": problem})
+    name, entry = choose(config.backend, spec.table.backends, {} if problem is None else {"numpy": problem})
+    try:
+        return name, entry, entry.make()
+    except BackendError as error:
+        if problem is None:
+            raise
+        # What it says of the numpy backend is not true of this model.
+        missing = str(error).replace(", or use --backend numpy", "")
+        raise BackendError(f"{missing}; {problem}") from error
 
 
 def measured_machine(checkpoint: Checkpoint) -> tuple[Machine | None, str | None]:

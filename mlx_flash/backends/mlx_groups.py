@@ -1,8 +1,9 @@
 """One layer's FFN in MLX arrays where bundles are groups of neurons that share the scales of `down`. Needs mlx.
 
 The products are mlx-lm's own, bit for bit: gate and up with the rows at hand, `down` in one product over all of its
-columns, which are put side by side first. Each matrix has its own quantisation, or none. Columns that passed through staging are copied before they go, so that the
-result is the same at every budget. Copying takes as long as two products more: little, next to reading from a disk.
+columns, which are put side by side first. Each matrix has its own quantisation, or none. Columns that passed through
+staging are copied before they go, so that the result is the same at every budget. Copying takes as long as two products
+more: little, next to reading from a disk.
 """
 
 from __future__ import annotations

@@ -37,8 +37,10 @@ class MlxRows:
         biases = self.arrays[2] if len(self.arrays) > 2 else None
         if self.wide and not self.across:
             left, scales, biases = (array.astype(mx.float32) for array in (left, scales, self.arrays[2]))
-        kind = {"group_size": self.coded.group_size, "bits": self.coded.bits, "mode": self.coded.mode}
-        return mx.quantized_matmul(left, codes, scales, biases, self.across, **kind)
+        coded = self.coded
+        return mx.quantized_matmul(
+            left, codes, scales, biases, self.across, coded.group_size, coded.bits, mode=coded.mode
+        )
 
     def rows(self, part: slice, groups: int) -> MlxRows:
         """Rows `part` of a single group, not across, as so many groups."""

@@ -255,6 +255,19 @@ def with_codings(layout: Layout, codings: Sequence[Quantisation | None], neurons
     return Layout(tuple(parts), count, None, neurons, tuple(codings))
 
 
+def bundle_kinds(layouts: Sequence[Layout]) -> tuple[list[int], list[Layout]]:
+    """Layers whose bundles are made alike are of one kind: each layer's, and the first layout of each kind."""
+    firsts: list[Layout] = []
+    kinds = []
+    for layout in layouts:
+        alike = (k for k, first in enumerate(firsts) if replace(layout, count=first.count) == first)
+        kind = next(alike, len(firsts))
+        if kind == len(firsts):
+            firsts.append(layout)
+        kinds.append(kind)
+    return kinds, firsts
+
+
 def layer_file(layer: int) -> str:
     """Name of a layer's file, relative to the checkpoint."""
     return f"flash/layer-{layer:03d}.safetensors"

@@ -142,8 +142,8 @@ def _check_known(plan: RunPlan) -> None:
             f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
             "use --select all or prompt:F, which need no calibration"
         )
-    layout = plan.checkpoint.layouts[0]
-    if (neurons := layout.neurons) > 1 or layout.grouped:
+    if any(layout.grouped for layout in plan.checkpoint.layouts):
+        neurons = max(layout.neurons for layout in plan.checkpoint.layouts)
         raise UsageError(
             f"{plan.checkpoint.path} was quantised before it was converted: groups of {neurons} neurons share scales, "
             "and there is nothing to calibrate for all and prompt; for single neurons convert with --requantize -q"

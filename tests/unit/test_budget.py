@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,20 @@ def test_settings_of_the_reads_are_validated(fields: dict) -> None:
 def test_settings_of_the_reads_are_taken() -> None:
     assert FlashConfig(merge_gap="16KiB").merge_gap == 16384 and FlashConfig(merge_gap=0).merge_gap == 0
     assert FlashConfig(slots=1, reads_in_flight=4096, staging_blocks=1, direct="off").slots == 1
+
+
+def test_slots_of_several_sizes_stay_within_the_budget() -> None:
+    """Layers of other bit widths: a slot costs what it takes in its layer."""
+    sizes, counts = (300, 500, 300), (10, 20, 40)
+    costs = Costs("m", {"dense part": 1000}, 100, 500, counts, unit=4, layer_slots=sizes)
+    everything = 300 * 10 + 500 * 20 + 300 * 40
+    assert costs.slots_bytes(counts) == everything
+    assert costs.largest == 1000 + 6 * 100 + everything and costs.smallest == 1100
+    assert split_budget(costs, costs.largest).parts["slots"] == everything
+    for budget in range(costs.smallest, costs.largest, 377):
+        plan = split_budget(costs, budget)
+        assert plan.total_bytes <= budget and plan.capacities != counts
+        assert plan.parts["slots"] == sum(size * n for size, n in zip(sizes, plan.capacities, strict=True))
+    half = replace(costs, share=0.5)
+    assert half.shared_slots == (4, 8, 20) and half.smallest == 1100 + 300 * 4 + 500 * 8 + 300 * 20
+    assert split_budget(half, half.smallest).capacities == (4, 8, 20)
