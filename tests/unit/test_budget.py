@@ -176,9 +176,9 @@ def test_slots_of_several_sizes_stay_within_the_budget() -> None:
     assert costs.slots_bytes(counts) == everything
     assert costs.largest == 1000 + 6 * 100 + everything and costs.smallest == 1100
     assert split_budget(costs, costs.largest).parts["slots"] == everything
-    for budget in range(costs.smallest, costs.largest, 377):
-        plan = split_budget(costs, budget)
-        assert plan.total_bytes <= budget and plan.capacities != counts
+    for given_bytes in range(costs.smallest, costs.largest, 377):
+        plan = split_budget(costs, given_bytes)
+        assert plan.total_bytes <= given_bytes and plan.capacities != counts
         assert plan.parts["slots"] == sum(size * n for size, n in zip(sizes, plan.capacities, strict=True))
     half = replace(costs, share=0.5)
     assert half.shared_slots == (4, 8, 20) and half.smallest == 1100 + 300 * 4 + 500 * 8 + 300 * 20
