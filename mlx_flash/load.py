@@ -24,6 +24,7 @@ from .demand import Demand, demand
 from .end_ids import end_ids
 from .errors import BackendError, BudgetError, FlashError, FormatError
 from .experts import ExpertPlan, load_experts, plan_experts
+from .folder import is_there
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.quantised import (
@@ -44,6 +45,7 @@ from .run import BaseRun, Context, budget_for, decide_context, report_keys
 from .run import announce as announce
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
+from .source import TOKENIZERS
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
@@ -356,6 +358,11 @@ def check_runs(plan: RunPlan, planned: PlannedCheckpoint, loads: bool) -> None:
             if hollow is not None:
                 check(hollow, plan.spec)
     if loads:
+        if not any(is_there(planned.path, file) for file in TOKENIZERS):
+            raise UsageError(
+                f"{plan.name} has none of {', '.join(TOKENIZERS)}, so no tokenizer, and cannot be loaded; take one "
+                f"from elsewhere: mlx_flash convert --hf-path {planned.path} --flash-path OUT --tokenizer PATH_OR_REPO"
+            )
         plan.models.load_tokenizer(planned.path, plan.spec.eos_ids)
 
 

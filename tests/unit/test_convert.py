@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_flash.casting import RAW, from_float32
+from mlx_flash.casting import RAW, cast, from_float32
 from mlx_flash.convert_plan import normalised_config
 from mlx_flash.errors import ConfigError, FlashError, FormatError, UsageError
 from mlx_flash.models.read_config import read_spec
@@ -93,12 +93,53 @@ def test_missing_misshapen_and_extra_tensors(tmp_path: Path) -> None:
     assert name not in raw_tensors(tmp_path / "flash")
 
 
-def test_unused_head_of_a_tied_model_goes(tmp_path: Path) -> None:
-    source = make_source(tmp_path, LLAMA)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_a_tied_models_head_goes_where_it_is_the_embedding(
+    tmp_path: Path, tied: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path, LLAMA | {"tie_word_embeddings": tied})
+    rewrite(source, lambda t: t.update({HEAD: t[EMBEDDING]}))
     convert(source, tmp_path / "flash")
-    assert "lm_head.weight" not in raw_tensors(tmp_path / "flash")
+    assert HEAD not in raw_tensors(tmp_path / "flash")
+    assert json.loads((tmp_path / "flash" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "ties the head" not in capsys.readouterr().err
+
+
+def test_a_tied_models_head_is_used_where_it_is_another_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_source(tmp_path, LLAMA | {"tie_word_embeddings": True})
+
+    def add_head(tensors: Any) -> None:
+        raw, dtype = tensors[EMBEDDING]
+        raw = raw.copy()
+        raw[-1, -1] ^= 1  # the last of its numbers
+        tensors[HEAD] = (raw, dtype)
+
+    rewrite(source, add_head)
+    convert(source, tmp_path / "flash")
+    assert HEAD in raw_tensors(tmp_path / "flash")
+    assert json.loads((tmp_path / "flash" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert capsys.readouterr().err.count("ties the head to the embedding") == 1
+
+
+def test_a_head_in_another_precision_is_compared_by_its_numbers(tmp_path: Path) -> None:
+    source = make_source(tmp_path, LLAMA | {"tie_word_embeddings": True})
+    rewrite(source, lambda t: t.update({HEAD: (cast(t[EMBEDDING][0], "bfloat16", "float32", HEAD), "float32")}))
+    convert(source, tmp_path / "flash")
+    assert HEAD not in raw_tensors(tmp_path / "flash")
+
+
+def test_a_head_that_is_nowhere_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    source = make_source(tmp_path, LLAMA | {"tie_word_embeddings": True})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(ConfigError, match=r"no lm_head\.weight.*set tie_word_embeddings to true"):
+        convert(source, tmp_path / "flash")
+    assert not (tmp_path / "flash").exists()
 
 
 def test_mixed_norms_take_the_ffn_dtype(tmp_path: Path) -> None:
