@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import mlx_flash
+import mlx_flash.inspection  # noqa: F401
 from mlx_flash.cli import main, make_parser
 from mlx_flash.sampling import Sampling
 from tests.tiny import make_tiny
