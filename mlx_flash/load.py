@@ -22,7 +22,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .end_ids import end_ids
-from .errors import BackendError, BudgetError, FlashError, FormatError
+from .errors import BackendError, BudgetError, FlashError, FormatError, UsageError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .folder import is_there
 from .machine import Machine, load_machine
@@ -377,12 +377,10 @@ def plan_checkpoint(
     spec = read_spec(checkpoint.config, resident_plain_shapes(checkpoint))
     spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
     check_checkpoint(checkpoint, spec)
-    spec = read_spec(checkpoint.config, resident_plain_shapes(checkpoint))
-    spec = replace(spec, eos_ids=end_ids(checkpoint.path, checkpoint.config, spec.vocab))
-    check_checkpoint(checkpoint, spec)
     context_of = decide_context(config.max_context, spec.max_context, spec.limit)
     context = context_of.tokens
     backend_name, entry, backend = make_backend(config, spec, checkpoint)
+    machine, problem = measured
 
     def plan(selection: Selection, tuning: Tuning) -> RunPlan:
         costs = run_costs(name, checkpoint, spec, backend, selection, calibration, config, context, tuning)

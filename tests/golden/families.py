@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .cells import DENSE, GridFamily
+from .cells import GridFamily
+from .dense import DENSE
 from .mixtures import MIXTURES
 
 FAMILIES: dict[str, GridFamily] = DENSE | MIXTURES

@@ -24,8 +24,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-transformers.utils.logging.disable_progress_bar()
-
+from . import openelm_reference
 from .cells import BASE, EARLY, ENDS, NEW_TOKENS, PROMPT_TOKENS, Config, GridFamily
 from .families import FAMILIES
 from .old_spelling import old_spelling
@@ -38,13 +37,17 @@ Shapes = dict[str, Any]
 
 
 def whole_config(family: str, base: Config, changes: Config) -> Any:
-    """transformers' config; a key whose value is None in `base` is not given."""
+    """transformers' config, a dict where it has no code for the family. A key that is None in `base` is not given."""
+    if family == "openelm":
+        return base | changes
     keys = {key: value for key, value in (BASE | base).items() if value is not None or base.get(key, 0) is not None}
     return AutoConfig.for_model(family, **(keys | changes))
 
 
 def saved(config: Any, folder: Path) -> tuple[Config, Shapes]:
     """config.json as save_pretrained writes it, and the tensors that it writes."""
+    if isinstance(config, dict):
+        return config, openelm_reference.tensor_shapes(config)
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -56,6 +59,8 @@ def saved(config: Any, folder: Path) -> tuple[Config, Shapes]:
 
 
 def loaded(folder: Path, extra: Shapes) -> Any:
+    if json.loads((folder / "config.json").read_text())["model_type"] == "openelm":
+        return openelm_reference.Model(folder)
     model, told = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -133,21 +138,28 @@ def make_family(name: str, family: GridFamily, folder: Path, problems: list[str]
             if feature == ENDS:
                 made["ends"] = [2, first_of_its_kind(made["tokens"])]
             kept = {"config": difference(base, config), "tensors": difference(tensors, whole)}
-            cells[feature] = kept | ({"expect": cell.expect} if cell.expect else {}) | made
+            cells[feature] = kept | made
             old = old_spelling(config, family.old)
-            if (cell.old or feature == "default") and check_old(f"{name} {feature}", made, old, shapes, folder / "old"):
+            if cell.old and old != config and check_old(f"{name} {feature}", made, old, shapes, folder / "old"):
                 cells[f"{feature} old"] = {"like": feature, "config": difference(base, old)}
         except (SystemExit, Exception) as error:
             problems.append(f"{name} {feature}: {error!r}"[:500])
             print(f"  FAILED {problems[-1]}", flush=True)
     return {
         "family": name,
-        "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}, fp32, CPU, eager attention",
+        "made_with": made_with(name),
         "prompt": PROMPT,
         "config": base,
         "tensors": tensors,
         "cells": cells,
     }
+
+
+def made_with(family: str) -> str:
+    program = (
+        "openelm_reference.py" if family == "openelm" else f"transformers {transformers.__version__}, eager attention"
+    )
+    return f"{program}, torch {torch.__version__}, fp32, CPU"
 
 
 def first_of_its_kind(tokens: list[int]) -> int:
@@ -169,6 +181,7 @@ def as_text(value: Any, depth: int = 0) -> str:
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     GRID.mkdir(exist_ok=True)
     problems: list[str] = []
     for name in names or list(FAMILIES):

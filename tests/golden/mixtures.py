@@ -7,10 +7,12 @@ from .cells import (
     ENDING,
     MAIN,
     MHA,
-    MQA,
+    NO_BIAS,
     ROPES,
+    SOFTCAP,
     SOME,
     TIED,
+    UNTIED,
     WIDE,
     WINDOW,
     Cell,
@@ -18,9 +20,10 @@ from .cells import (
     F,
     GridFamily,
     S,
+    by_kind,
     family,
-    partial,
 )
+from .dense import GRANITE, SLIDING_LATE
 
 EXPERTS: Config = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL: Config = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
@@ -41,71 +44,62 @@ SHARED = {"shared_expert_intermediate_size": 32}
 NORMALISED, PLAIN = {"norm_topk_prob": True}, {"norm_topk_prob": False}
 GROUPS = {"n_group": 4, "topk_group": 2}
 NO_Q_LORA = {"q_lora_rank": None}
-GRANITE = {"logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7}
-MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0}
-MLA_ROPES = "theta,linear,yarn,yarn mscale,yarn equal"
-SPARSE = {"num_hidden_layers": 4}
-QWEN_WINDOW = Cell(WINDOW | {"use_sliding_window": True, "max_window_layers": 1}, old=True)
-
-BY_KIND = {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in (S, F)}}
-OTHER = {
-    "rope_parameters": {
-        S: {"rope_type": "default", "rope_theta": 300.0},
-        F: {"rope_type": "default", "rope_theta": 5e5},
-    }
-}
+MLA_ROPES = "yarn,yarn mscale*,yarn equal"
+STEP, DENSE_LAYER = {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}
+SPARSE_LAYERS: Config = {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": None}
+INDEX: Config = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64}
+LAYERS: Config = WINDOW | {"head_dim": 16, "layer_types": [S, F]}
 
 MIXTURES: dict[str, GridFamily] = {
     "mixtral": family(
         LOCAL | {"sliding_window": None, "head_dim": 16},
         SOME,
-        16,
+        None,
         {},
         ENDING | {"window": Cell(WINDOW, old=True)},
         head_dim=WIDE,
-        mqa=MQA,
         tied=TIED,
         top_1={"num_experts_per_tok": 1},
     ),
     "qwen2_moe": family(
         EXPERTS | SHARED,
-        SOME,
-        16,
+        MAIN,
+        None,
         {"layer_types": None},
-        {"window": QWEN_WINDOW},
+        {},
+        window=SLIDING_LATE,
         normalised=NORMALISED,
         tied=TIED,
         no_bias={"qkv_bias": False},
-        step={"decoder_sparse_step": 2},
-        dense_layer={"mlp_only_layers": [0]},
+        step=STEP,
+        dense_layer=DENSE_LAYER,
         mha=MHA,
     ),
     "qwen3_moe": family(
         EXPERTS | {"head_dim": 16},
-        SOME,
-        16,
+        "linear,yarn",
+        None,
         {"layer_types": None},
-        ENDING | {"window": QWEN_WINDOW},
+        ENDING | {"window": Cell(SLIDING_LATE, old=True)},
         normalised=NORMALISED,
         tied=TIED,
         attention_bias=BIAS,
-        step={"decoder_sparse_step": 2},
-        dense_layer={"mlp_only_layers": [0]},
+        step=STEP,
+        dense_layer=DENSE_LAYER,
         head_dim=WIDE,
     ),
     "olmoe": family(
         EXPERTS | {"moe_intermediate_size": None, "intermediate_size": 32},
-        SOME,
-        16,
+        "linear,yarn,longrope crossing",
+        None,
         {},
         {},
         normalised=NORMALISED,
         clip={"clip_qkv": 0.5},
         attention_bias=BIAS,
         tied=TIED,
-        mqa=MQA,
     ),
-    "granitemoe": family(LOCAL | GRANITE, SOME, 16, {}, {}, attention_bias=BIAS, tied=TIED),
+    "granitemoe": family(LOCAL | GRANITE, MAIN, None, {}, {}, attention_bias=BIAS, tied=TIED),
     "granitemoehybrid": family(
         LOCAL
         | GRANITE
@@ -117,25 +111,24 @@ MIXTURES: dict[str, GridFamily] = {
             "mamba_d_state": 8,
             "mamba_d_head": 32,
         },
-        MAIN,
-        16,
+        "yarn",
+        None,
+        {"layer_types": ["attention"] * 2},
         {},
-        {},
-        attention_bias=BIAS,
         tied=TIED,
         no_rope={"position_embedding_type": "nope"},
         mamba={"layer_types": ["mamba", "attention"]},
     ),
     "phimoe": family(
-        LOCAL,
-        "theta",
-        16,
+        LOCAL | BIAS | {"lm_head_bias": True},
+        "",
+        None,
         {},
         {"window": Cell(WINDOW)},
-        attention_bias=BIAS,
-        head_bias={"lm_head_bias": True},
+        no_bias=NO_BIAS,
+        no_head_bias={"lm_head_bias": False},
         tied=TIED,
-        long={
+        longrope={
             "rope_parameters": ROPES["longrope long"]
             | {
                 "short_factor": [1.0] * 8,
@@ -147,9 +140,9 @@ MIXTURES: dict[str, GridFamily] = {
         },
     ),
     "gpt_oss": family(
-        LOCAL | {"head_dim": 16, "sliding_window": 8},
-        "theta,yarn,yarn truncate",
-        16,
+        LOCAL | LAYERS,
+        "linear,yarn,yarn truncate",
+        None,
         {},
         {},
         layer_types={"layer_types": [F, S]},
@@ -160,19 +153,18 @@ MIXTURES: dict[str, GridFamily] = {
     "deepseek_v2": family(
         MLA | ROUTED | {"topk_method": "greedy"},
         MLA_ROPES,
-        8,
+        None,
         {},
         {},
         no_q_lora=NO_Q_LORA,
         groups=GROUPS | {"topk_method": "group_limited_greedy"},
-        normalised=NORMALISED,
         all_sparse={"first_k_dense_replace": 0},
         attention_bias=BIAS,
     ),
     "deepseek_v3": family(
         MLA | ROUTED,
         MLA_ROPES,
-        8,
+        None,
         {},
         {},
         no_q_lora=NO_Q_LORA,
@@ -182,64 +174,57 @@ MIXTURES: dict[str, GridFamily] = {
         halves={"rope_interleave": False},
     ),
     "glm4_moe": family(
-        ROUTED | {"head_dim": 16} | partial(0.5),
+        ROUTED | {"head_dim": 16},
         MAIN,
-        8,
+        0.5,
         {},
         {},
         qk_norm={"use_qk_norm": True},
         attention_bias=BIAS,
         groups=GROUPS,
         plain=PLAIN,
-        whole=partial(1.0),
         head_dim=WIDE,
         tied=TIED,
     ),
     "glm4_moe_lite": family(
-        MLA | ROUTED | {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": None},
-        MLA_ROPES,
-        8,
-        {},
-        {},
-        groups=GROUPS,
-        plain=PLAIN,
-        no_q_lora=NO_Q_LORA,
+        MLA | ROUTED | SPARSE_LAYERS, "yarn", None, {}, {}, groups=GROUPS, plain=PLAIN, no_q_lora=NO_Q_LORA
     ),
     "dots1": family(
         ROUTED | {"head_dim": 16, "sliding_window": None},
-        MAIN,
-        16,
+        "yarn",
+        None,
         {"layer_types": None},
-        {"window": Cell({"sliding_window": 8, "layer_types": [S, F]})},
-        groups=GROUPS,
+        {},
+        window=LAYERS,
+        plain=PLAIN,
         normalised=NORMALISED,
         attention_bias=BIAS,
         tied=TIED,
     ),
     "ernie4_5_moe": family(
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1, "head_dim": 16},
-        MAIN,
-        16,
+        "linear",
+        None,
         {},
         {},
         bias={"use_bias": True},
-        interval={"moe_layer_interval": 2, **SPARSE},
+        interval={"moe_layer_interval": 2, "num_hidden_layers": 4},
         tied=TIED,
         no_shared={"moe_num_shared_experts": 0},
     ),
     "lfm2_moe": family(
-        EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-        "theta,yarn",
-        16,
+        EXPERTS | TIED | {"num_dense_layers": 1, "layer_types": ["conv", F]},
+        "",
+        None,
         {},
         {},
         plain=PLAIN,
         no_bias={"use_expert_bias": False},
         conv_bias={"conv_bias": True},
         scaling={"routed_scaling_factor": 2.0},
-        untied={"tie_word_embeddings": False},
+        untied=UNTIED,
     ),
-    "minimax": family(LOCAL | {"head_dim": 16, "layer_types": [F, F]}, "theta,yarn", 16, {}, {}, tied=TIED),
+    "minimax": family(LOCAL | {"head_dim": 16, "layer_types": [F, F]}, "", None, {}, {}),
     "longcat_flash": family(
         MLA
         | {
@@ -254,21 +239,13 @@ MIXTURES: dict[str, GridFamily] = {
             "intermediate_size": None,
             "routed_scaling_factor": 1.5,
         },
-        MLA_ROPES,
-        8,
+        "yarn mscale",
+        None,
         {},
         {},
-        no_route_scale={"routed_scaling_factor": 1.0},
     ),
     "solar_open": family(
-        ROUTED | {"head_dim": 16} | {"first_k_dense_replace": None},
-        MAIN,
-        16,
-        {},
-        {},
-        plain=PLAIN,
-        groups=GROUPS,
-        attention_bias=BIAS,
+        ROUTED | {"head_dim": 16, "first_k_dense_replace": None}, "yarn", None, {}, {}, plain=PLAIN, groups=GROUPS
     ),
     "jamba": family(
         {
@@ -281,17 +258,16 @@ MIXTURES: dict[str, GridFamily] = {
             "mamba_d_state": 8,
             "use_mamba_kernels": False,
         },
-        "",
-        0,
+        None,
+        None,
         {},
         {},
         tied=TIED,
     ),
     "afmoe": family(
-        EXPERTS
-        | {"head_dim": 16, "sliding_window": 8, "num_dense_layers": 1, "layer_types": [S, F], "num_shared_experts": 1},
-        MAIN,
-        16,
+        EXPERTS | LAYERS | {"num_dense_layers": 1, "num_shared_experts": 1},
+        "yarn",
+        None,
         {},
         {},
         mup={"mup_enabled": True},
@@ -299,22 +275,21 @@ MIXTURES: dict[str, GridFamily] = {
     ),
     "exaone_moe": family(
         EXPERTS
-        | {
-            "head_dim": 16,
-            "sliding_window": 8,
-            "layer_types": [S, F],
-            "mlp_layer_types": ["dense", "sparse"],
-            "num_shared_experts": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-        MAIN,
-        16,
+        | LAYERS
+        | {"mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 1, "n_group": 1, "topk_group": 1},
+        "yarn",
+        None,
         {},
         {},
         plain=PLAIN,
     ),
-    "qwen3_next": family(EXPERTS | LINEAR | partial(0.5), MAIN, 8, {}, {}, plain=PLAIN, attention_bias=BIAS),
+    "qwen3_next": family(EXPERTS | LINEAR, "yarn", 0.5, {}, {}, plain=PLAIN, attention_bias=BIAS),
+    "mellum": family(
+        EXPERTS | LAYERS | by_kind(None), None, None, {}, {}, plain=PLAIN, attention_bias=BIAS, yarn=by_kind("yarn")
+    ),
+    "laguna": family(EXPERTS | LAYERS | SHARED | by_kind(None), None, None, {}, {}, no_gate={"gating": False}),
+    "deepseek_v32": family(MLA | ROUTED | INDEX | SPARSE_LAYERS, "yarn", None, {}, {}),
+    "glm_moe_dsa": family(MLA | ROUTED | INDEX | SPARSE_LAYERS, "", None, {}, {}),
     "gemma4_text": family(
         {
             "head_dim": 16,
@@ -322,73 +297,27 @@ MIXTURES: dict[str, GridFamily] = {
             "top_k_experts": 2,
             "moe_intermediate_size": 32,
             "enable_moe_block": True,
-            "sliding_window": 8,
-            "layer_types": [S, F],
             "vocab_size_per_layer_input": 160,
             "hidden_size_per_layer_input": 16,
             "num_kv_shared_layers": 0,
-            "tie_word_embeddings": True,
         }
-        | BY_KIND,
-        "",
-        16,
+        | LAYERS
+        | TIED
+        | by_kind(None),
+        None,
+        None,
         {},
         {},
-        softcap={"final_logit_softcapping": 2.0},
-        theta=OTHER,
-    ),
-    "mellum": family(
-        EXPERTS | {"head_dim": 16, "sliding_window": 8, "layer_types": [S, F]} | BY_KIND,
-        "",
-        16,
-        {},
-        {},
-        plain=PLAIN,
-        attention_bias=BIAS,
-        theta=OTHER,
-        yarn={"rope_parameters": OTHER["rope_parameters"] | {F: ROPES["yarn"]}},
-    ),
-    "laguna": family(
-        EXPERTS | {"head_dim": 16, "sliding_window": 8, "layer_types": [S, F], **SHARED} | BY_KIND,
-        "",
-        16,
-        {},
-        {},
-        no_gate={"gating": False},
-        theta=OTHER,
-    ),
-    "deepseek_v32": family(
-        MLA
-        | ROUTED
-        | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64, "mlp_layer_types": ["dense", "sparse"]},
-        "theta,yarn",
-        8,
-        {},
-        {},
-    ),
-    "glm_moe_dsa": family(
-        MLA
-        | ROUTED
-        | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64, "mlp_layer_types": ["dense", "sparse"]},
-        "theta",
-        8,
-        {},
-        {},
+        softcap=SOFTCAP,
     ),
     "mimo_v2_flash": family(
         ROUTED
-        | {
-            "head_dim": 16,
-            "v_head_dim": 8,
-            "sliding_window": 8,
-            "layer_types": [F, S],
-            "mlp_layer_types": ["dense", "sparse"],
-        }
-        | BY_KIND,
-        "",
-        8,
+        | LAYERS
+        | {"v_head_dim": 8, "layer_types": [F, S], "mlp_layer_types": ["dense", "sparse"]}
+        | by_kind(None),
+        None,
+        None,
         {},
         {},
-        theta=OTHER,
     ),
 }

@@ -21,6 +21,9 @@ S, F = "sliding_attention", "full_attention"
 def old_spelling(config: Config, others: Config) -> Config:
     """others: keys that transformers 4 wrote for this family besides; None: did not write."""
     found = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    if "text_config" in config:
+        inner = old_spelling(config["text_config"], others)
+        return found | {"text_config": inner, "torch_dtype": "float32", "transformers_version": "4.51.0"}
     for name, was in RENAMED.get(config["model_type"], {}).items():
         found[was] = found.pop(name)
     found |= {"torch_dtype": "float32", "transformers_version": "4.51.0"}

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 GRID = Path(__file__).parent / "grid"
+EXCEPTIONS = Path(__file__).parent / "exceptions.json"
 # By seed: a tied model whose embeddings are large says its last token for ever.
 EMBEDDING_SCALES = (0.6, 0.2, 0.06)
 EMBEDDINGS = ("embed", "wte", "wpe", "word_embeddings")

@@ -1,11 +1,15 @@
 """The golden grid: every family with every feature of its config gives the tokens and logits of transformers.
 
-Recorded in fp32 on PyTorch's CPU by tests/golden/make_grid.py. The same files go to both backends; a cell that is to
-be refused, or whose context is to be capped, says so in its file, with the reason.
+Recorded in fp32 on PyTorch's CPU by tests/golden/make_grid.py. The same files go to both backends. A cell that is to be
+refused ("refused": words of the message), or whose context is to be capped ("context": tokens), stands in
+tests/golden/exceptions.json under its test's name, with the reason ("why").
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ from mlx_flash.errors import FlashError
 from mlx_flash.models.dense import DENSE
 from mlx_flash.models.families import FAMILIES
 from mlx_flash.models.mixtures import is_mixture, mixture_backends
-from tests.golden.weights import GRID, read_cell, read_family, write_folder
+from tests.golden.weights import EXCEPTIONS, GRID, read_cell, read_family, write_folder
 
 try:
     import mlx_lm  # noqa: F401
@@ -26,7 +30,8 @@ try:
 except ImportError:
     HAS_MLX = False
 
-TOLERANCE = 1e-4
+TOLERANCE, CONTEXT = 1e-4, 128
+EXPECTED: dict[str, dict[str, Any]] = json.loads(EXCEPTIONS.read_text())
 
 
 def backends_of(config: dict[str, Any]) -> tuple[str, ...]:
@@ -35,48 +40,67 @@ def backends_of(config: dict[str, Any]) -> tuple[str, ...]:
     return table.backends if table else mixture_backends(config)
 
 
-def cells() -> list[Any]:
-    found = []
+def cells() -> dict[str, tuple[str, str, str]]:
+    """Family, cell and backend by the test's name."""
+    found = {}
     for family in sorted(path.stem for path in GRID.glob("*.json")):
         for name in read_family(family)["cells"]:
             for backend in backends_of(read_cell(family, name)["config"]):
-                label = f"{family}-{name}-{backend}".replace(" ", "_")
-                missing = pytest.mark.skipif(backend == "mlx" and not HAS_MLX, reason="needs mlx-lm")
-                found.append(pytest.param(family, name, backend, id=label, marks=missing))
+                found[f"{family}-{name}-{backend}".replace(" ", "_")] = family, name, backend
     return found
 
 
+CELLS = cells()
+
+
+class Folders:
+    """The last cell's model, for both backends. A cell's own files are deleted when the next one is made."""
+
+    def __init__(self, under: Path):
+        self.under, self.key = under, ("", "")
+
+    def model(self, family: str, name: str) -> Path:
+        """What is loaded: the flash checkpoint of a dense model, a mixture of experts as it is."""
+        cell, source, flash = read_cell(family, name), self.under / "hf", self.under / "flash"
+        mixture = is_mixture(cell["config"])
+        if self.key != (family, name):
+            self.key = ("", "")  # for when the conversion fails
+            shutil.rmtree(source, ignore_errors=True)
+            shutil.rmtree(flash, ignore_errors=True)
+            write_folder(source, cell["config"], cell["tensors"], cell["seed"], cell.get("ends"))
+            if not mixture:
+                mlx_flash.convert(source, flash)
+            self.key = (family, name)
+        return source if mixture else flash
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Where the cells' models are, once they were made."""
-    return {}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
+    under = tmp_path_factory.mktemp("grid")
+    yield Folders(under)
+    shutil.rmtree(under)
 
 
-def model_of(cell: dict[str, Any], key: tuple[str, str], folders: dict[tuple[str, str], Path], under: Path) -> Path:
-    """What is loaded: the flash checkpoint of a dense model, a mixture of experts as it is."""
-    if key not in folders:
-        source = write_folder(under / "hf", cell["config"], cell["tensors"], cell["seed"], cell.get("ends"))
-        folders[key] = source if is_mixture(cell["config"]) else mlx_flash.convert(source, under / "flash")
-    return folders[key]
+def test_every_exception_has_a_cell_and_a_reason() -> None:
+    for name, expect in EXPECTED.items():
+        assert name in CELLS and expect.keys() in ({"refused", "why"}, {"context", "why"}) and expect["why"], name
 
 
-@pytest.mark.parametrize(("family", "name", "backend"), cells())
-def test_transformers_tokens_and_logits(
-    family: str, name: str, backend: str, folders: dict[tuple[str, str], Path], tmp_path: Path
-) -> None:
-    cell = read_cell(family, name)
-    expect = cell.get("expect", {}).get(backend, {})
+@pytest.mark.parametrize("name", CELLS)
+def test_transformers_tokens_and_logits(name: str, folders: Folders) -> None:
+    family, feature, backend = CELLS[name]
+    if backend == "mlx" and not HAS_MLX:
+        pytest.skip("needs mlx-lm")
+    cell, expect = read_cell(family, feature), EXPECTED.get(name, {})
     if "refused" in expect:
         with pytest.raises(FlashError, match=expect["refused"]):
-            mlx_flash.load(model_of(cell, (family, name), folders, tmp_path), backend=backend, memory="1GB")
+            mlx_flash.load(folders.model(family, feature), backend=backend, memory="1GB")
         return
-    model, tokenizer = mlx_flash.load(
-        model_of(cell, (family, name), folders, tmp_path), backend=backend, memory="1GB", select="auto"
-    )
+    model, tokenizer = mlx_flash.load(folders.model(family, feature), backend=backend, memory="1GB")
     try:
         assert model.flash.plan.exact
         context = model.flash.plan.context
-        assert context == expect.get("context", 128)
+        assert context == expect.get("context", CONTEXT), f"context {context}"
         compare(model, cell, context)
         if "ends" in cell:
             check_end(model, tokenizer, cell)
