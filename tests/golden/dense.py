@@ -45,33 +45,7 @@ GRANITE: Config = {
 }
 FOUR: Config = {"num_hidden_layers": 4}
 
-OPENELM: Config = {  # as published, but for sizes
-    **{"model_type": "openelm", "vocab_size": 160, "model_dim": 64, "num_transformer_layers": 3, "head_dim": 16},
-    **{
-        "num_query_heads": [4, 4, 8],
-        "num_kv_heads": [1, 2, 2],
-        "num_gqa_groups": 4,
-        "ffn_multipliers": [0.5, 1.2, 2.0],
-    },
-    **{"qkv_multipliers": [0.5, 1.0], "ffn_dim_divisor": 16, "ffn_with_glu": True, "activation_fn_name": "swish"},
-    **{"normalize_qk_projections": True, "normalization_layer_name": "rms_norm", "share_input_output_layers": True},
-    **{"rope_freq_constant": 300.0, "rope_max_length": 256, "max_context_length": 128, "initializer_range": 0.02},
-    **{"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32", "use_cache": True},
-}
-
 DENSE: dict[str, GridFamily] = {
-    "openelm": family(
-        OPENELM,
-        None,
-        None,
-        {},
-        ENDING,
-        rope_freq_constant={"rope_freq_constant": 10000.0},
-        untied={"share_input_output_layers": False},
-        no_qk_norm={"normalize_qk_projections": False},
-        relu={"activation_fn_name": "relu"},
-        mha={"num_kv_heads": [4, 4, 8]},
-    ),
     "llama": family(
         {},
         ALL,

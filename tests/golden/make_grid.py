@@ -24,7 +24,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import openelm_reference
+from . import llama_reference, openelm_reference
 from .cells import BASE, EARLY, ENDS, NEW_TOKENS, PROMPT_TOKENS, Config, GridFamily
 from .families import FAMILIES
 from .old_spelling import old_spelling
@@ -34,11 +34,13 @@ LEAST_GAP, LEAST_WORDS, ATTEMPTS = 2e-3, 8, 40  # between the best two logits; d
 NOTICED = 1e-2  # of a changed key in the logits
 PROMPT = np.random.RandomState(5).randint(3, 160, PROMPT_TOKENS).tolist()
 Shapes = dict[str, Any]
+# Where transformers has no code for a family.
+REFERENCES: dict[str, Any] = {"openelm": openelm_reference} | dict.fromkeys(llama_reference.NAMES, llama_reference)
 
 
 def whole_config(family: str, base: Config, changes: Config) -> Any:
     """transformers' config, a dict where it has no code for the family. A key that is None in `base` is not given."""
-    if family == "openelm":
+    if family in REFERENCES:
         return base | changes
     keys = {key: value for key, value in (BASE | base).items() if value is not None or base.get(key, 0) is not None}
     return AutoConfig.for_model(family, **(keys | changes))
@@ -47,7 +49,7 @@ def whole_config(family: str, base: Config, changes: Config) -> Any:
 def saved(config: Any, folder: Path) -> tuple[Config, Shapes]:
     """config.json as save_pretrained writes it, and the tensors that it writes."""
     if isinstance(config, dict):
-        return config, openelm_reference.tensor_shapes(config)
+        return config, REFERENCES[config["model_type"]].tensor_shapes(config)
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -59,8 +61,8 @@ def saved(config: Any, folder: Path) -> tuple[Config, Shapes]:
 
 
 def loaded(folder: Path, extra: Shapes) -> Any:
-    if json.loads((folder / "config.json").read_text())["model_type"] == "openelm":
-        return openelm_reference.Model(folder)
+    if reference := REFERENCES.get(json.loads((folder / "config.json").read_text())["model_type"]):
+        return reference.Model(folder)
     model, told = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -156,9 +158,9 @@ def make_family(name: str, family: GridFamily, folder: Path, problems: list[str]
 
 
 def made_with(family: str) -> str:
-    program = (
-        "openelm_reference.py" if family == "openelm" else f"transformers {transformers.__version__}, eager attention"
-    )
+    program = f"transformers {transformers.__version__}, eager attention"
+    if family in REFERENCES:
+        program = f"tests/golden/{REFERENCES[family].__name__.rpartition('.')[2]}.py"
     return f"{program}, torch {torch.__version__}, fp32, CPU"
 
 

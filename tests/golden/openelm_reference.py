@@ -49,10 +49,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
 
 
-def rotate(x: torch.Tensor, base: float) -> torch.Tensor:  # (heads, T, head_dim)
+def rotate(x: torch.Tensor, base: float, factor: float = 1.0) -> torch.Tensor:  # (heads, T, head_dim)
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32) / factor, frequencies)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 

@@ -192,8 +192,9 @@ def test_what_groups_cannot_do_is_refused(tmp_path: Path) -> None:
             inspect_model(path, mlx_flash.FlashConfig(select=select))
     from mlx_flash.tuning.calibrate import calibrate
 
+    (tmp_path / "text.txt").write_text("Once upon a time")
     with pytest.raises(UsageError, match="groups of 32 neurons share scales"):
-        calibrate(path, [tmp_path / "none"])
+        calibrate(path, [tmp_path / "text.txt"])
 
 
 def test_codes_that_are_missing_or_of_another_kind(tmp_path: Path) -> None:
