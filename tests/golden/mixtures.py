@@ -128,15 +128,16 @@ MIXTURES: dict[str, GridFamily] = {
         no_bias=NO_BIAS,
         no_head_bias={"lm_head_bias": False},
         tied=TIED,
+        # Short factors only: beyond the original length transformers takes these, and the model's authors the long ones.
         longrope={
-            "rope_parameters": ROPES["longrope long"]
+            "rope_parameters": ROPES["longrope short"]
             | {
-                "short_factor": [1.0] * 8,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
                 "long_factor": [1.0, 2, 3, 4, 6, 7, 8, 9],
                 "short_mscale": 1.2,
                 "long_mscale": 1.3,
             },
-            "original_max_position_embeddings": 4,
+            "original_max_position_embeddings": 64,
         },
     ),
     "gpt_oss": family(

@@ -83,7 +83,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
 
 def test_every_exception_has_a_cell_and_a_reason() -> None:
     for name, expect in EXPECTED.items():
-        assert name in CELLS and expect.keys() in ({"refused", "why"}, {"context", "why"}) and expect["why"], name
+        kinds = ({"refused", "why"}, {"context", "why"}, {"max_context", "why"})
+        assert name in CELLS and expect.keys() in kinds and expect["why"], name
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -96,7 +97,8 @@ def test_transformers_tokens_and_logits(name: str, folders: Folders) -> None:
         with pytest.raises(FlashError, match=expect["refused"]):
             mlx_flash.load(folders.model(family, feature), backend=backend, memory="1GB")
         return
-    model, tokenizer = mlx_flash.load(folders.model(family, feature), backend=backend, memory="1GB")
+    asked = {"max_context": expect["max_context"]} if "max_context" in expect else {}
+    model, tokenizer = mlx_flash.load(folders.model(family, feature), backend=backend, memory="1GB", **asked)
     try:
         assert model.flash.plan.exact
         context = model.flash.plan.context

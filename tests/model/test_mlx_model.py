@@ -92,7 +92,7 @@ def mlx_lms_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
 def running(*arguments: Any) -> Any:
     """The model, as part of a run in which something is streamed."""
     model = build_model(*arguments)
-    plan = SimpleNamespace(all_resident=False, exact=True)
+    plan = SimpleNamespace(all_resident=False, exact=True, spec=arguments[1])
     model.flash = SimpleNamespace(plan=plan, phase=lambda decoding: nullcontext(), begin_reply=lambda: None)
     return model
 
