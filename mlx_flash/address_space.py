@@ -98,7 +98,10 @@ def explain(error: BaseException) -> str | None:
     if limit is None:
         return f"out of memory{': ' + text if text else ''}" if of_memory else None
     # What libraries make of a failed allocation has no common type: Rust's panics are not even of Exception.
-    of_library = isinstance(error, ImportError | SystemError) or type(error).__name__ == "PanicException"
+    missing = isinstance(error, ModuleNotFoundError)  # which is not there under any limit
+    of_library = (isinstance(error, ImportError | SystemError) and not missing) or type(
+        error
+    ).__name__ == "PanicException"
     if not (of_memory or of_threads or of_library):
         return None
     return (

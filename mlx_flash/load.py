@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -24,7 +23,6 @@ from .demand import Demand, demand
 from .end_ids import end_ids
 from .errors import BackendError, BudgetError, FlashError, FormatError, UsageError
 from .experts import ExpertPlan, load_experts, plan_experts
-from .folder import is_there
 from .machine import Machine, load_machine
 from .models.families import ModelSpec
 from .models.quantised import (
@@ -36,7 +34,7 @@ from .models.quantised import (
     usual_coding,
 )
 from .models.read_config import read_spec
-from .preflight import PlannedCheckpoint
+from .preflight import PlannedCheckpoint, check_runs
 from .residency.budget import Costs, MemoryPlan, split_budget
 from .residency.stream import BlockStream
 from .resolve import in_place_folder, model_name, resolve_model
@@ -45,7 +43,6 @@ from .run import BaseRun, Context, budget_for, decide_context, report_keys
 from .run import announce as announce
 from .selection.factory import EXACT, SelectorFactory, check_selection, parts_in_slots, resident_parts
 from .selection.shared import Selector, Shared
-from .source import TOKENIZERS
 from .stats import Stats
 from .storage.calibration import Calibration, load_calibration
 from .storage.checkpoint import Checkpoint
@@ -342,28 +339,6 @@ def decide(
     path = resolve_model(None if model is None else str(model), announce=announce, check=check)
     checkpoint = Checkpoint.open(path, calibrated)
     return plan_checkpoint(checkpoint, config, load_calibration(checkpoint), name, measured_machine(checkpoint))
-
-
-def check_runs(plan: RunPlan, planned: PlannedCheckpoint, loads: bool) -> None:
-    """Raise what loading would, of all that can be known before the conversion."""
-    if loads:
-        check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
-    check = getattr(plan.models, "check", None)
-    if check is not None:
-        with ExitStack() as stack:
-            try:
-                hollow = stack.enter_context(planned.hollow())
-            except OSError:  # no room for temporary files: loading asks again
-                hollow = None
-            if hollow is not None:
-                check(hollow, plan.spec)
-    if loads:
-        if not any(is_there(planned.path, file) for file in TOKENIZERS):
-            raise UsageError(
-                f"{plan.name} has none of {', '.join(TOKENIZERS)}, so no tokenizer, and cannot be loaded; take one "
-                f"from elsewhere: mlx_flash convert --hf-path {planned.path} --flash-path OUT --tokenizer PATH_OR_REPO"
-            )
-        plan.models.load_tokenizer(planned.path, plan.spec.eos_ids)
 
 
 def plan_checkpoint(

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
+from .address_space import check_room
 from .convert_plan import Settings, make_plan
-from .errors import FlashError, FormatError, ReadError
+from .errors import FlashError, FormatError, ReadError, UsageError
 from .folder import is_there, safe_file
-from .source import TAG_OF, Source, safetensors_header
+from .source import TAG_OF, TOKENIZERS, Source, safetensors_header
 from .storage.calibration import SHIPPED, Calibration, read_calibration
 from .storage.checkpoint import MODEL, Checkpoint
 from .storage.header import TensorInfo, read_metadata
@@ -79,3 +81,26 @@ def _shipped(folder: Path, dim: int, layouts: list[Layout]) -> Calibration | Non
         return read_calibration(path, dim, tuple(layout.count for layout in layouts), identity)
     except (FormatError, ReadError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def check_runs(plan: Any, planned: PlannedCheckpoint, loads: bool) -> None:
+    """Raise what loading would, of all that can be known before the conversion. plan: of `planned`; loads: as for
+    `load.decide`."""
+    if loads:
+        check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
+    check = getattr(plan.models, "check", None)
+    if check is not None:
+        with ExitStack() as stack:
+            try:
+                hollow = stack.enter_context(planned.hollow())
+            except OSError:  # no room for temporary files: loading asks again
+                hollow = None
+            if hollow is not None:
+                check(hollow, plan.spec)
+    if loads:
+        if not any(is_there(planned.path, file) for file in TOKENIZERS):
+            raise UsageError(
+                f"{plan.name} has none of {', '.join(TOKENIZERS)}, so no tokenizer, and cannot be loaded; take one "
+                f"from elsewhere: mlx_flash convert --hf-path {planned.path} --flash-path OUT --tokenizer PATH_OR_REPO"
+            )
+        plan.models.load_tokenizer(planned.path, plan.spec.eos_ids)

@@ -125,7 +125,7 @@ def test_a_bug_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (None, 10**12):
         monkeypatch.setattr(address_space, "limit_bytes", lambda limit=limit: limit)
         assert explain(ValueError("x")) is None and explain(RuntimeError("x")) is None
-        assert explain(OSError(errno.ENOENT, "x")) is None
+        assert explain(OSError(errno.ENOENT, "x")) is None and explain(ModuleNotFoundError("x")) is None
         assert explain(MemoryError()) is not None
     monkeypatch.setattr(address_space, "limit_bytes", lambda: None)
     assert explain(ImportError("x")) is None and explain(MemoryError("no room")) == "out of memory: no room"
