@@ -51,7 +51,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
         "smallest_budget_bytes": costs.smallest,
         "everything_resident_bytes": costs.largest,
         "parts": memory.parts if memory else costs.fixed | {"staging": costs.staging_block},
-        "bundle_bytes": checkpoint.layouts[0].stride,
+        "bundle_bytes": max(layout.stride for layout in checkpoint.layouts),
         "ffn_bytes": sum(layout.count * layout.stride for layout in checkpoint.layouts),
         "bundles": counts,
         "capacities": list(memory.capacities) if memory else [0] * len(counts),
@@ -87,8 +87,9 @@ def print_inspection(report: dict[str, Any]) -> None:
     print(report["model"] if report["model"] == report["path"] else f"{report['model']} ({report['path']})")
     print(f"  {report['family']}, {report['activation']}, {report['dtype']}; backend {report['backend']}, "
           f"selector {report['selector']} ({exact}), context {report['context_text']}")  # fmt: skip
+    alike = report["ffn_bytes"] == sum(report["bundles"]) * report["bundle_bytes"]
     print(f"  FFN on flash {format_bytes(report['ffn_bytes'])} in {sum(report['bundles']):,} bundles of "
-          f"{format_bytes(report['bundle_bytes'])}")  # fmt: skip
+          f"{'' if alike else 'up to '}{format_bytes(report['bundle_bytes'])}")  # fmt: skip
     print(f"budget {format_bytes(report['budget_bytes'])} (smallest {format_bytes(report['smallest_budget_bytes'])}, "
           f"everything resident {format_bytes(report['everything_resident_bytes'])}, "
           f"available now {format_bytes(report['available_memory_bytes'])})")  # fmt: skip

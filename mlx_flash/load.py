@@ -212,7 +212,9 @@ def run_costs(
     fixed = {
         "dense part": sum(info.nbytes for _, info in checkpoint.resident_tensors().values()),
         "KV cache": spec.kv_items_per_token * item * context * config.sequences,
-        "prefill scratch": backend.prefill_scratch_bytes(largest, spec_widths(spec), chunk, context),
+        "prefill scratch": max(
+            backend.prefill_scratch_bytes(layout, spec_widths(spec), chunk, context) for layout in layouts
+        ),
     }
     if resident:
         fixed[f"{resident[0]} rows"] = sum(backend.slab_bytes(layout, layout.count, resident) for layout in layouts)
