@@ -117,8 +117,9 @@ class Layout:
         if not self.coded and not self.grouped:
             return FORMAT_VERSION
         alike = self.quantisation
-        plain = alike is not None and alike.mode == AFFINE and alike.bits in BITS
-        return QUANTISED_VERSION if plain and self.neurons in (1, alike.group_size) else MIXED_VERSION  # type: ignore
+        if alike is None or alike.mode != AFFINE or alike.bits not in BITS:
+            return MIXED_VERSION
+        return QUANTISED_VERSION if self.neurons in (1, alike.group_size) else MIXED_VERSION
 
     def coding(self, matrix: str) -> Quantisation | None:
         """How a matrix is quantised."""
