@@ -83,7 +83,6 @@ NORMALISED = frozenset(
         "sliding_window_pattern",
         "full_attention_interval",
         "mlp_layer_types",
-        "per_layer_config",
         "tie_word_embeddings",
         "head_dim",
     ]
@@ -333,6 +332,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "qkv_bias": (True,),
     },
     "qwen3_moe": {"attention_bias": (False,)},
+    "qwen3_vl_moe_text": {"attention_bias": (False,)},
     "starcoder2": {"use_bias": (True,)},
 }
 # Of a mixture's experts, where it is another than SiLU.
@@ -359,6 +359,7 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "deepseek_v3": frozenset(("qk_head_dim",)),
     "deepseek_v32": frozenset(("qk_head_dim",)),
     "exaone_moe": frozenset(("first_k_dense_replace",)),
+    "gemma4_text": frozenset(("per_layer_config",)),
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
     "gpt2": frozenset(("n_inner",)),  # seen in the tensors, as are the next ones

@@ -15,7 +15,6 @@ SAME_AS = {
     "xverse": "llama",
     "kimi_k2": "deepseek_v3",
     "joyai_llm_flash": "deepseek_v3",
-    "qwen3_vl_moe_text": "qwen3_moe",
 }
 
 # The model type of a nested "text_config" that does not say it.
@@ -46,6 +45,7 @@ RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "mellum": (("num_local_experts", "num_experts"),),
     "mimo_v2_flash": (("rms_norm_eps", "layernorm_epsilon"),),
     "qwen3_moe": (("num_local_experts", "num_experts"),),
+    "qwen3_vl_moe_text": (("num_local_experts", "num_experts"),),
 }
 
 # Where layers of two kinds have RoPE of their own, of which mlx-lm scales that of full attention only: the key that
@@ -72,7 +72,10 @@ PERIODS: Mapping[str, tuple[str, str, int]] = {
 }
 
 # mlx-lm asks for "head_dim", which transformers takes from the width where it is missing.
-NEED_HEAD_DIM = frozenset(("exaone4", "exaone_moe", "glm4_moe", "qwen3_moe"))
+NEED_HEAD_DIM = frozenset(("exaone4", "exaone_moe", "glm4_moe", "qwen3_moe", "qwen3_vl_moe_text"))
+
+# What transformers says per layer of full attention, and mlx-lm reads once for all of them.
+FULL_ATTENTION_KEYS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 
 # Layers before the first of experts: read as a number, written as a list.
 NEED_FIRST_SPARSE = frozenset(("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"))
@@ -135,6 +138,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": _BASE,
     "qwen3_moe": _BASE,
     "qwen3_next": _BASE | {"partial_rotary_factor": 0.25, "norm_topk_prob": True},
+    "qwen3_vl_moe_text": _BASE | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "seed_oss": _BASE | _UNTIED | {"attention_bias": True},
     "smollm3": {"rope_theta": 2e6},
     "solar_open": {

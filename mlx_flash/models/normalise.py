@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 from .config_tables import (
     DEFAULTS,
+    FULL_ATTENTION_KEYS,
     NEED_FIRST_SPARSE,
     NEED_HEAD_DIM,
     NESTED_TYPES,
@@ -44,6 +45,8 @@ def normalise(config: Mapping[str, Any]) -> Values:
     nested = values.get("text_config")
     if isinstance(nested, dict):
         kind = nested.get("model_type") or NESTED_TYPES.get(str(values.get("model_type")))
+        if values.get("tie_word_embeddings") is not None:  # the whole model's is what transformers goes by
+            nested["tie_word_embeddings"] = values["tie_word_embeddings"]
         values["text_config"] = _place(nested, str(kind))
     return _place(values, str(values.get("model_type")))
 
@@ -68,6 +71,8 @@ def _place(values: Values, kind: str) -> Values:
     _period(values, kind)
     _pattern(values, kind)
     _sparse_layers(values, kind)
+    if kind == "gemma4_text":
+        _full_attention_layers(values)
     _parameters(values, kind)
     return values
 
@@ -311,8 +316,26 @@ def _sparse_layers(values: Values, kind: str) -> None:
         _agree(values, "first_k_dense_replace", first)
 
 
-def _agree(values: Values, key: str, derived: Any) -> None:
+def _full_attention_layers(values: Values) -> None:
+    """Gemma 4's keys of layers with full attention, from an object per such layer."""
+    layers, types = _object(values, "per_layer_config"), _layer_types(values)
+    if not layers or types is None:
+        return
+    full = {i for i, name in enumerate(types) if name == "full_attention"}
+    alike = [each for each in layers.values() if each == next(iter(layers.values()))]
+    same = len(alike) == len(layers) and isinstance(alike[0], dict) and alike[0].keys() <= FULL_ATTENTION_KEYS.keys()
+    if not same or any(not str(i).isdigit() for i in layers) or {int(i) for i in layers} != full:
+        raise ConfigError(
+            f"config.json: 'per_layer_config' {_short(layers)} is not one object of "
+            f"{' and '.join(FULL_ATTENTION_KEYS)} for all layers of full attention"
+        )
+    for source, target in FULL_ATTENTION_KEYS.items():
+        if source in alike[0]:
+            _agree(values, target, alike[0][source], "per_layer_config")
+
+
+def _agree(values: Values, key: str, derived: Any, where: str = "mlp_layer_types") -> None:
     said = values.get(key)
     if said is not None and said != derived:
-        raise _contradiction(key, said, "mlp_layer_types", values["mlp_layer_types"])
+        raise _contradiction(key, said, where, values[where])
     values[key] = derived

@@ -102,6 +102,12 @@ def test_what_reads_rope_parameters_only_gets_them() -> None:
             {"layer_types": [SLIDING, FULL] * 2, "sliding_window_pattern": 2},
             {"sliding_window_pattern": "LG"},
         ),
+        ("qwen3_vl_moe_text", {"num_local_experts": 8}, {"num_experts": 8, "norm_topk_prob": True}),
+        (
+            "gemma4_text",
+            {"layer_types": [SLIDING, FULL], "per_layer_config": {"01": {"head_dim": 64}}},
+            {"global_head_dim": 64},
+        ),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"]}, {"first_k_dense_replace": 1}),
         ("exaone_moe", {"mlp_layer_types": ["dense", "sparse"]}, {"is_moe_layer": [False, True]}),
     ],
@@ -135,6 +141,10 @@ def test_names_and_defaults(kind: str, given_keys: dict[str, Any], wanted: dict[
         ({"model_type": "cohere2", "layer_types": [FULL, SLIDING, SLIDING, FULL]}, "does not repeat"),
         ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"]}, "dense layers after sparse"),
         (
+            {"model_type": "gemma4_text", "layer_types": [SLIDING, FULL], "per_layer_config": {"0": {"head_dim": 64}}},
+            "'per_layer_config' .* all layers of full attention",
+        ),
+        (
             {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse"], "first_k_dense_replace": 1},
             "'first_k_dense_replace' is 1",
         ),
@@ -157,6 +167,8 @@ def test_a_text_model_is_lifted_out() -> None:
     assert normalise({"model_type": "qwen2_vl", "hidden_size": 8, "vision_config": {}})["model_type"] == "qwen2"
     mixture = {"model_type": "llama4", "text_config": {"rope_parameters": PLAIN}}
     assert normalise(mixture)["text_config"]["rope_theta"] == 5e5
+    nested = {"model_type": "llama4", "tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    assert normalise(nested)["text_config"]["tie_word_embeddings"] is False
     # The whole model's word about its head is the one that counts.
     tied = {"model_type": "mistral3", "text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}
     assert normalise(tied)["tie_word_embeddings"] is True
@@ -180,7 +192,9 @@ def test_names_of_a_text_model() -> None:
     }
 
 
-KINDS = sorted({*DEFAULTS, *RENAMES, *PERIODS, *WRAPPERS, "llama", "qwen3_5_moe_text", "ministral3", "x"})
+KINDS = sorted(
+    {"gemma4_text", *DEFAULTS, *RENAMES, *PERIODS, *WRAPPERS, "llama", "qwen3_5_moe_text", "ministral3", "x"}
+)
 ROPES = st.sampled_from([None, PLAIN, YARN, {"type": "linear", "factor": 2.0}, {FULL: PLAIN, SLIDING: PLAIN}, {}])
 
 
