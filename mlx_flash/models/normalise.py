@@ -45,7 +45,8 @@ def normalise(config: Mapping[str, Any]) -> Values:
     nested = values.get("text_config")
     if isinstance(nested, dict):
         kind = nested.get("model_type") or NESTED_TYPES.get(str(values.get("model_type")))
-        if values.get("tie_word_embeddings") is not None:  # the whole model's is what transformers goes by
+        # The whole model's word about its head is what transformers goes by.
+        if str(values.get("model_type")) in NESTED_TYPES and values.get("tie_word_embeddings") is not None:
             nested["tie_word_embeddings"] = values["tie_word_embeddings"]
         values["text_config"] = _place(nested, str(kind))
     return _place(values, str(values.get("model_type")))
