@@ -287,6 +287,7 @@ HARMLESS: Mapping[str, frozenset[str]] = {
 }
 
 SILU = ("silu", "swish")
+_HALVES = {"rope_traditional": (False,)}  # mlx-lm alone knows the other order of pairs
 # model type -> key -> what it may be, because mlx-lm computes just that and does not look.
 FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "afmoe": {"attention_bias": (False,)},
@@ -318,19 +319,24 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
     "kimi_linear": {"attention_bias": (False,)},
     "laguna": {"moe_apply_router_weight_on_input": (False,)},
+    "llama": _HALVES,
     "mellum": {"attention_bias": (False,)},
     "mimo_v2_flash": {"attention_bias": (False,)},
+    "mistral": _HALVES,
+    "mixtral": _HALVES,
     "nanochat": {"attention_bias": (False,), "final_logit_softcapping": (15.0,)},
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},
-    "olmoe": {"clip_qkv": ()},
+    "olmoe": _HALVES | {"clip_qkv": ()},
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
     "phi": {"qk_layernorm": (False,)},
+    "qwen2": _HALVES,
     "qwen2_moe": {
         "norm_topk_prob": (False,),
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([],),
         "qkv_bias": (True,),
     },
+    "qwen3": _HALVES,
     "qwen3_moe": {"attention_bias": (False,)},
     "qwen3_vl_moe_text": {"attention_bias": (False,)},
     "starcoder2": {"use_bias": (True,)},

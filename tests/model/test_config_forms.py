@@ -118,6 +118,8 @@ def test_every_end_id_stops(name: str, backend: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["auto", "numpy", "mlx"])
 def test_bad_ends_are_named_before_anything_is_written(name: str, backend: str, tmp_path: Path) -> None:
     case = CASES[name]
+    if backend == "mlx":
+        pytest.importorskip("mlx_lm")
     folder = checkpoint(tmp_path / name, case["config"], case["shapes"])
     for text, words in (
         ("{", "generation_config.json"),
@@ -142,6 +144,7 @@ def test_bad_ends_are_named_before_anything_is_written(name: str, backend: str, 
         ("mixtral", {"rope_theta": 10000.0}, "'rope_theta' is 10000.0, but 'rope_parameters.rope_theta' is 500000.0"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling.rope_type' is 'linear'"),
         ("qwen3_moe", {"num_experts": 8}, "'num_local_experts' is 4, but 'num_experts' is 8"),
+        ("llama", {"rope_traditional": True}, "'rope_traditional' is 'True'; llama runs with False only"),
         ("olmoe", {"clip_qkv": 4.0}, "'clip_qkv' is '?4.0'?"),
         ("mixtral", {"hidden_act": "gelu"}, "'?gelu'?"),
     ],
@@ -150,6 +153,8 @@ def test_contradictions_are_refused_on_every_backend(
     name: str, changes: dict[str, Any], words: str, backend: str, tmp_path: Path
 ) -> None:
     case = CASES[name]
+    if backend == "mlx":
+        pytest.importorskip("mlx_lm")
     folder = checkpoint(tmp_path / name, case["config"] | changes, case["shapes"])
     with pytest.raises(FlashError, match=words):
         mlx_flash.load(folder, backend=backend)
