@@ -21,7 +21,7 @@ from .config import FlashConfig, Selection, parse_selection
 from .cost_model import Prediction, Tuning, choose_tuning, default_tuning, given_settings, predict
 from .demand import Demand, demand
 from .end_ids import end_ids
-from .errors import BackendError, BudgetError, FlashError, FormatError, UsageError
+from .errors import BackendError, BudgetError, FlashError, FormatError
 from .experts import ExpertPlan, load_experts, plan_experts
 from .machine import Machine, load_machine
 from .models.families import ModelSpec

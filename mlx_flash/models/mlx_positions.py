@@ -19,11 +19,9 @@ from ..errors import ConfigError
 from .families import Rope
 from .mlx_compat import KVCache, RotatingKVCache, create_attention_mask, make_prompt_cache
 from .read_config import ConfigValues
-from .rotary import BASE_KEYS, attention_factor, inverse_frequencies, kind_of, read_rope
-from .windows import NATIVE, RULES, WITHOUT, layer_type, read_windows, text_config
+from .rotary import BASE_KEYS, UNTOUCHED, attention_factor, inverse_frequencies, kind_of, read_rope
+from .windows import FULL, RULES, is_known, layer_type, read_windows, text_config
 
-# Architectures of mlx-lm that read positions of every layer in a way of their own, which transformers shares or lacks.
-UNTOUCHED = ("gemma4_text", "minimax_m3_vl", "qwen3_5_moe", "step3p5")
 PARTS = {"glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "nemotron": 0.5, "phi": 0.5, "qwen3_next": 0.25, "stablelm": 0.25}
 PART_KEYS = {"gpt_neox": ("rotary_pct", 0.25)} | {name: ("partial_rotary_factor", part) for name, part in PARTS.items()}
 ROTARY = ("rope", "rotary_emb", "index_rope")  # what attention modules call theirs
@@ -81,11 +79,8 @@ def _rotary_keys(values: ConfigValues, family: str) -> dict[str, Any]:
         found["rope_scaling"] = {"type": "yarn", "factor": 1.0}  # which is none
     elif family == "hunyuan":
         found["rope_scaling"] = {"type": "dynamic", "alpha": 1.0, "factor": 1.0}
-    if family in RULES or family in NATIVE or family in WITHOUT:
-        parameters = values.get("rope_parameters", {})
-        nested = isinstance(parameters, Mapping) and any(isinstance(each, Mapping) for each in parameters.values())
-        if not nested and not any(values.get(key) is not None for key in BASE_KEYS):
-            found["rope_theta"] = read_rope(values).base
+    if is_known(family) and not any(values.get(key) is not None for key in BASE_KEYS):
+        found["rope_theta"] = read_rope(values, FULL).base
     return found
 
 
@@ -181,8 +176,10 @@ def _set(attention: Any, name: str, values: ConfigValues, rope: Rope, context: i
     """Replace one layer's rotary module unless it does what `rope` says."""
     module, family = getattr(attention, name), str(values.get("model_type"))
     dims = getattr(module, "dims", getattr(module, "dim", None))
-    if type(dims) is not int:
-        return  # SmolLM3's layers without positions
+    if type(dims) is not int:  # DeepSeek-V2's; SmolLM3's layers without positions have no frequencies either
+        if not isinstance(getattr(module, "_freqs", None), mx.array):
+            return
+        dims = 2 * module._freqs.size
     size, pairs = max(dims, int(getattr(attention, "head_dim", dims))), _turns_pairs(module, dims)
     if family in SIZED_BY_HEADS:
         dims = int(size * values.number("partial_rotary_factor", PARTS[family]))
@@ -198,8 +195,7 @@ def _set(attention: Any, name: str, values: ConfigValues, rope: Rope, context: i
 def _names_base(values: ConfigValues, rope: Rope) -> bool:
     """Whether the config, or transformers' default for its family, says what the base is."""
     family = str(values.get("model_type"))
-    known = family in RULES or family in NATIVE or family in WITHOUT
-    return known or any(values.get(key) is not None for key in (*BASE_KEYS, "rope_parameters"))
+    return is_known(family) or any(values.get(key) is not None for key in (*BASE_KEYS, "rope_parameters"))
 
 
 def _turns_pairs(module: Any, dims: int) -> bool:

@@ -12,7 +12,7 @@ from .config_keys import check_fixed
 from .dense import DENSE, read_dense
 from .families import FAMILIES, ContextLimit, Family, LayerSpec, ModelSpec, Rope
 from .normalise import normalise
-from .rotary import check_size, context_limit, read_rope
+from .rotary import UNTOUCHED, check_size, context_limit, read_rope
 from .windows import read_limit, read_windows, text_config
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
@@ -213,6 +213,8 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
 
 def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
     """Up to where a model of `most` tokens runs as its config says, whatever its family. Raises ConfigError."""
+    if config.get("model_type") in UNTOUCHED:
+        return None
     values = ConfigValues(text_config(config))
     parameters = values.get("rope_parameters", {})
     kinds = [key for key, each in parameters.items() if isinstance(each, Mapping)] if type(parameters) is dict else []

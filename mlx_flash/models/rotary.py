@@ -23,6 +23,9 @@ BASES = {
     **{"lfm2_moe": 1e6, "llama4": 5e5, "llama4_text": 5e5, "longcat_flash": 1e7, "minimax": 1e6, "mixtral": 1e6},
     **{"olmo3": 5e5, "phimoe": 1e6, "smollm3": 2e6, "solar_open": 1e6, "minimax_m3_vl": 5e6},
 }
+# Architectures of mlx-lm that read the positions of every layer in a way of their own, which transformers shares or
+# lacks.
+UNTOUCHED = ("gemma4_text", "minimax_m3_vl", "qwen3_5_moe", "step3p5")
 BASE_KEYS = ("rope_theta", "rotary_emb_base", "rope_freq_constant")
 # Families whose sliding layers are not scaled, and the key of those layers' own base.
 PLAIN_WHERE_SLIDING = {"gemma3_text": ("rope_local_base_freq", 1e4), "olmo3": (None, 5e5)}

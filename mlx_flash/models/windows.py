@@ -93,12 +93,18 @@ WITHOUT = ("cohere", "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5", "
            "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe", "seed_oss", "solar_open", "stablelm")  # fmt: skip
 
 
+def is_known(family: str) -> bool:
+    """Whether transformers has the family, so that what its config leaves out is known."""
+    return family in RULES or family in NATIVE or family in WITHOUT
+
+
 def read_layer_types(values: Any, layers: int) -> list[str] | None:
-    """The config's "layer_types", one per layer; None where it has none. Raises ConfigError."""
+    """The config's "layer_types", one per layer; None where it has none. Further ones are those of layers that are not
+    run, which predict several tokens at once. Raises ConfigError."""
     if values.get("layer_types") is None:
         return None
-    found: list[str] = values.sequence("layer_types", layers, str)
-    return found
+    found = values.need("layer_types", list)
+    return [str(each) for each in values.sequence("layer_types", max(layers, len(found)), str)[:layers]]
 
 
 def read_windows(values: Any, layers: int) -> list[int | None]:
@@ -125,7 +131,7 @@ def read_limit(values: Any) -> ContextLimit | None:
     family = str(values.get("model_type"))
     if family == "qwen" and (values.flag("use_dynamic_ntk", False) or values.flag("use_logn_attn", False)):
         return ContextLimit(values.positive("seq_length", 2048), "'use_dynamic_ntk' and 'use_logn_attn' begin there")
-    if family in RULES or family in NATIVE or family in WITHOUT:
+    if is_known(family):
         return None
     window = values.get("sliding_window")
     if window is None or not values.flag("use_sliding_window", True):

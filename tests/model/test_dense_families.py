@@ -69,8 +69,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_act": "gelu"},
     "gemma2": _GEMMA | {"query_pre_attn_scalar": 256},  # mlx-lm takes another number where there is none
     "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 16, "sliding_window_pattern": 2},
-    "glm": {"partial_rotary_factor": 1.0},  # mlx-lm knows no other
+    "glm": {"partial_rotary_factor": 1.0},  # mlx-lm turns whole heads, whatever this says
     "glm4": {"partial_rotary_factor": 0.5},
+    # Where mlx-lm computes another GELU than the config may name (tests/positions), the one that it computes.
     "gpt_bigcode": {"n_inner": 300, "activation_function": "gelu"},
     "gpt_neox": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gptj": {"rotary_dim": 4},
@@ -166,7 +167,7 @@ def test_tokens_are_those_of_mlx_lm(name: str, tmp_path: Path) -> None:
         for prompt, tokens in zip(PROMPTS, wanted, strict=True):
             assert list(model.flash.steps(model, prompt, 6, Sampling())) == tokens
         logits = [np.array(m(mx.array([PROMPTS[1]])).astype(mx.float32)) for m in (plain, model)]
-        tolerance = 5e-4 if name == "gemma" else 1e-4  # mlx-lm computes another form of GELU than transformers
+        tolerance = 3e-3 if name == "gemma" else 1e-4  # Gemma's GELU is the one by tanh, mlx-lm's is not
         assert np.abs(logits[0] - logits[1]).max() <= tolerance * np.abs(logits[0]).max()
         model.flash.close()
     with pytest.raises(BackendError, match="runs on mlx only, not on numpy"):
