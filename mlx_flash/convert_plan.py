@@ -93,12 +93,14 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Pla
     entries = None if isinstance(source, Dequantised) else read_quantisation(source.config)
     _check_settings(source, settings, None if entries is None else str(entries.default))
     source.open_tensors()
-    check_no_small_floats({name: tensor.info for name, tensor in source.tensors.items()})
+    every = {name: tensor.info for name, tensor in source.tensors.items()}
+    check_no_small_floats(every)
     settled = settle_head(source)
     source.config, source.tensors = settled.config, settled.tensors
-    infos = {name: tensor.info for name, tensor in source.tensors.items()}
-    codings = find_codings(entries, infos, {} if entries is None else known_shapes(source))
-    spec = read_spec(source.config, plain_shapes(infos, codings))
+    # An entry may be about a head that is left out.
+    codings = find_codings(entries, every, {} if entries is None else known_shapes(source))
+    codings = {name: coding for name, coding in codings.items() if name in source.tensors}
+    spec = read_spec(source.config, plain_shapes({name: every[name] for name in source.tensors}, codings))
     end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
     plain = spec.resident_shapes() | spec.ffn_shapes()
     check_tensors(source, spec, coded_shapes(plain, codings))

@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CONVERSION = 2  # counts changes of what a conversion makes of the same files: copies in the cache are made anew
 FULL_HASH_BYTES = 64_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 READ_ALIGN = 4096  # covers every disk's block
@@ -253,7 +254,7 @@ def source_hash(
     sync) has other bytes in nearly every block, as training moves every weight. A mere copy gets another
     hash: a second conversion, never a wrong one.
     """
-    options = [FORMAT_VERSION, dtype] if more is None else [FORMAT_VERSION, dtype, *more]
+    options = [FORMAT_VERSION, CONVERSION, dtype, *(more or [])]
     total = hashlib.sha256(json.dumps(options).encode())
     files = weight_files(folder)
     full = sum(path.stat().st_size for path in files.values()) <= FULL_HASH_BYTES

@@ -68,6 +68,8 @@ def _place(values: Values, kind: str) -> Values:
                 values[key] = default
     if kind == "gemma" and values.get("hidden_act") == "gelu":
         values["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's first files mean by it
+    if kind == "gemma" and values.get("hidden_act") in (None, "gelu"):  # by which the first releases meant the other
+        values["hidden_act"] = "gelu_pytorch_tanh"
     _head_dim(values, kind)
     _period(values, kind)
     _pattern(values, kind)

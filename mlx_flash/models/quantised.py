@@ -28,6 +28,7 @@ from ..storage.layout import (
     with_codings,
 )
 from .families import ModelSpec
+from .wrappers import unwrap
 
 KEYS = ("group_size", "bits", "mode")
 DEFAULTS = {AFFINE: (4, 64)} | SCALE_ONLY_MODES  # MLX's bits and group size, where an entry does not say them
@@ -75,6 +76,7 @@ class Entries:
 def read_quantisation(config: Mapping[str, Any]) -> Entries | None:
     """What config.json says of MLX's formats, or None. Raises ConfigError for other kinds of quantisation, each by its
     name, and for settings that MLX does not have."""
+    config = unwrap(dict(config))  # tensors are called as in the text model
     if not config.get("quantization"):
         if config.get("quantization_config"):
             raise ConfigError(_other_kind(config["quantization_config"]))

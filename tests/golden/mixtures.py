@@ -128,7 +128,7 @@ MIXTURES: dict[str, GridFamily] = {
         no_bias=NO_BIAS,
         no_head_bias={"lm_head_bias": False},
         tied=TIED,
-        # Short factors only: beyond the original length transformers takes these, and the model's authors the long ones.
+        # Short factors only: beyond the original length transformers keeps these, the authors take the long ones.
         longrope={
             "rope_parameters": ROPES["longrope short"]
             | {
