@@ -13,13 +13,13 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from http.server import ThreadingHTTPServer
 from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
 
 from .errors import FlashError, UsageError
 from .experts import ExpertPlan
@@ -29,6 +29,7 @@ from .http_requests import check_length
 from .load import RunPlan, load_planned
 from .models.mlx_compat import LRUPromptCache, can_trim_prompt_cache, check_server, make_prompt_cache, trim_prompt_cache
 from .models.mlx_compat import server as mlx_lm_server
+from .tokenizer import apply_template
 
 MOST_WAITING = 256
 
@@ -142,12 +143,10 @@ class Generator(mlx_lm_server.ResponseGenerator):
         return request
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        try:
-            made = super()._tokenize(tokenizer if request.messages else PromptIds(), request, args)
-        except TemplateError as error:
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
-        except Exception as error:  # what else Jinja and tokenizers raise
-            raise UsageError(f"the tokenizer refuses this prompt: {error}") from error
+        if request.messages:
+            made = apply_template(partial(super()._tokenize, tokenizer, request, args))
+        else:
+            made = super()._tokenize(PromptIds(), request, args)
         count, context = len(made[0]), self.model_provider.plan.context
         check_length(count, context, "the prompt")
         args.max_tokens = min(args.max_tokens, context - count + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,19 +174,28 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[i
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """A chat, each message a {"role", "content"}, as one prompt by the tokenizer's template.
 
-    options: for the template, over add_generation_prompt=True. Raises ConfigError where there is no template,
-    FormatError for one that is not Jinja, UsageError for messages that it refuses or does not get done with.
+    options: for the template, over add_generation_prompt=True. Raises ConfigError where there is no template, and what
+    `apply_template` raises.
     """
-    from jinja2 import TemplateSyntaxError
-
     if not tokenizer.has_chat_template:
         raise ConfigError("this tokenizer has no chat template; add chat_template.jinja to its folder")
     if not messages:
         raise UsageError("the chat is empty; give at least one message")
     options = {"add_generation_prompt": True} | options | {"tokenize": False}
+    return str(apply_template(lambda: tokenizer.apply_chat_template(list(messages), **options)))
+
+
+def apply_template(call: Callable[[], Any]) -> Any:
+    """The result of `call()`, which applies a chat template: code from a stranger, in a sandbox.
+
+    Raises FormatError for a template that is not Jinja, UsageError for messages that it refuses or does not get done
+    with within TEMPLATE_SECONDS.
+    """
+    from jinja2 import TemplateSyntaxError
+
     try:
         with quiet_transformers():
-            return str(call_within(TEMPLATE_SECONDS, lambda: tokenizer.apply_chat_template(list(messages), **options)))
+            return call_within(TEMPLATE_SECONDS, call)
     except TemplateSyntaxError as error:
         raise FormatError(f"the chat template is not valid Jinja at line {error.lineno}: {error.message}") from error
     except TimeoutError as error:

@@ -36,7 +36,10 @@ from mlx_flash.serve import server_plan  # noqa: E402
 
 PROMPT = "Once upon a time"
 CONTEXT = 200
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    "{% if loops %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +249,16 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": True}, "top_logprobs is True"),
     ({"messages": [{"role": "user", "content": "a"}], "tools": "a"}, "tools must be a list"),
     ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 1}, "chat_template_kwargs must be"),
-    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tokenize": 1}}, "refuses this prompt"),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tokenize": 1}},
+        "refuses these messages",
+    ),
+    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"loops": 1}}, "not done after 0.5 s"),
 ]
 
 
-def test_a_bad_body_is_refused_and_stops_nothing(served: Served) -> None:
+def test_a_bad_body_is_refused_and_stops_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_flash.tokenizer.TEMPLATE_SECONDS", 0.5)
     bad = [("/v1/completions", *each) for each in BAD_BODIES] + [("/v1/chat/completions", *each) for each in BAD_CHATS]
     for path, body, words in bad:
         status, answer = served.raw(body if isinstance(body, bytes) else json.dumps(body).encode(), path)
