@@ -120,7 +120,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mellum": {"num_experts": 8, "sliding_window": 16, "layer_types": _SLIDING}
     | {"rope_parameters": {kind: {"rope_theta": 10000.0} for kind in _SLIDING}},
     "mimo_v2_flash": {
-        **{"n_routed_experts": 8, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "sliding_window_size": 16},
+        **{"n_routed_experts": 8, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]},
+        "sliding_window_size": 64,  # beyond the prompts: mlx-lm's window is one token shorter than transformers'
         **{"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "topk_method": "noaux_tc"},
         **{"scoring_func": "sigmoid", "layernorm_epsilon": 1e-5, "swa_rope_theta": 10000.0, "v_head_dim": 16},
         **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 16},
