@@ -293,7 +293,6 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "afmoe": {"attention_bias": (False,)},
     "bailing_hybrid": {"attention_bias": (False,)},
     "deepseek_v2": {"mlp_bias": (False,)},
-    "deepseek_v3": {"rope_interleave": (True,)},
     "deepseek_v32": {"mlp_bias": (False,)},
     "ernie4_5_moe": {"moe_norm_min": (1e-12,)},
     "exaone_moe": {"attention_bias": (False,)},
@@ -306,39 +305,28 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "final_logit_softcapping": (),
     },
     "gemma4_text": {"attention_bias": (False,), "use_bidirectional_attention": (False, "vision")},
-    "glm4_moe_lite": {"rope_interleave": (True,)},
     "glm_moe_dsa": {"mlp_bias": (False,)},
     "gpt2": {
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
     },
     "gpt_bigcode": {"scale_attn_weights": (True,)},
-    "gpt_oss": {
-        "swiglu_alpha": (1.702,),
-        "swiglu_limit": (7.0,),
-    },
     "kimi_linear": {"attention_bias": (False,)},
-    "laguna": {"moe_apply_router_weight_on_input": (False,)},
+    "laguna": {"gating": (True, "per-head"), "moe_apply_router_weight_on_input": (False,)},
     "llama": _HALVES,
-    "mellum": {"attention_bias": (False,)},
     "mimo_v2_flash": {"attention_bias": (False,)},
+    "minimax": dict.fromkeys(  # of MiniMax-Text-01, whose attention is linear in most layers; mlx-lm's is MiniMax-M2
+        ("full_attn_alpha_factor", "linear_attn_alpha_factor", "layernorm_full_attention_alpha", "postnorm"), ()
+    ),
     "mistral": _HALVES,
     "mixtral": _HALVES,
     "nanochat": {"attention_bias": (False,), "final_logit_softcapping": (15.0,)},
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},
-    "olmoe": _HALVES | {"clip_qkv": ()},
+    "olmoe": _HALVES,
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
     "phi": {"qk_layernorm": (False,)},
     "qwen2": _HALVES,
-    "qwen2_moe": {
-        "norm_topk_prob": (False,),
-        "decoder_sparse_step": (1,),
-        "mlp_only_layers": ([],),
-        "qkv_bias": (True,),
-    },
     "qwen3": _HALVES,
-    "qwen3_moe": {"attention_bias": (False,)},
-    "qwen3_vl_moe_text": {"attention_bias": (False,)},
     "starcoder2": {"use_bias": (True,)},
 }
 # Of a mixture's experts, where it is another than SiLU.
@@ -346,6 +334,17 @@ EXPERT_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "gemma4_text": ("gelu_pytorch_tanh",),
     "minimax_m3_vl_text": (*SILU, "swigluoai"),
     "phixtral": ("gelu_new", "gelu", "gelu_pytorch_tanh"),
+}
+# Read here, although mlx-lm's code does not.
+READ_HERE: Mapping[str, frozenset[str]] = {
+    "deepseek_v3": frozenset(("rope_interleave",)),
+    "dots1": frozenset(("attention_bias",)),
+    "glm4_moe_lite": frozenset(("rope_interleave",)),
+    "gpt_oss": frozenset(("swiglu_alpha", "swiglu_limit")),
+    "mellum": frozenset(("attention_bias",)),
+    "olmoe": frozenset(("clip_qkv",)),
+    "qwen2_moe": frozenset(("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "qkv_bias")),
+    "qwen3_moe": frozenset(("attention_bias",)),
 }
 # In the files, and computed nowhere, in transformers neither.
 UNUSED: Mapping[str, frozenset[str]] = {

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .config_key_tables import ALWAYS, EXPERT_ACTIVATIONS, FIXED, HARMLESS, NORMALISED, SILU, UNUSED
+from .config_key_tables import ALWAYS, EXPERT_ACTIVATIONS, FIXED, HARMLESS, NORMALISED, READ_HERE, SILU, UNUSED
 from .config_key_tables import OWN as OWN
 from .config_key_tables import OWN_MIXTURES as OWN_MIXTURES
 from .config_tables import RENAMES, SAME_AS
@@ -53,6 +53,7 @@ def unknown_keys(config: Mapping[str, Any], read: Collection[str]) -> list[str]:
     for prefix, place in places.items():
         kind = wrapped_type(config) or _kind(place)
         known = ALWAYS | NORMALISED | UNUSED.get(kind, frozenset()) | FIXED.get(kind, {}).keys() | set(read)
+        known |= READ_HERE.get(kind, frozenset())
         known |= {name for pair in RENAMES.get(kind, ()) for name in pair} | _HARMLESS_NAMES
         known |= {"hidden_act", "hidden_activation", "activation_function"}  # checked, see `check_fixed` and dense.py
         found += [prefix + str(key) for key, value in place.items() if key not in known and value is not None]

@@ -28,7 +28,9 @@ from ..storage.layout import Layout, Part
 from .heads import fields_of, head_of
 from .mlx import brief, flash_model
 from .mlx_compat import load_model, make_prompt_cache
+from .mlx_fused import Piece, unfuse
 from .mlx_kv import kv_bytes
+from .mlx_mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights
 from .mlx_positions import mlx_keys, set_positions, set_windows
 from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
@@ -44,19 +46,21 @@ CONVERT = "convert it with mlx_lm.convert first; the result runs in place"
 
 @dataclass
 class _Loaded:
-    """What was loaded, and what sanitizing made of it: name by the array's id, and the arrays that a stack consists of.
-    Holds them all, so that no id is used twice."""
+    """What was loaded, and what sanitizing made of it: name by the array's id, what part of a tensor it is if not all,
+    and the arrays that a stack consists of. Holds them all, so that no id is used twice."""
 
     names: dict[int, str] = field(default_factory=dict)
+    pieces: dict[int, Piece] = field(default_factory=dict)
     stacks: dict[int, list[mx.array]] = field(default_factory=dict)
     held: list[Any] = field(default_factory=list)
 
-    def note(self, weights: Mapping[str, mx.array]) -> None:
-        self.names = {id(array): name for name, array in weights.items()}
+    def note(self, weights: Mapping[str, mx.array], pieces: Mapping[str, Piece]) -> None:
+        self.names = {id(array): name for name, array in weights.items() if name not in pieces}
+        self.pieces = {id(weights[name]): piece for name, piece in pieces.items()}
         self.held.append(dict(weights))
 
     def clear(self) -> None:
-        self.names, self.stacks, self.held = {}, {}, []
+        self.names, self.pieces, self.stacks, self.held = {}, {}, {}, []
 
     @contextmanager
     def noting_stacks(self) -> Iterator[None]:
@@ -179,6 +183,7 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     loaded, normal = _Loaded(), normalise(config)
     model, built = _build(folder, tensors, normal, loaded)
     set_windows(model, text_config(normal))
+    fit_arithmetic(model, normal)
     switches = [(path, module) for path, module in model.named_modules() if type(module) in SWITCHES]
     switches.sort(key=_in_order)
     if not switches:
@@ -223,13 +228,13 @@ def _build(
     folder: Path, tensors: Tensors, config: Mapping[str, Any], loaded: _Loaded
 ) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model, everything lazy. config: normalised."""
-    given = dict(config) | mlx_keys(config)
+    given, normal = dict(config) | mlx_keys(config), config
     classes = inspect.signature(load_model).parameters["get_model_classes"].default
     tied = config.get("tie_word_embeddings") is True
 
     def watched(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = classes(config)
-        return _watched(flash_model(model_class, tied), loaded, tensors), args_class
+        return _watched(flash_model(model_class, tied), loaded, tensors, normal), args_class
 
     try:
         return load_model(folder, lazy=True, strict=True, model_config=given, get_model_classes=watched)
@@ -241,19 +246,26 @@ def _build(
         raise FormatError(f"{folder}: the tensors are not those of the model: {brief(error)}") from error
 
 
-def _watched(model_class: type, loaded: _Loaded, tensors: Tensors) -> type:
-    """The class, whose `sanitize` notes what comes in and which stacks it makes. A head that is not among `tensors`,
-    because the model shares the embedding's, is left out."""
+def _watched(model_class: type, loaded: _Loaded, tensors: Tensors, config: Mapping[str, Any]) -> type:
+    """The class, with the modules that a normalised config asks for, whose `sanitize` notes what comes in and which
+    stacks it makes. A head that is not among `tensors`, because the model shares the embedding's, is left out."""
 
     class Watched(model_class):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            fit_modules(self, config)
+
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             head = head_of(weights)
             if head is not None and head not in tensors:
                 unused = fields_of(head, weights)
                 weights = {name: array for name, array in weights.items() if name not in unused}
-            loaded.note(weights)
+            kept, pieces = unfuse(kept_weights(config, weights), config)
+            loaded.note(kept, pieces)
             with loaded.noting_stacks():
-                found: dict[str, mx.array] = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
+                found: dict[str, mx.array] = super().sanitize(kept) if hasattr(model_class, "sanitize") else kept
+                found = fit_weights(self, config, found)
+            add_correction(self, weights, found)
             return found
 
     return Watched
@@ -271,17 +283,20 @@ def _extents(path: str, arrays: Mapping[str, mx.array], tensors: Tensors, loaded
         if array.dtype not in NAMES:
             raise FormatError(f"{label} is {array.dtype}, which experts cannot be; {CONVERT}")
         part = Part(name, NAMES[array.dtype], array.size // count)
-        whole = loaded.names.get(id(array))
+        piece = loaded.pieces.get(id(array))
+        whole = piece.source if piece else loaded.names.get(id(array))
         sources = [whole] if whole else [loaded.names.get(id(each)) for each in loaded.stacks.get(id(array), [])]
         if not sources or None in sources:
             raise FormatError(
                 f"{label} is computed from what is in the files (mlx-lm joins, cuts, turns or decodes it), so no "
                 f"expert can be read from them as it is; {CONVERT}"
             )
-        shape = tuple(array.shape if whole else array.shape[1:])
+        shape = piece.shape if piece else tuple(array.shape if whole else array.shape[1:])
         found = [_tensor(str(source), label, part, shape, tensors) for source in sources]
-        step = part.nbytes if whole else 0
-        at = [info.offset + e * step for e, (_, info) in enumerate(found * (count if whole else 1))]
+        step, first = (part.nbytes if whole else 0), 0
+        if piece:
+            step, first = step * piece.pieces, step * piece.which
+        at = [info.offset + first + e * step for e, (_, info) in enumerate(found * (count if whole else 1))]
         paths += [file for file, _ in found if file not in paths]
         files.append([paths.index(file) for file, _ in found] * (count if whole else 1))
         offsets.append(at)
