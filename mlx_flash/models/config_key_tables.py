@@ -377,6 +377,7 @@ UNUSED: Mapping[str, frozenset[str]] = {
     ),
     "llama4_text": frozenset(("moe_layers", "no_rope_layer_interval", "no_rope_layers")),
     "longcat_flash": frozenset(("qk_head_dim", "num_key_value_heads")),
+    "mimo_v2_flash": frozenset(("first_k_dense_replace", "n_shared_experts")),
     "nanochat": frozenset(("rms_norm_eps",)),
     "nemotron_h": frozenset(("expand", "time_step_floor")),
     "granitemoehybrid": frozenset(("mamba_expand",)),

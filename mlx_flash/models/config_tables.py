@@ -6,6 +6,7 @@ those of mlx-lm 0.32's ModelArgs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": _BASE | {"partial_rotary_factor": 0.25},
     "granite": _BASE | _UNTIED,
     "granitemoe": _BASE | _UNTIED,
-    "granitemoehybrid": _UNTIED,
+    "granitemoehybrid": _UNTIED | {"time_step_limit": [0.0, math.inf]},
     "helium": {"rope_theta": 100000.0},
     "jamba": _UNTIED,
     "longcat_flash": {

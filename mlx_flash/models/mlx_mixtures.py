@@ -60,6 +60,8 @@ def fit_weights(model: nn.Module, config: Mapping[str, Any], weights: dict[str, 
         for path, module in modules.items():
             if type(module) is nn.Linear and path.endswith((*QKV, *OUT, "lm_head")) and path + ".weight" in found:
                 _set_bias(module, path + ".bias" in found)
+    if family == "ernie4_5_moe" and "lm_head" in modules:
+        _set_bias(modules["lm_head"], "lm_head.bias" in found)
     _stack_experts(modules, found)
     if family == "ernie4_5_moe":
         for path, module in modules.items():

@@ -99,6 +99,8 @@ def _window_keys(values: ConfigValues, family: str, layers: int) -> dict[str, An
         letters = "".join("L" if each else "G" for each in slides)
         own = {"sliding_window_pattern": letters if len(set(slides)) == 2 else None}
         return own | {"sliding_window": values.get("sliding_window")}
+    if family == "mimo_v2_flash":  # whose number does not count the token itself, which mlx-lm overlooks
+        return {"sliding_window_size": next((window for window in windows if window is not None), None)}
     return {"layer_types": None, "sliding_window": None} if family == "mistral" else {}
 
 

@@ -66,8 +66,6 @@ def _place(values: Values, kind: str) -> Values:
         for key, default in defaults.items():
             if values.get(key) is None:
                 values[key] = default
-    if kind == "gemma" and values.get("hidden_act") == "gelu":
-        values["hidden_act"] = "gelu_pytorch_tanh"  # what Gemma's first files mean by it
     if kind == "gemma" and values.get("hidden_act") in (None, "gelu"):  # by which the first releases meant the other
         values["hidden_act"] = "gelu_pytorch_tanh"
     _head_dim(values, kind)
@@ -76,6 +74,10 @@ def _place(values: Values, kind: str) -> Values:
     _sparse_layers(values, kind)
     if kind == "gemma4_text":
         _full_attention_layers(values)
+    if kind == "granitemoehybrid":
+        _granite_hybrid(values)
+    if kind == "mimo_v2_flash":
+        _mimo(values)
     _parameters(values, kind)
     return values
 
@@ -316,7 +318,43 @@ def _sparse_layers(values: Values, kind: str) -> None:
                 f"config.json: 'mlp_layer_types' {_short(types)} has dense layers after sparse ones; {kind} runs "
                 "with the first layers dense and all others sparse"
             )
-        _agree(values, "first_k_dense_replace", first)
+        values["first_k_dense_replace"] = first  # transformers writes a number of its class's beside the list
+
+
+def _granite_hybrid(values: Values) -> None:
+    """mlx-lm's names of its two kinds of layers, and numbers that JSON has no spelling for."""
+    types, limit = _layer_types(values), values.get("time_step_limit")
+    if types is not None:
+        names = {"full_attention": "attention", "linear_attention": "mamba"}
+        values["layer_types"] = [names.get(name, name) if isinstance(name, str) else name for name in types]
+    if isinstance(limit, list):
+        values["time_step_limit"] = [
+            float(each["__float__"]) if isinstance(each, dict) and each.get("__float__") == "Infinity" else each
+            for each in limit
+        ]
+
+
+def _mimo(values: Values) -> None:
+    """What mlx-lm reads of MiMo-V2-Flash, from the keys of transformers 5, which has these numbers in its code."""
+    types, sparse = _layer_types(values), values.get("mlp_layer_types")
+    if types is None or values.get("hybrid_layer_pattern") is not None:
+        return
+    values["hybrid_layer_pattern"] = [int(name == "sliding_attention") for name in types]
+    if isinstance(sparse, list):
+        values["moe_layer_freq"] = [int(name == "sparse") for name in sparse]
+    window, groups = values.get("sliding_window"), values.get("num_key_value_heads")
+    derived: Values = {
+        "sliding_window_size": window - 1 if type(window) is int else None,
+        "swa_num_attention_heads": values.get("num_attention_heads"),
+        "swa_num_key_value_heads": 2 * groups if type(groups) is int else None,
+        "swa_head_dim": values.get("head_dim"),
+        "swa_v_head_dim": values.get("v_head_dim"),
+    } | {"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}
+    derived |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "partial_rotary_factor": 0.334}
+    for key, value in derived.items():
+        if values.get(key) is None:
+            values[key] = value
+    values["n_shared_experts"] = None  # written, and no part of the model
 
 
 def _full_attention_layers(values: Values) -> None:

@@ -109,6 +109,16 @@ def test_what_reads_rope_parameters_only_gets_them() -> None:
             {"global_head_dim": 64},
         ),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"]}, {"first_k_dense_replace": 1}),
+        (
+            "deepseek_v32",
+            {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 3},
+            {"first_k_dense_replace": 1},
+        ),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["linear_attention", FULL], "time_step_limit": [0.0, {"__float__": "Infinity"}]},
+            {"layer_types": ["mamba", "attention"], "time_step_limit": [0.0, float("inf")]},
+        ),
         ("exaone_moe", {"mlp_layer_types": ["dense", "sparse"]}, {"is_moe_layer": [False, True]}),
     ],
 )
@@ -143,10 +153,6 @@ def test_names_and_defaults(kind: str, given_keys: dict[str, Any], wanted: dict[
         (
             {"model_type": "gemma4_text", "layer_types": [SLIDING, FULL], "per_layer_config": {"0": {"head_dim": 64}}},
             "'per_layer_config' .* all layers of full attention",
-        ),
-        (
-            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse"], "first_k_dense_replace": 1},
-            "'first_k_dense_replace' is 1",
         ),
     ],
 )
@@ -243,9 +249,9 @@ def test_unknown_keys() -> None:
 
 
 def test_fixed_values() -> None:
-    check_fixed({"model_type": "olmoe", "clip_qkv": None})
+    check_fixed({"model_type": "minimax", "postnorm": None})
     for kind, key, value in (
-        ("olmoe", "clip_qkv", 4.0),
+        ("minimax", "postnorm", True),
         ("gemma3_text", "final_logit_softcapping", 30.0),
         ("gpt2", "scale_attn_by_inverse_layer_idx", True),
         ("phi", "qk_layernorm", True),
