@@ -64,6 +64,8 @@ class Layer:
 
     def step(self, cache: Cache) -> Callable[[], None] | None:
         """All of the layer but the FFN for one token, in one call, where the backend has such a thing."""
+        if self.decoder.spec.clip is not None:
+            return None
         found = cache.layers[self.index]
         if self._step_cache is not found:
             self._step, self._step_cache = self.backend.attention(self.description(*found), self.decoder.memory), found
@@ -108,6 +110,8 @@ class Layer:
         q, k, v = (part.reshape(len(x), -1, size) for part in (q, k, v))  # (T, H or K, D)
         if "q_norm" in self.weights:
             q, k = self.normed("q_norm", q), self.normed("k_norm", k)
+        if (most := self.decoder.spec.clip) is not None:
+            q, k, v = (np.clip(part, -most, most) for part in (q, k, v))
         if self.decoder.rotations is not None:
             cos, sin = self.decoder.rotations[:, start : start + len(x)]
             q, k = self.backend.rope(q, cos, sin), self.backend.rope(k, cos, sin)

@@ -159,7 +159,7 @@ FAMILIES: dict[str, Family] = {
 @dataclass(frozen=True)
 class ModelSpec:
     """All a backend needs to know of a model. Lengths in items; `max_context` in tokens; limit: why a run's context may
-    have to be shorter."""
+    have to be shorter; clip: the most that a query, key or value may be, of either sign."""
 
     family: str
     dim: int
@@ -179,6 +179,7 @@ class ModelSpec:
     ffn_bias: bool
     table: Family
     limit: ContextLimit | None = field(default=None, kw_only=True)
+    clip: float | None = field(default=None, kw_only=True)
 
     @property
     def gated(self) -> bool:

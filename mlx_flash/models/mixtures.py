@@ -173,8 +173,11 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     )
     if top_k > count:
         raise ConfigError(f"config.json: a token uses {top_k} experts ('num_experts_per_tok') of {count}")
+    clip = None
     if config.get("clip_qkv") is not None:
-        raise ConfigError(f"config.json: 'clip_qkv' is {str(config['clip_qkv'])[:40]}; only null is known")
+        if family != "olmoe":
+            raise ConfigError(f"config.json: 'clip_qkv' is {str(config['clip_qkv'])[:40]}; only null is known")
+        clip = values.number("clip_qkv")
     experts = [count] * len(spec.layers)
     if spec.family == "qwen3_moe":
         step, dense = values.positive("decoder_sparse_step", 1), values.get("mlp_only_layers", [])
@@ -186,4 +189,5 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     if not any(experts):
         raise ConfigError("config.json: by 'decoder_sparse_step' and 'mlp_only_layers' no layer has experts")
     adds_to_one = spec.family == "mixtral" or values.flag("norm_topk_prob", False)
-    return MixtureSpec(**vars(spec), experts=tuple(experts), width=width, top_k=top_k, normalise=adds_to_one)
+    fields = vars(spec) | {"clip": clip}
+    return MixtureSpec(**fields, experts=tuple(experts), width=width, top_k=top_k, normalise=adds_to_one)

@@ -166,7 +166,7 @@ def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | No
     attention_bias = config.flag("attention_bias", False)
     if config.flag("mlp_bias", False):
         raise ConfigError("config.json: 'mlp_bias' is true; FFN biases are known for OPT only")
-    if family.startswith("qwen3") and attention_bias:
+    if family == "qwen3" and attention_bias:
         raise ConfigError("config.json: 'attention_bias' is true, which is not known for Qwen3")
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
     context = config.positive("max_position_embeddings", 2048)
