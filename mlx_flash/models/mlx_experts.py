@@ -29,6 +29,7 @@ from .heads import fields_of, head_of
 from .mlx import brief, flash_model
 from .mlx_compat import load_model, make_prompt_cache
 from .mlx_fused import Piece, unfuse
+from .mlx_interleaved import take_interleaved
 from .mlx_kv import kv_bytes
 from .mlx_mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights
 from .mlx_positions import mlx_keys, set_positions, set_windows
@@ -261,12 +262,13 @@ def _watched(model_class: type, loaded: _Loaded, tensors: Tensors, config: Mappi
                 unused = fields_of(head, weights)
                 weights = {name: array for name, array in weights.items() if name not in unused}
             kept, pieces = unfuse(kept_weights(config, weights), config)
-            loaded.note(kept, pieces)
+            aside, more = take_interleaved(self, config, kept)
+            loaded.note(kept | aside, pieces | more)
             with loaded.noting_stacks():
                 found: dict[str, mx.array] = super().sanitize(kept) if hasattr(model_class, "sanitize") else kept
                 found = fit_weights(self, config, found)
             add_correction(self, weights, found)
-            return found
+            return found | aside
 
     return Watched
 
@@ -292,7 +294,8 @@ def _extents(path: str, arrays: Mapping[str, mx.array], tensors: Tensors, loaded
                 f"expert can be read from them as it is; {CONVERT}"
             )
         shape = piece.shape if piece else tuple(array.shape if whole else array.shape[1:])
-        found = [_tensor(str(source), label, part, shape, tensors) for source in sources]
+        tags = (*TAGS[part.dtype], "U8") if piece else TAGS[part.dtype]  # MXFP4's codes are bytes, read by fours
+        found = [_tensor(str(source), label, part, shape, tags, tensors) for source in sources]
         step, first = (part.nbytes if whole else 0), 0
         if piece:
             step, first = step * piece.pieces, step * piece.which
@@ -315,12 +318,14 @@ def _extents(path: str, arrays: Mapping[str, mx.array], tensors: Tensors, loaded
     )
 
 
-def _tensor(source: str, label: str, part: Part, shape: Sequence[int], tensors: Tensors) -> tuple[Path, TensorInfo]:
+def _tensor(
+    source: str, label: str, part: Part, shape: Sequence[int], tags: Sequence[str], tensors: Tensors
+) -> tuple[Path, TensorInfo]:
     """A tensor that holds an expert's part, or all of them: as the model has it. Raises FormatError."""
     if source not in tensors:
         raise FormatError(f"{label}: tensor {source!r} is in a file that the folder's index does not name")
     file, info = tensors[source]
-    if info.dtype not in TAGS[part.dtype] or tuple(info.shape) != tuple(shape):
+    if info.dtype not in tags or tuple(info.shape) != tuple(shape):
         raise FormatError(
             f"{label} is {part.dtype} {list(shape)} in the model, but tensor {source!r} in {file.name} is {info.dtype} "
             f"{list(info.shape)}: experts of several precisions or shapes; {CONVERT}"
