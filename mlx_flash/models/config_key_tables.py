@@ -323,6 +323,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "nanochat": {"attention_bias": (False,), "final_logit_softcapping": (15.0,)},
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},
     "olmoe": _HALVES,
+    "openelm": {"normalization_layer_name": ("rms_norm",)},
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
     "phi": {"qk_layernorm": (False,)},
     "qwen2": _HALVES,
@@ -380,5 +381,6 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "mimo_v2_flash": frozenset(("first_k_dense_replace", "n_shared_experts")),
     "nanochat": frozenset(("rms_norm_eps",)),
     "nemotron_h": frozenset(("expand", "time_step_floor")),
+    "openelm": frozenset(("num_gqa_groups", "qkv_multipliers", "rope_max_length")),  # the numbers of heads say it all
     "granitemoehybrid": frozenset(("mamba_expand",)),
 }
