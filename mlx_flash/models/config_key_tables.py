@@ -371,6 +371,7 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "gpt2": frozenset(("n_inner",)),  # seen in the tensors, as are the next ones
     "gpt_neox": frozenset(("intermediate_size", "attention_bias")),
     "gpt_oss": frozenset(("attention_bias",)),
+    "phi3": frozenset(("attention_bias",)),
     "phimoe": frozenset(("attention_bias", "lm_head_bias")),
     "gptj": frozenset(("n_inner",)),
     "kimi_linear": frozenset(
