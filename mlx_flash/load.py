@@ -179,11 +179,11 @@ class Run(BaseRun):
             plan.look_ahead,
         )
 
-    def make_ffn(self, layer: int, up_bias: Any = None, down_bias: Any = None) -> Selector:
+    def make_ffn(self, layer: int, up_bias: Any = None, down_bias: Any = None, gate_bias: Any = None) -> Selector:
         """The FFN of one layer: a callable from the normed hidden state to the FFN's output."""
         spec, layout = self.plan.spec, self.plan.checkpoint.layouts[layer]
         cutoff = spec.layers[layer].cutoff
-        ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff)
+        ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff, gate_bias=gate_bias)
         return self.factory.make(layer, ffn)
 
 

@@ -25,7 +25,8 @@ def block_of(layout: Layout) -> int:
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """What one FFN computes: `act(gate.x) * (up.x)` or, not gated, `act(up.x + up_bias)`, times `down`.
+    """What one FFN computes: `act(gate.x + gate_bias) * (up.x + up_bias)` or, not gated, `act(up.x + up_bias)`, times
+    `down`, plus `down_bias`.
 
     lead: the part that `FFNPass.gate` computes and cuts, "gate" (with the activation) or "up" (without it in a gated
     FFN; "" is the one that the activation is applied to). cutoff: what the lead gives counts as zero up to this
@@ -39,6 +40,7 @@ class FFNSpec:
     down_bias: Any = None  # (d,) backend array, or None
     cutoff: float = 0.0
     lead: str = ""
+    gate_bias: Any = None  # (count,) backend array, or None
 
     @property
     def first(self) -> str:
@@ -49,6 +51,10 @@ class FFNSpec:
     def second(self) -> str | None:
         """The part that is multiplied with it."""
         return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
+
+    def bias(self, part: str | None) -> Any:
+        """(count,) backend array, or None: what is added to the products of "gate" or "up"."""
+        return {"gate": self.gate_bias, "up": self.up_bias}.get(part or "")
 
 
 Fired = Callable[[], np.ndarray]  # -> (n,) bool

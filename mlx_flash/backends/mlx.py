@@ -75,7 +75,7 @@ class MlxPass:
         """Ids (n,) int32, ascending, that fire for any token; `slab` holds the first part of all `count` bundles."""
         spec = self._spec
         product = slab.view(spec.first, 0, 1, spec.layout.count, across=True).product(self._x)
-        self._gates = self._lead(product, spec.up_bias)
+        self._gates = self._lead(product, spec.bias(spec.first))
         fires = mx.any(self._gates != 0, axis=(0, 1))
         # After this the caller overwrites slots, so nothing may still read them. When mlx-lm generates, x comes from
         # a token that was sampled from the last pass's output, which is therefore done although mlx-lm runs one step
@@ -126,16 +126,19 @@ class MlxPass:
 
     def _scalars(self, ids: np.ndarray, product: Callable[[str], mx.array]) -> mx.array:
         """h of ids (n,), where `product(part)` gives x . row of theirs, (1, T, n)."""
-        spec, bias = self._spec, self._spec.up_bias
+        spec = self._spec
+
+        def bias(part: str) -> mx.array | None:
+            whole = spec.bias(part)
+            return None if whole is None else mx.take(whole, mx.array(ids.astype(np.uint32)))
+
         if self._gates is None and spec.first == "gate" and not spec.cutoff:
-            return self._activation.times(product("gate"), product("up"))
-        index = mx.array(ids.astype(np.uint32))
+            return self._activation.times(_plus(product("gate"), bias("gate")), _plus(product("up"), bias("up")))
         if self._gates is not None:
-            scalars = mx.take(self._gates, index, axis=2)
+            scalars = mx.take(self._gates, mx.array(ids.astype(np.uint32)), axis=2)
         else:
-            bias = None if bias is None else mx.take(bias, index)
-            scalars = self._lead(product(spec.first), bias)
-        return scalars if spec.second is None else scalars * self._follows(product(spec.second))
+            scalars = self._lead(product(spec.first), bias(spec.first))
+        return scalars if spec.second is None else scalars * self._follows(product(spec.second), bias(spec.second))
 
     def _selected(self, slab: MlxSlab, index: mx.array, part: str) -> mx.array:
         """x times copies of the rows `index` (n,) of a part, (1, T, n), in groups of one shape."""
@@ -161,14 +164,14 @@ class MlxPass:
 
     def _lead(self, product: mx.array, bias: mx.array | None) -> mx.array:
         """What the leading part's products become: activation, unless it is the second part's, and cut."""
-        if bias is not None:
-            product = product + bias
+        product = _plus(product, bias)
         if not (self._spec.gated and self._spec.first == "up"):
             product = self._activation.alone(product)
         return mx.where(mx.abs(product) > self._spec.cutoff, product, 0) if self._spec.cutoff else product
 
-    def _follows(self, product: mx.array) -> mx.array:
+    def _follows(self, product: mx.array, bias: mx.array | None) -> mx.array:
         """What the second part's products become."""
+        product = _plus(product, bias)
         return self._activation.alone(product) if self._spec.second == "gate" else product
 
     def down(self) -> None:
@@ -241,14 +244,17 @@ class MlxPass:
         def product(name: str) -> mx.array:
             return slab.view(name, row, blocks, length, across=True).product(self._x)
 
+        def bias(part: str) -> mx.array | None:
+            whole = self._spec.bias(part)
+            return None if whole is None else whole[first_id : first_id + rows].reshape(blocks, 1, length)
+
+        first, second = self._spec.first, self._spec.second
         if self._spec.gated and not self._spec.cutoff:
-            scalars = self._activation.times(product("gate"), product("up"))
+            scalars = self._activation.times(_plus(product("gate"), bias("gate")), _plus(product("up"), bias("up")))
         else:
-            bias = self._spec.up_bias
-            bias = None if bias is None else bias[first_id : first_id + rows].reshape(blocks, 1, length)
-            scalars = self._lead(product(self._spec.first), bias)
-            if self._spec.second is not None:
-                scalars = scalars * self._follows(product(self._spec.second))
+            scalars = self._lead(product(first), bias(first))
+            if second is not None:
+                scalars = scalars * self._follows(product(second), bias(second))
         if self._one_token:
             self._add_run(scalars.reshape(1, 1, rows), slab, row)
             self._add_rest()
@@ -292,6 +298,10 @@ class MlxPass:
             self._sum.add(down.rows(part, step).product(left))
         self._rest = (scalars[..., whole:], down.rows(slice(whole, None), 1)) if whole < count else None
         self._rest_in_place = False
+
+
+def _plus(product: mx.array, bias: mx.array | None) -> mx.array:
+    return product if bias is None else product + bias
 
 
 def _block_bytes(dim: int, item: int, tokens: int) -> int:

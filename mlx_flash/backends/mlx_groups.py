@@ -95,13 +95,18 @@ class MlxGroupPass:
         return whole.reshape(self._shape)
 
     def _add(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray) -> None:
-        spec, scalars = self._spec, self._products(self._spec.first, slab, rows)
-        if spec.up_bias is not None:
-            neurons = spec.layout.neurons
+        spec, neurons = self._spec, self._spec.layout.neurons
+
+        def products(matrix: str) -> mx.array:
+            found, bias = self._products(matrix, slab, rows), spec.bias(matrix)
+            if bias is None:
+                return found
             which = (ids[:, None] * neurons + np.arange(neurons)).reshape(-1)
-            scalars = scalars + mx.take(spec.up_bias, mx.array(which.astype(np.uint32)))
+            return found + mx.take(bias, mx.array(which.astype(np.uint32)))
+
+        scalars = products(spec.first)
         if spec.gated:
-            gate, scalars = scalars, self._activation.times(scalars, self._products("up", slab, rows))
+            gate, scalars = scalars, self._activation.times(scalars, products("up"))
             if spec.cutoff:
                 scalars = mx.where(mx.abs(self._activation.alone(gate)) > spec.cutoff, scalars, 0)
         else:

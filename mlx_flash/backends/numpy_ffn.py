@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .base import BLOCK, FFNSpec, Fired
-from .kernels import Kernels, Weights, widen
+from .kernels import Kernels, Weights, add_dense, widen
 
 _NO_IDS = np.empty(0, np.int64)
 
@@ -37,7 +37,10 @@ class FFNInput:
         self.first, self.second = spec.first, spec.second
         lead = "" if spec.gated and self.first == "up" else spec.activation
         self.acts = (lead, spec.activation if self.second == "gate" else "")  # of the first part and the second
-        self.bias = None if spec.gated or spec.up_bias is None else _wide(spec.up_bias)
+        # Of the first part and the second, (count,) fp32.
+        self.bias, self.second_bias = (
+            None if (bias := spec.bias(part)) is None else _wide(bias) for part in (self.first, self.second)
+        )
         self.x = np.ascontiguousarray(x, np.float32)
         self.y = np.zeros(x.shape, np.float32)
 
@@ -137,6 +140,11 @@ class DecodePass(FFNInput):
         return np.flatnonzero(self.active).astype(np.int32)
 
     def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> Fired:
+        if self.second_bias is not None:
+            h = self._with_second_bias(slab, ids, rows)
+            term = Term(ids, slab.part("down"), rows, lambda: h)
+            self.terms.append(term)
+            return term.fired
         first, second, down = None, None if self.second is None else slab.part(self.second), slab.part("down")
         if self.active is not None:
             options: dict[str, Any] = {"given": self.active[ids], "acts": self.acts}
@@ -154,6 +162,18 @@ class DecodePass(FFNInput):
         term = Term(ids, down, rows, begun)
         self.terms.append(term)
         return term.fired
+
+    def _with_second_bias(self, slab: Rows, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """h of these ids where the second part has a bias, for which no kernel has a place; in two products."""
+        assert self.second is not None and self.second_bias is not None
+        if self.active is not None:
+            h = self.active[ids]
+        else:
+            options = self._options(None if self.bias is None else self.bias[ids])
+            h = self.kernels.neurons(slab.part(self.first), None, rows, self.x, **options)
+        options = {"bias": self.second_bias[ids], "acts": (self.acts[1], "")}
+        found: np.ndarray = h * self.kernels.neurons(slab.part(self.second), None, rows, self.x, **options)
+        return found
 
     def _begin_sums(self, ids: np.ndarray, late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Memory for the sums of all blocks, and which of `ids` each consists of: none where it waits for late ones."""
@@ -190,6 +210,13 @@ class DecodePass(FFNInput):
 
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         check_whole_blocks(first_id, count, self.spec.layout.count)
+        if self.second_bias is not None:
+            ids, rows = np.arange(first_id, first_id + count), np.arange(first_row, first_row + count)
+            scalars = self._with_second_bias(slab, ids, rows)
+            add_dense(self.kernels, slab.part("down")[first_row : first_row + count], scalars, self.out, BLOCK)
+            if h is not None:
+                h[0] = scalars
+            return
         bias = None if self.bias is None else self.bias[first_id : first_id + count]
         here = slice(first_row, first_row + count)
         second = None if self.second is None else slab.part(self.second)[here]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..affine import AffineBundles
 from .base import FFNSpec, block_of
-from .kernels import Kernels
+from .kernels import Kernels, activate
 from .numpy_ffn import FFNInput, Rows
 from .numpy_prefill import TILE_ROWS, Load, PrefillPass
 from .products import Tiles
@@ -82,14 +82,32 @@ class GroupDecode(FFNInput):
         raise ValueError("groups of neurons have no gate to select by")
 
     def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> None:
-        self.terms.append((np.asarray(ids), slab.part("down"), np.asarray(rows), self._scalars(slab, rows)))
+        rows = np.asarray(rows)
+        self.terms.append((np.asarray(ids), slab.part("down"), rows, self._scalars(slab, np.asarray(ids), rows)))
 
-    def _scalars(self, slab: Rows, rows: np.ndarray) -> np.ndarray:
-        """h (n, neurons) of the bundles in these rows."""
+    def _scalars(self, slab: Rows, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """h (n, neurons) of the bundles `ids` (n,) in these rows."""
+        if self.bias is not None or self.second_bias is not None:
+            return self._biased_scalars(slab, ids, rows)
         first: Any = slab.part(self.first)
         second: Any = None if self.second is None else slab.part(self.second)
         found = self.kernels.group_neurons(first, second, rows, self.x, acts=self.acts, cutoff=self.spec.cutoff)
         return found
+
+    def _biased_scalars(self, slab: Rows, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The same where there are biases, for which the kernel has no place."""
+
+        def products(part: str, bias: np.ndarray | None, act: str) -> np.ndarray:
+            weights: Any = slab.part(part)
+            found: np.ndarray = self.kernels.group_neurons(weights, None, rows, self.x)
+            if bias is not None:
+                found = found + bias.reshape(-1, self.spec.layout.neurons)[ids]
+            return activate(act, found)
+
+        h = products(self.first, self.bias, self.acts[0])
+        if self.spec.cutoff:
+            h[np.abs(h) <= np.float32(self.spec.cutoff)] = 0
+        return h if self.second is None else h * products(self.second, self.second_bias, self.acts[1])
 
     def down(self) -> None:
         terms, self.terms = self.terms, []
@@ -112,7 +130,7 @@ class GroupDecode(FFNInput):
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         _check_blocks(self.spec, first_id, count)
         rows, ids = np.arange(first_row, first_row + count), np.arange(first_id, first_id + count)
-        scalars = self._scalars(slab, rows)
+        scalars = self._scalars(slab, ids, rows)
         down: Any = slab.part("down")
         self._add([down], np.zeros(count, np.int64), rows, scalars, ids)
         if h is not None:

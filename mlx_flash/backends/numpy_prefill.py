@@ -81,7 +81,10 @@ class PrefillPass(FFNInput):
             h[:, rows] = lead
             if self.second is not None:
                 load(self.second, rows, slice(None), weights)
-                h[:, rows] *= activate(self.acts[1], self._product(scratch, weights))
+                follow = self._product(scratch, weights)
+                if self.second_bias is not None:
+                    follow += self.second_bias[ids]
+                h[:, rows] *= activate(self.acts[1], follow)
 
         def columns(scratch: Scratch, k: int) -> None:
             mine = slice(k * TILE_COLUMNS, min((k + 1) * TILE_COLUMNS, dim))

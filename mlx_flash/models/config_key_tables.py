@@ -296,21 +296,11 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "deepseek_v32": {"mlp_bias": (False,)},
     "ernie4_5_moe": {"moe_norm_min": (1e-12,)},
     "exaone_moe": {"attention_bias": (False,)},
-    "gemma": {"attention_bias": (False,), "use_bidirectional_attention": (False,)},
-    "gemma2": {"attention_bias": (False,), "use_bidirectional_attention": (False,)},
-    "gemma3_text": {
-        "attention_bias": (False,),
-        "use_bidirectional_attention": (False,),
-        "attn_logit_softcapping": (),
-        "final_logit_softcapping": (),
-    },
+    "gemma": {"use_bidirectional_attention": (False,)},
+    "gemma2": {"use_bidirectional_attention": (False,)},
+    "gemma3_text": {"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
     "gemma4_text": {"attention_bias": (False,), "use_bidirectional_attention": (False, "vision")},
     "glm_moe_dsa": {"mlp_bias": (False,)},
-    "gpt2": {
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-    },
-    "gpt_bigcode": {"scale_attn_weights": (True,)},
     "kimi_linear": {"attention_bias": (False,)},
     "laguna": {"gating": (True, "per-head"), "moe_apply_router_weight_on_input": (False,)},
     "llama": _HALVES,
@@ -320,7 +310,6 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     ),
     "mistral": _HALVES,
     "mixtral": _HALVES,
-    "nanochat": {"attention_bias": (False,), "final_logit_softcapping": (15.0,)},
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},
     "olmoe": _HALVES,
     "openelm": {"normalization_layer_name": ("rms_norm",)},
@@ -328,7 +317,6 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "phi": {"qk_layernorm": (False,)},
     "qwen2": _HALVES,
     "qwen3": _HALVES,
-    "starcoder2": {"use_bias": (True,)},
 }
 # Of a mixture's experts, where it is another than SiLU.
 EXPERT_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
@@ -336,16 +324,26 @@ EXPERT_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "minimax_m3_vl_text": (*SILU, "swigluoai"),
     "phixtral": ("gelu_new", "gelu", "gelu_pytorch_tanh"),
 }
-# Read here, although mlx-lm's code does not.
+# Read here, although mlx-lm's code does not: its modules are made those of the config.
 READ_HERE: Mapping[str, frozenset[str]] = {
     "deepseek_v3": frozenset(("rope_interleave",)),
     "dots1": frozenset(("attention_bias",)),
+    "gemma": frozenset(("attention_bias",)),
+    "gemma2": frozenset(("attention_bias",)),
+    "gemma3_text": frozenset(("attention_bias", "final_logit_softcapping")),
     "glm4_moe_lite": frozenset(("rope_interleave",)),
+    "gpt2": frozenset(("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")),
+    "gpt_bigcode": frozenset(("scale_attn_weights",)),
+    "gpt_neox": frozenset(("attention_bias", "intermediate_size")),
     "gpt_oss": frozenset(("swiglu_alpha", "swiglu_limit")),
+    "gptj": frozenset(("n_inner",)),
+    "internlm3": frozenset(("head_dim",)),
     "mellum": frozenset(("attention_bias",)),
+    "nanochat": frozenset(("attention_bias", "final_logit_softcapping", "rms_norm_eps")),
     "olmoe": frozenset(("clip_qkv",)),
     "qwen2_moe": frozenset(("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "qkv_bias")),
     "qwen3_moe": frozenset(("attention_bias",)),
+    "starcoder2": frozenset(("use_bias",)),
 }
 # In the files, and computed nowhere, in transformers neither.
 UNUSED: Mapping[str, frozenset[str]] = {
@@ -368,19 +366,15 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "gemma4_text": frozenset(("per_layer_config",)),
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
-    "gpt2": frozenset(("n_inner",)),  # seen in the tensors, as are the next ones
-    "gpt_neox": frozenset(("intermediate_size", "attention_bias")),
-    "gpt_oss": frozenset(("attention_bias",)),
+    "gpt_oss": frozenset(("attention_bias",)),  # seen in the tensors, as are the next ones
     "phi3": frozenset(("attention_bias",)),
     "phimoe": frozenset(("attention_bias", "lm_head_bias")),
-    "gptj": frozenset(("n_inner",)),
     "kimi_linear": frozenset(
         ("qk_head_dim", "q_lora_rank", "linear_conv_kernel_dim", "linear_head_dim", "linear_num_heads")
     ),
     "llama4_text": frozenset(("moe_layers", "no_rope_layer_interval", "no_rope_layers")),
     "longcat_flash": frozenset(("qk_head_dim", "num_key_value_heads")),
     "mimo_v2_flash": frozenset(("first_k_dense_replace", "n_shared_experts")),
-    "nanochat": frozenset(("rms_norm_eps",)),
     "nemotron_h": frozenset(("expand", "time_step_floor")),
     "openelm": frozenset(("num_gqa_groups", "qkv_multipliers", "rope_max_length")),  # the numbers of heads say it all
     "granitemoehybrid": frozenset(("mamba_expand",)),

@@ -213,7 +213,8 @@ def build(
     tensors = join_coded(tensors, resident_codings(checkpoint))
     decoder = Decoder(spec, backend, tensors, dtype, context)
     for index in range(len(spec.layers)):
-        biases = (decoder.weight("up", index)[1], decoder.weight("down", index)[1]) if spec.ffn_bias else (None, None)
+        roles = ("up", "down", "gate") if spec.gated else ("up", "down")
+        biases = [decoder.weight(role, index)[1] for role in roles] if spec.ffn_bias else []
         decoder.layers.append(Layer(decoder, index, make_ffn(index, *biases)))
     return decoder
 

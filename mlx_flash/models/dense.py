@@ -23,8 +23,12 @@ SPELLINGS = {
     "silu": ("silu", "swish"),
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_approx", "gelu_tanh"),
+    "relu": ("relu",),
     "relu2": ("relu2", "relu_squared"),
 }
+# What config.json says of the FFNs' biases, where it says it, and of their width.
+BIAS_KEYS = ("mlp_bias", "use_bias", "bias")
+WIDTH_KEYS = ("n_inner", "intermediate_size")
 # Tensors that are computed, not learned: masks and rotary tables that old checkpoints carry.
 HARMLESS = ("*rotary_emb.inv_freq", "*rope.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias",
             "*.attention.masked_bias")  # fmt: skip
@@ -35,21 +39,18 @@ class DenseFamily(Family):
     """A row: `names` are those of the FFN's tensors within its module.
 
     modules: where checkpoints have the module of layer {i}, as Hugging Face and as mlx-lm write it
-    attribute: of the module in a layer of mlx-lm's model; activation: what mlx-lm's module computes, whatever
-    config.json says; spellings: what it may say there; columns: the part whose tensor has neurons as columns
+    attribute: of the module in a layer of mlx-lm's model; activation: what mlx-lm's module computes, and what is
+    computed here where config.json names none; columns: the part whose tensor has neurons as columns
     keys: names in config.json of `heads`, `kv_heads`, `head_dim`, `context`, where they are not the usual ones
+    fourfold: mlx-lm's module has four neurons per item of the width, whatever config.json says
     """
 
     modules: tuple[str, ...] = ("model.layers.{i}.mlp",)
     attribute: str = "mlp"
     activation: str = "silu"
-    spellings: tuple[str, ...] = ()
     columns: str = "down"
     keys: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def known_spellings(self) -> tuple[str, ...]:
-        return SPELLINGS[self.activation] + self.spellings
+    fourfold: bool = False
 
 
 def _row(title: str, names: Mapping[str, str] = GATED, **fields: Any) -> DenseFamily:
@@ -67,9 +68,9 @@ DENSE: dict[str, DenseFamily] = {
         modules=("transformer.h.{i}.mlp",),
     ),
     "exaone4": _row("EXAONE 4"),
-    "gemma": _row("Gemma", activation="gelu", spellings=SPELLINGS["gelu_tanh"]),
-    "gemma2": _row("Gemma 2", activation="gelu_tanh", spellings=("gelu",)),
-    "gemma3_text": _row("Gemma 3 (text)", activation="gelu_tanh", spellings=("gelu",)),
+    "gemma": _row("Gemma", activation="gelu"),
+    "gemma2": _row("Gemma 2", activation="gelu_tanh"),
+    "gemma3_text": _row("Gemma 3 (text)", activation="gelu_tanh"),
     "glm": _row("GLM", FUSED),
     "glm4": _row("GLM-4", FUSED),
     "gpt2": _row(
@@ -78,26 +79,27 @@ DENSE: dict[str, DenseFamily] = {
         modules=("h.{i}.mlp",),
         activation="gelu_tanh",
         columns="up",
+        fourfold=True,
     ),
     "gpt_bigcode": _row(
         "GPT-BigCode",
         {"up": "c_fc", "down": "c_proj"},
         modules=("transformer.h.{i}.mlp",),
         activation="gelu",
-        spellings=SPELLINGS["gelu_tanh"],
     ),
     "gpt_neox": _row(
         "GPT-NeoX",
         {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
         modules=("gpt_neox.layers.{i}.mlp", "model.h.{i}.mlp"),
         activation="gelu_tanh",
-        spellings=("gelu",),
+        fourfold=True,
     ),
     "gptj": _row(
         "GPT-J",
         {"up": "fc_in", "down": "fc_out"},
         modules=("transformer.h.{i}.mlp", "model.h.{i}.mlp"),
         activation="gelu_tanh",
+        fourfold=True,
     ),
     "granite": _row("Granite"),
     "helium": _row("Helium"),
@@ -133,9 +135,7 @@ DENSE: dict[str, DenseFamily] = {
     "seed_oss": _row("Seed-OSS"),
     "smollm3": _row("SmolLM3"),
     "stablelm": _row("StableLM"),
-    "starcoder2": _row(
-        "StarCoder2", {"up": "c_fc", "down": "c_proj"}, activation="gelu", spellings=SPELLINGS["gelu_tanh"]
-    ),
+    "starcoder2": _row("StarCoder2", {"up": "c_fc", "down": "c_proj"}, activation="gelu"),
     "telechat3": _row("TeleChat3"),
 }
 KEYS = {
@@ -151,9 +151,11 @@ class DenseSpec(ModelSpec):
     """What conversion, budget and KV cache need of a model that mlx-lm builds from its own config.
 
     module: pattern of the FFN modules' names in this checkpoint; resident: shape of every tensor that is no bundle
+    bias_said: whether the config says that FFNs have biases, or none
     """
 
     module: str = ""
+    bias_said: bool = False
     resident: Mapping[str, Shape] = field(default_factory=dict)
 
     def name(self, role: str, layer: int = 0) -> str:
@@ -197,10 +199,8 @@ def read_dense(
         if config.get(key) not in (None, len(widths)):
             raise ConfigError(f"config.json: {key!r} is {str(config[key])[:40]}, the checkpoint has {len(widths)} FFNs")
     resident = _resident(shapes, _ffn_names(module, table, len(widths)))
-    biased = [name for name in table.names.values() if f"{module.format(i=0)}.{name}.bias" in resident]
-    if biased and table.gated:
-        raise ConfigError(f"the FFNs of this {table.title} have biases ({', '.join(biased)}); known are those of plain "
-                          "MLPs only")  # fmt: skip
+    _check_widths(config, table, dim, widths)
+    said, biased = _biases(config, table, module, resident)
 
     def number(role: str, default: int) -> int:
         names = (table.keys[role],) if role in table.keys else KEYS[role]
@@ -227,7 +227,8 @@ def read_dense(
         qk_norm=False,
         qkv_bias=False,
         out_bias=False,
-        ffn_bias=bool(biased),
+        ffn_bias=biased,
+        bias_said=said,
         table=table,
         module=module,
         resident=resident,
@@ -250,18 +251,51 @@ def _resident(shapes: Mapping[str, Shape], of_ffn: Collection[str]) -> dict[str,
     }
 
 
+def _check_widths(config: Mapping[str, Any], table: DenseFamily, dim: int, widths: Collection[int]) -> None:
+    """Raise ConfigError where mlx-lm does not look at the width that config.json says, and the tensors have another."""
+    if not table.fourfold:
+        return
+    key = next((key for key in WIDTH_KEYS if config.get(key) is not None), None)
+    said = 4 * dim if key is None else config[key]
+    other = next((width for width in widths if width != said), None)
+    if other is not None:
+        what = "is missing, which means" if key is None else "is"
+        raise ConfigError(
+            f"config.json: {key or WIDTH_KEYS[0]!r} {what} {str(said)[:40]}, but there are FFNs of {other} neurons"
+        )
+
+
+def _biases(config: Mapping[str, Any], table: DenseFamily, module: str, resident: Collection[str]) -> tuple[bool, bool]:
+    """Whether the config says if FFNs have biases, and whether they have: all of an FFN's matrices, or none."""
+    names = list(table.names.values())
+    biased = [name for name in names if f"{module.format(i=0)}.{name}.bias" in resident]
+    if biased and (len(biased) < len(names) or "gate+up" in table.names):
+        raise ConfigError(
+            f"the FFNs of this {table.title} have biases of {', '.join(biased)}; known are those of all of "
+            f"{', '.join(names)}{', each in a tensor of its own' if 'gate+up' in table.names else ''}"
+        )
+    said = {key: config[key] for key in BIAS_KEYS if isinstance(config.get(key), bool)}
+    for key, value in said.items():
+        if value != bool(biased):
+            raise ConfigError(
+                f"config.json: {key!r} is {str(value).lower()}, but the FFNs of this {table.title} have "
+                f"{', '.join(biased) or 'no'} biases"
+            )
+    return bool(said), bool(biased)
+
+
 def _activation(config: Mapping[str, Any], table: DenseFamily) -> str:
     """What the config names; the FFN is not mlx-lm's, which computes one activation whatever the config says."""
     found = table.activation
     for key in ACTIVATION_KEYS:
         name = config.get(key)
-        if name is not None and name not in table.known_spellings:
-            raise ConfigError(
-                f"config.json: {key!r} is {str(name)[:80]!r}; mlx-lm runs {table.title} with "
-                f"{' or '.join(table.known_spellings)} only"
-            )
-        if name is not None:
-            found = next(kind for kind, spellings in SPELLINGS.items() if name in spellings)
+        if name is None:
+            continue
+        known = [kind for kind, spellings in SPELLINGS.items() if name in spellings]
+        if not known:
+            spellings = ", ".join(each for every in SPELLINGS.values() for each in every)
+            raise ConfigError(f"config.json: unknown activation {str(name)[:80]!r} ({key}); known: {spellings}")
+        found = known[0]
     return found
 
 

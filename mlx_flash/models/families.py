@@ -262,7 +262,8 @@ class ModelSpec:
                 norm("q_norm", self.head_dim, i)
                 norm("k_norm", self.head_dim, i)
             if self.ffn_bias:
-                shapes[self.name("up", i) + ".bias"] = (layer.intermediate,)
+                for role in ("gate", "up") if self.gated else ("up",):
+                    shapes[self.name(role, i) + ".bias"] = (layer.intermediate,)
                 shapes[self.name("down", i) + ".bias"] = (self.dim,)
         return shapes
 

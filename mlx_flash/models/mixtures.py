@@ -186,6 +186,8 @@ def read_mixture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         experts = [0 if i in dense or (i + 1) % step else count for i in range(len(experts))]
     if spec.activation != "silu":
         raise ConfigError(f"config.json: 'hidden_act' is {spec.activation}; experts are known with silu only")
+    if spec.ffn_bias:
+        raise ConfigError("config.json: 'mlp_bias' is true, which is not known of experts")
     if not any(experts):
         raise ConfigError("config.json: by 'decoder_sparse_step' and 'mlp_only_layers' no layer has experts")
     adds_to_one = spec.family == "mixtral" or values.flag("norm_topk_prob", False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from . import mlx_compat
 from .dense import DENSE, DenseSpec
 from .families import ModelSpec
 from .mlx_compat import (
-    architecture,
     can_trim_prompt_cache,
     generation_stream,
     load_model,
@@ -34,6 +33,7 @@ from .mlx_compat import (
     wired_limit,
 )
 from .mlx_dense import check_kv_cache, check_module
+from .mlx_fit import fit_architecture, fit_class, fit_keys, fit_modules, fit_weights
 from .mlx_head import fit_head
 from .mlx_keys import keys_read as keys_read
 from .mlx_positions import mlx_keys, set_positions, set_windows
@@ -67,7 +67,7 @@ class Bias(nn.Module):
 
 class FlashFFNModule(nn.Module):
     """Stands where a layer's FFN was: calls `ffn` on x (B, T, d). No parameters but biases, where there are some:
-    (name, size) of up's and down's."""
+    (name, size) of up's, down's and, where there is a gate, its."""
 
     def __init__(self, ffn: FFN, biases: Sequence[tuple[str, int]] = ()):
         super().__init__()
@@ -133,11 +133,11 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], context: int =
         raise FormatError(f"{path}: config.json names a program to run ({program!r}); none is run")
 
     def classes(config: dict[str, Any]) -> Any:
-        return _model_class(spec, ffns)
+        return _model_class(spec, ffns, normal)
 
     normal = normalise(config)
     try:
-        given = normal | mlx_keys(normal) | _config(spec)
+        given = normal | mlx_keys(normal) | fit_keys(normal) | _config(spec)
         model, _ = load_model(path, lazy=lazy, strict=True, model_config=given, get_model_classes=classes)
     except ModuleNotFoundError as error:
         raise ConfigError(f"this mlx-lm does not know {spec.family} ({error}); pip install -U mlx-lm") from error
@@ -182,9 +182,11 @@ class _Replies:
         return offset == 0 or not goes_on
 
 
-def flash_model(model_class: type, tied: bool = False) -> type:
+def flash_model(model_class: type, tied: bool = False, config: Mapping[str, Any] | None = None) -> type:
     """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash.
-    tied: whether the head is the embedding, whatever the architecture makes of it."""
+    tied: whether the head is the embedding, whatever the architecture makes of it. config: normalised; what it says and
+    the architecture does not look at."""
+    model_class = fit_class(model_class, config or {})
 
     class FlashModel(model_class):
         def __init__(self, *arguments: Any):
@@ -198,7 +200,7 @@ def flash_model(model_class: type, tied: bool = False) -> type:
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             found = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
-            return fit_head(self, found, tied)
+            return fit_weights(self, fit_head(self, found, tied), config or {})
 
         def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
             """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
@@ -217,14 +219,16 @@ def flash_model(model_class: type, tied: bool = False) -> type:
     return FlashModel
 
 
-def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], nn.Module], type]:
+def _model_class(
+    spec: ModelSpec, ffns: Sequence[FFN], config: Mapping[str, Any]
+) -> tuple[Callable[[Any], nn.Module], type]:
     """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
     module, attribute = MODULES[spec.family]
-    code = architecture(module)
+    code = fit_architecture(module, config)
 
     def make(args: Any) -> nn.Module:
-        model = flash_model(code.Model, spec.tied)(args)
+        model = flash_model(code.Model, spec.tied, config)(args)
         if len(model.layers) != len(ffns):
             raise ConfigError(f"mlx-lm builds {len(model.layers)} layers, the checkpoint has {len(ffns)}")
         for i, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
@@ -232,9 +236,11 @@ def _model_class(spec: ModelSpec, ffns: Sequence[FFN]) -> tuple[Callable[[Any], 
             if isinstance(spec, DenseSpec):
                 check_module(getattr(layer, attribute), spec, i)
             if spec.ffn_bias:
-                sizes = {"up": spec.layers[i].intermediate, "down": spec.dim}
-                biases = [(spec.table.names[role], size) for role, size in sizes.items()]
+                sizes = {"up": spec.layers[i].intermediate, "down": spec.dim, "gate": spec.layers[i].intermediate}
+                names = {role: spec.table.names[role].rpartition(".")[2] for role in sizes if role in spec.table.names}
+                biases = [(name, sizes[role]) for role, name in names.items()]
             setattr(layer, attribute, FlashFFNModule(ffn, biases))
+        fit_modules(model, config)
         return model
 
     return make, code.ModelArgs

@@ -6,7 +6,8 @@ What its server is made of is checked by name before a server starts, see `check
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import sys
 from typing import Any
 
 from ..errors import BackendError
@@ -63,6 +64,17 @@ def check_server() -> None:
             raise BackendError(
                 f"mlx_flash server needs mlx-lm 0.32, whose server has {what}; pip install 'mlx-lm>=0.32,<0.33'"
             )
+
+
+def own_copy(name: str) -> Any:
+    """A module of an architecture that is nobody else's, to be changed. Raises ImportError."""
+    spec = importlib.util.find_spec(f"mlx_lm.models.{name}")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"mlx_lm has no models.{name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def architecture(name: str) -> Any:

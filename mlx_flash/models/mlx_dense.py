@@ -29,7 +29,9 @@ def check_module(module: nn.Module, spec: DenseSpec, layer: int) -> None:
     assert isinstance(table, DenseFamily)
     found: Any = tree_flatten(module.parameters())
     shapes = {name: value.shape for name, value in found}
-    wanted = _shapes(spec, layer, spec.dim, spec.layers[layer].intermediate)
+    width = 4 * spec.dim if table.fourfold else spec.layers[layer].intermediate
+    biased = any(name.endswith(".bias") for name in shapes) if spec.bias_said else spec.ffn_bias
+    wanted = _shapes(table, spec.dim, width, biased)
     if shapes != wanted:
         raise ConfigError(
             f"mlx-lm builds the FFN of {table.title}, layer {layer}, from {_text(shapes)}; known is {_text(wanted)}"
@@ -37,7 +39,7 @@ def check_module(module: nn.Module, spec: DenseSpec, layer: int) -> None:
     rng = np.random.default_rng(layer)
     small = {
         name: mx.array(rng.standard_normal(shape).astype(np.float32))
-        for name, shape in _shapes(spec, layer, DIM, COUNT).items()
+        for name, shape in _shapes(table, DIM, COUNT, biased).items()
     }
     x = mx.array(rng.standard_normal((1, 2, DIM)).astype(np.float32))
     module.update(tree_unflatten(list(small.items())))
@@ -53,13 +55,13 @@ def check_module(module: nn.Module, spec: DenseSpec, layer: int) -> None:
         )
 
 
-def _shapes(spec: DenseSpec, layer: int, dim: int, count: int) -> dict[str, tuple[int, ...]]:
+def _shapes(table: DenseFamily, dim: int, count: int, biased: bool) -> dict[str, tuple[int, ...]]:
     """Name within the module and shape of an FFN's tensors, as mlx-lm has them: neurons are rows but for down's."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for role, name in spec.table.names.items():
+    for role, name in table.names.items():
         rows = {"gate+up": 2 * count, "down": dim}.get(role, count)
         shapes[f"{name}.weight"] = (rows, count if role == "down" else dim)
-        if spec.ffn_bias:
+        if biased:
             shapes[f"{name}.bias"] = (rows,)
     return shapes
 

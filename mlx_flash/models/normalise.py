@@ -24,6 +24,7 @@ from .config_tables import (
     SAME_AS,
     SLIDING_BASE,
 )
+from .windows import RULES
 from .wrappers import unwrap
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
@@ -68,6 +69,8 @@ def _place(values: Values, kind: str) -> Values:
                 values[key] = default
     if kind == "gemma" and values.get("hidden_act") in (None, "gelu"):  # by which the first releases meant the other
         values["hidden_act"] = "gelu_pytorch_tanh"
+    if kind == "gpt_bigcode" and values.get("n_inner") is None and type(values.get("n_embd")) is int:
+        values["n_inner"] = 4 * values["n_embd"]
     _head_dim(values, kind)
     _period(values, kind)
     _pattern(values, kind)
@@ -208,6 +211,8 @@ def _sliding(values: Values, kind: str, full: Values, sliding: Values) -> None:
     for key in ("rope_theta", "partial_rotary_factor"):
         base_key = SLIDING_BASE[kind] if key == "rope_theta" else None
         value = sliding.get(key)
+        if base_key is None and key == "rope_theta":
+            continue  # read from where it is
         if base_key is None:
             if value is not None and full.get(key) is not None and value != full[key]:
                 raise _contradiction(f"{what}.{key}", value, f"rope_parameters.full_attention.{key}", full[key])
@@ -267,11 +272,12 @@ def _period(values: Values, kind: str) -> None:
         raise _contradiction(key, said, "layer_types", types)
     known = [stated, default, *range(1, len(wanted) + 2)]
     found = next((period for period in known if fits(period)), None)
-    if found is None:
+    if found is not None:
+        values[key] = found
+    elif kind not in RULES:  # elsewhere windows are set layer by layer
         raise ConfigError(
             f"config.json: 'layer_types' {_short(types)} does not repeat; {kind} runs with {other} in every n-th layer"
         )
-    values[key] = found
 
 
 def _every(period: int, count: int) -> list[bool]:

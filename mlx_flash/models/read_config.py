@@ -164,10 +164,6 @@ def _openelm(config: ConfigValues) -> dict[str, Any]:
 def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | None) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     attention_bias = config.flag("attention_bias", False)
-    if config.flag("mlp_bias", False):
-        raise ConfigError("config.json: 'mlp_bias' is true; FFN biases are known for OPT only")
-    if family == "qwen3" and attention_bias:
-        raise ConfigError("config.json: 'attention_bias' is true, which is not known for Qwen3")
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
     context = config.positive("max_position_embeddings", 2048)
     windows, rope = read_windows(config, config.layers("num_hidden_layers")), read_rope(config)
@@ -183,12 +179,14 @@ def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | No
         "qk_norm": "q_norm" in table.names,
         "qkv_bias": family == "qwen2" or attention_bias,
         "out_bias": family != "qwen2" and attention_bias,
+        "ffn_bias": family == "llama" and config.flag("mlp_bias", False),
     }
 
 
 def _opt(config: ConfigValues) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
-    for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim), ("enable_bias", True)):
+    biased = config.flag("enable_bias", True)
+    for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim)):
         if config.get(key, wanted) != wanted:
             raise ConfigError(
                 f"config.json: {key!r} is {_short(config.get(key))}; only {wanted!r} is known (not OPT-350m)"
@@ -205,9 +203,9 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
         "max_context": config.need("max_position_embeddings"),
         "rope": None,
         "qk_norm": False,
-        "qkv_bias": True,
-        "out_bias": True,
-        "ffn_bias": True,
+        "qkv_bias": biased,
+        "out_bias": biased,
+        "ffn_bias": biased,
     }
 
 

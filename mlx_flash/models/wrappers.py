@@ -15,6 +15,19 @@ from .config_tables import WRAPPED_DEFAULTS, WRAPPERS
 OUTER = ("flash", "quantization", "quantization_config", "torch_dtype", "dtype", "model_file", "transformers_version")
 # A module around everything, which transformers writes since 5 and mlx-lm does not know.
 OUTER_MODULES = {"gpt2": "transformer."}
+# What transformers calls modules that mlx-lm has under the names of the original code.
+RENAMED_MODULES = {
+    "nanochat": {
+        "model.embed_tokens.": "transformer.wte.",
+        "model.layers.": "transformer.h.",
+        ".self_attn.q_proj.": ".attn.c_q.",
+        ".self_attn.k_proj.": ".attn.c_k.",
+        ".self_attn.v_proj.": ".attn.c_v.",
+        ".self_attn.o_proj.": ".attn.c_proj.",
+        ".mlp.fc1.": ".mlp.c_fc.",
+        ".mlp.fc2.": ".mlp.c_proj.",
+    }
+}
 # In their first files the text model's keys are the config's own.
 FLAT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Where releases of transformers and mlx-lm put the text model, longest first, and its names without a wrapper.
@@ -89,12 +102,18 @@ def text_name(name: str) -> str | None:
     return None if bare.startswith(VISION) else name
 
 
+def _inner_name(name: str, kind: str) -> str:
+    name = name.removeprefix(OUTER_MODULES.get(kind, ""))
+    for module, instead in RENAMED_MODULES.get(kind, {}).items():
+        name = name.replace(module, instead)
+    return name
+
+
 def text_names(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
     """Name in the text model -> name in the files, of all tensors that are the text model's. Raises FormatError for
     tensors that belong to neither text nor vision, and for two with one name."""
     if wrapped_type(config) is None or "flash" in config:
-        outer = OUTER_MODULES.get(str(config.get("model_type")), "")
-        return {name.removeprefix(outer): name for name in names}
+        return {_inner_name(name, str(config.get("model_type"))): name for name in names}
     found: dict[str, str] = {}
     for name in names:
         text = text_name(name)

@@ -142,6 +142,11 @@ def _check_known(plan: RunPlan) -> None:
             f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
             "use --select all or prompt:F, which need no calibration"
         )
+    if plan.spec.gated and plan.spec.ffn_bias:
+        raise UsageError(
+            f"calibrate knows gated FFNs without biases, those of this {plan.spec.table.title} have some: use --select "
+            "all or prompt:F, which need no calibration"
+        )
     if any(layout.grouped for layout in plan.checkpoint.layouts):
         neurons = max(layout.neurons for layout in plan.checkpoint.layouts)
         raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -46,6 +46,7 @@ class Net:
     data: dict[str, np.ndarray]
     up_bias: np.ndarray | None = None
     down_bias: np.ndarray | None = None
+    gate_bias: np.ndarray | None = None
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +68,8 @@ class Net:
         """x (T, d) -> (T, d), float64."""
         act = (lambda v: np.maximum(v, 0)) if self.spec.activation == "relu" else (lambda v: v / (1 + np.exp(-v)))
         if self.spec.gated:
-            hidden = act(x @ self.value("gate").T) * (x @ self.value("up").T)
+            gate = x @ self.value("gate").T + (0 if self.gate_bias is None else self.gate_bias)
+            hidden = act(gate) * (x @ self.value("up").T + (0 if self.up_bias is None else self.up_bias))
         else:
             hidden = act(x @ self.value("up").T + (0 if self.up_bias is None else self.up_bias))
         return hidden @ self.value("down") + (0 if self.down_bias is None else self.down_bias)
@@ -82,6 +84,16 @@ def make_net(dtype: str = "float32", activation: str = "silu", gated: bool = Tru
         return Net(FFNSpec(layout, activation, True), data)
     up, down = rng.standard_normal(count).astype(np.float32), rng.standard_normal(DIM).astype(np.float32)
     return Net(FFNSpec(layout, activation, False, mx.array(up), mx.array(down)), data, up, down)
+
+
+def make_biased(dtype: str, activation: str) -> Net:
+    """A gated one with biases of all three parts."""
+    net, rng = make_net(dtype, activation), np.random.default_rng(8)
+    found = {
+        name: rng.standard_normal(size).astype(np.float32)
+        for name, size in (("gate_bias", COUNT), ("up_bias", COUNT), ("down_bias", DIM))
+    }
+    return Net(replace(net.spec, **{name: mx.array(bias) for name, bias in found.items()}), net.data, **found)
 
 
 def make_x(tokens: int, dtype: str = "float32") -> tuple[mx.array, np.ndarray]:
@@ -275,6 +287,26 @@ def test_many_selected_rows_are_copied_piece_by_piece_to_the_same_bits(
     monkeypatch.setattr("mlx_flash.backends.mlx.PIECE", 192)
     assert run_selected(net, x, 0, 0.9, [])[0] == whole
     assert max(len(rows) for rows in taken if rows.shape[-1] == DIM) <= 192
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_biases_of_a_gated_ffn(tokens: int, activation: str) -> None:
+    net = make_biased("float32", activation)
+    x, values = make_x(tokens)
+    assert_close(run_dense(net, x, COUNT // BLOCK * BLOCK), net.reference(values), "float32")
+    ids = np.random.default_rng(1).permutation(COUNT)
+    for lead in ("gate", "up"):
+        led = Net(replace(net.spec, lead=lead), net.data, net.up_bias, net.down_bias, net.gate_bias)
+        work = BACKEND.ffn(led.spec, x)
+        work.scalars(ids, led.slab(led.names, ids, np.arange(COUNT), COUNT), np.arange(COUNT))
+        work.down()
+        assert_close(work.result(), net.reference(values), "float32")
+    if activation == "relu":
+        got, selected = run_selected(net, x, 3, 0.5, [1])
+        assert_close(mx.array(np.frombuffer(got, np.float32)).reshape(tokens, DIM), net.reference(values), "float32")
+        gates = values @ net.value("gate").T + net.gate_bias
+        assert np.array_equal(selected, np.flatnonzero((gates > 0).any(axis=0)))
 
 
 def test_gate_names_an_id_that_fires_for_any_token_and_none_when_nothing_does() -> None:

@@ -75,8 +75,8 @@ def test_only_the_mlx_files_import_mlx() -> None:
         if any(name.split(".")[0] in ("mlx", "mlx_lm") for name in imported(path))
     }
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
-    names = ("mlx", "mlx_compat", "mlx_dense", "mlx_experts", "mlx_head", "mlx_kv", "mlx_positions", "mlx_routers")
-    models = {f"models/{name}.py" for name in (*names, "mlx_switch")}
+    names = ("mlx", "mlx_compat", "mlx_dense", "mlx_experts", "mlx_fit", "mlx_head", "mlx_kv", "mlx_positions")
+    models = {f"models/{name}.py" for name in (*names, "mlx_routers", "mlx_switch")}
     assert users == {"http_server.py"} | backends | models
 
 

@@ -48,8 +48,9 @@ def test_rope_by_layer_type() -> None:
     assert config["rope_scaling"]["factor"] == 4.0 and config["rope_parameters"] == nested
     config = of("olmo3", rope_parameters={FULL: YARN, SLIDING: PLAIN})
     assert config["rope_theta"] == 5e5 and config["rope_scaling"]["type"] == "yarn"
-    with pytest.raises(ConfigError, match="sliding_attention.rope_theta' is 10000.0.*full_attention.rope_theta"):
-        of("olmo3", rope_parameters={FULL: PLAIN, SLIDING: {"rope_theta": 10000.0}})
+    both = {FULL: PLAIN, SLIDING: {"rope_theta": 10000.0}}
+    config = of("olmo3", rope_parameters=both)
+    assert config["rope_theta"] == 5e5 and config["rope_parameters"] == both
     with pytest.raises(ConfigError, match="sliding_attention.rope_type is 'yarn'"):
         of("gemma3_text", rope_parameters={FULL: PLAIN, SLIDING: YARN})
     with pytest.raises(ConfigError, match="rope_local_base_freq"):
@@ -148,7 +149,7 @@ def test_names_and_defaults(kind: str, given_keys: dict[str, Any], wanted: dict[
             {"model_type": "cohere2", "sliding_window_pattern": 3, "layer_types": [SLIDING, FULL]},
             "'sliding_window_pattern' is 3",
         ),
-        ({"model_type": "cohere2", "layer_types": [FULL, SLIDING, SLIDING, FULL]}, "does not repeat"),
+        ({"model_type": "qwen3_next", "layer_types": [FULL, "linear_attention", FULL, FULL]}, "does not repeat"),
         ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"]}, "dense layers after sparse"),
         (
             {"model_type": "gemma4_text", "layer_types": [SLIDING, FULL], "per_layer_config": {"0": {"head_dim": 64}}},
@@ -252,8 +253,7 @@ def test_fixed_values() -> None:
     check_fixed({"model_type": "minimax", "postnorm": None})
     for kind, key, value in (
         ("minimax", "postnorm", True),
-        ("gemma3_text", "final_logit_softcapping", 30.0),
-        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+        ("gemma3_text", "attn_logit_softcapping", 30.0),
         ("phi", "qk_layernorm", True),
     ):
         with pytest.raises(ConfigError, match=f"'{key}' is '{value}'; {kind} runs with"):

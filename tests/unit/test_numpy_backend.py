@@ -44,16 +44,23 @@ def wide(w: np.ndarray) -> np.ndarray:
 class Network:
     """An FFN's bundles, and slabs filled with them as a reader would."""
 
-    def __init__(self, seed: int, d: int, count: int, dtype: str, activation: str = "relu", gated: bool = True):
+    def __init__(
+        self,
+        seed: int,
+        d: int,
+        count: int,
+        dtype: str,
+        activation: str = "relu",
+        gated: bool = True,
+        biased: bool | None = None,
+    ):
         self.rng, self.d, self.count = np.random.default_rng(seed), d, count
         names = ("gate", "up", "down") if gated else ("up", "down")
         layout = Layout(tuple(Part(name, dtype, d) for name in names), count)
         biases: dict[str, Any] = {}
-        if not gated:
-            biases = {
-                "up_bias": stored(random(self.rng, count), dtype),
-                "down_bias": stored(random(self.rng, d), dtype),
-            }
+        if biased or (biased is None and not gated):
+            sizes = {"up_bias": count, "down_bias": d} | ({"gate_bias": count} if gated else {})
+            biases = {name: stored(random(self.rng, size), dtype) for name, size in sizes.items()}
         self.spec = FFNSpec(layout, activation, gated, **biases)
         self.weights = {name: stored(random(self.rng, count, d), dtype) for name in names}
         self.records = np.zeros((count, layout.stride), np.uint8)
@@ -115,13 +122,13 @@ class Network:
     def exact(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The output in float64, and the sum of its terms' sizes."""
         w, act = {name: wide(rows) for name, rows in self.weights.items()}, x.astype(np.float64)
-        first = act @ w["gate" if self.spec.gated else "up"].T
-        if self.spec.up_bias is not None:
-            first = first + wide(self.spec.up_bias)
+        biases = {name: wide(found) for name in w if (found := self.spec.bias(name)) is not None}
+        lead = "gate" if self.spec.gated else "up"
+        first = act @ w[lead].T + biases.get(lead, 0)
         with np.errstate(over="ignore"):
             h = np.maximum(first, 0) if self.spec.activation == "relu" else first / (1 + np.exp(-first))
         if self.spec.gated:
-            h = h * (act @ w["up"].T)
+            h = h * (act @ w["up"].T + biases.get("up", 0))
         y = h @ w["down"]
         if self.spec.down_bias is not None:
             y = y + wide(self.spec.down_bias)
@@ -136,6 +143,7 @@ networks = st.builds(
     dtype=st.sampled_from(DTYPES),
     activation=st.sampled_from(["relu", "silu"]),
     gated=st.booleans(),
+    biased=st.booleans(),
 )
 
 
@@ -171,7 +179,7 @@ def test_ids_that_come_late_change_no_bits(
     name: str, seed: int, dtype: str, gated: bool, share: float, most_late: int
 ) -> None:
     """With few of them most blocks are summed up before they are there, with many none is."""
-    backend, network = BACKENDS[name], Network(seed, 40, 1300, dtype, gated=gated)
+    backend, network = BACKENDS[name], Network(seed, 40, 1300, dtype, gated=gated, biased=bool(seed % 2))
     rng, slab, x = network.rng, network.full(), random(network.rng, 1, 40)
     ids = np.flatnonzero(rng.random(1300) < share)
     late = np.zeros(len(ids), bool)
