@@ -71,7 +71,10 @@ class PromptSelector(SparseSelector):
             energy = (self.energy + self.prior).reshape(self.count, self.neurons).sum(axis=1)
             self.ids = top(energy, self.fraction).astype(np.int32)
             if self.compensates:
-                self.offset = ((self.output - self._chosen_output()) / self.tokens).astype(np.float32)
+                offset = (self.output - self._chosen_output()) / self.tokens
+                if self.spec.down_bias is not None:  # which is part of every output already
+                    offset -= self.shared.backend.to_numpy(self.spec.down_bias)
+                self.offset = offset.astype(np.float32)
         return self.ids
 
     def _chosen_output(self) -> np.ndarray:
