@@ -298,7 +298,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "exaone_moe": {"attention_bias": (False,)},
     "gemma": {"use_bidirectional_attention": (False,)},
     "gemma2": {"use_bidirectional_attention": (False,)},
-    "gemma3_text": {"use_bidirectional_attention": (False,), "attn_logit_softcapping": ()},
+    "gemma3_text": {"use_bidirectional_attention": (False,)},
     "gemma4_text": {"attention_bias": (False,), "use_bidirectional_attention": (False, "vision")},
     "glm_moe_dsa": {"mlp_bias": (False,)},
     "kimi_linear": {"attention_bias": (False,)},
@@ -314,7 +314,6 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "olmoe": _HALVES,
     "openelm": {"normalization_layer_name": ("rms_norm",)},
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
-    "phi": {"qk_layernorm": (False,)},
     "qwen2": _HALVES,
     "qwen3": _HALVES,
 }
@@ -341,6 +340,7 @@ READ_HERE: Mapping[str, frozenset[str]] = {
     "mellum": frozenset(("attention_bias",)),
     "nanochat": frozenset(("attention_bias", "final_logit_softcapping", "rms_norm_eps")),
     "olmoe": frozenset(("clip_qkv",)),
+    "phi": frozenset(("qk_layernorm",)),
     "qwen2_moe": frozenset(("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "qkv_bias")),
     "qwen3_moe": frozenset(("attention_bias",)),
     "starcoder2": frozenset(("use_bias",)),
@@ -366,6 +366,7 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "gemma4_text": frozenset(("per_layer_config",)),
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
+    "gemma3_text": frozenset(("attn_logit_softcapping",)),
     "gpt_oss": frozenset(("attention_bias",)),  # seen in the tensors, as are the next ones
     "phi3": frozenset(("attention_bias",)),
     "phimoe": frozenset(("attention_bias", "lm_head_bias")),

@@ -45,9 +45,12 @@ class Layer:
         self._step_cache: Any = None  # keys and values that it is made for
 
     def __call__(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:
-        step = self.step(cache) if len(x) == 1 else None
+        step = self.step(cache) if len(x) == 1 and not self.decoder.spec.norm_after else None
         if step is not None:
             return self.decode(step, x, start)
+        if self.decoder.spec.norm_after:
+            x = self.decoder.norm(x + self.attend(x, cache, start), *self.weights["attn_norm"])
+            return self.decoder.norm(x + self.ffn(x), *self.weights["ffn_norm"])
         h = self.decoder.norm(x, *self.weights["attn_norm"])
         x = x + self.attend(h, cache, start)
         return x + self.ffn(self.decoder.norm(x, *self.weights["ffn_norm"]))
@@ -152,7 +155,10 @@ class Decoder:
         self.embed = self.weight("embed")[0]
         self.head = self.embed if spec.tied else self.weight("head")[0]
         self.positions = self.weight("positions")[0] if "positions" in spec.table.names else None
-        self.last_norm = self.weight("norm")
+        self.last_norm = None if spec.norm_after else self.weight("norm")
+        self.projections = None  # from the embedding's width, and back to it
+        if spec.embed_dim is not None:
+            self.projections = self.weight("project_in")[0], self.weight("project_out")[0]
         self.layers: list[Layer] = []
         self._cache: Cache | None = None
         heads, width = (max(n) for n in zip(*((s.heads, s.heads + 2 * s.kv_heads) for s in spec.layers), strict=True))
@@ -195,12 +201,16 @@ class Decoder:
             raise UsageError("another reply began on this model since; finish one before the next, or load it twice")
         start, tokens = cache.length, np.asarray(ids, np.int64)
         x = self.backend.embed(self.embed, tokens)
+        if self.projections is not None:
+            x = self.backend.linear(x, self.projections[0], None)
         if self.positions is not None:
             x = x + self.backend.embed(self.positions, np.arange(start, start + len(tokens)) + OPT_POSITION_OFFSET)
         for layer in self.layers:
             x = layer(x, cache, start)
         cache.length = start + len(tokens)
-        last = self.norm(x[-1:], *self.last_norm)
+        last = x[-1:] if self.last_norm is None else self.norm(x[-1:], *self.last_norm)
+        if self.projections is not None:
+            last = self.backend.linear(last, self.projections[1], None)
         return self.backend.linear(last, self.head, None)[0]
 
 

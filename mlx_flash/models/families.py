@@ -136,6 +136,8 @@ FAMILIES: dict[str, Family] = {
         {
             "embed": "model.decoder.embed_tokens",
             "positions": "model.decoder.embed_positions",
+            "project_in": "model.decoder.project_in",
+            "project_out": "model.decoder.project_out",
             "norm": "model.decoder.final_layer_norm",
             "head": "lm_head",
             "attn_norm": _OPT + "self_attn_layer_norm",
@@ -159,7 +161,9 @@ FAMILIES: dict[str, Family] = {
 @dataclass(frozen=True)
 class ModelSpec:
     """All a backend needs to know of a model. Lengths in items; `max_context` in tokens; limit: why a run's context may
-    have to be shorter; clip: the most that a query, key or value may be, of either sign."""
+    have to be shorter; clip: the most that a query, key or value may be, of either sign. norm_after: norms follow
+    attention and FFN, and there is none at the end. embed_dim: of embeddings that are projected to the width and back,
+    None where they have it."""
 
     family: str
     dim: int
@@ -180,6 +184,8 @@ class ModelSpec:
     table: Family
     limit: ContextLimit | None = field(default=None, kw_only=True)
     clip: float | None = field(default=None, kw_only=True)
+    norm_after: bool = field(default=False, kw_only=True)
+    embed_dim: int | None = field(default=None, kw_only=True)
 
     @property
     def gated(self) -> bool:
@@ -242,12 +248,17 @@ class ModelSpec:
             if bias:
                 shapes[self.name(role, layer) + ".bias"] = (rows,)
 
-        linear("embed", self.vocab, self.dim, 0, False)
+        embed_dim = self.embed_dim or self.dim
+        linear("embed", self.vocab, embed_dim, 0, False)
+        if self.embed_dim is not None:
+            linear("project_in", self.dim, embed_dim, 0, False)
+            linear("project_out", embed_dim, self.dim, 0, False)
         if "positions" in self.table.names:
             linear("positions", self.max_context + OPT_POSITION_OFFSET, self.dim, 0, False)
-        norm("norm", self.dim)
+        if not self.norm_after:
+            norm("norm", self.dim)
         if not self.tied:
-            linear("head", self.vocab, self.dim, 0, False)
+            linear("head", self.vocab, embed_dim, 0, False)
         for i, layer in enumerate(self.layers):
             q, kv = layer.heads * self.head_dim, layer.kv_heads * self.head_dim
             norm("attn_norm", self.dim, i)

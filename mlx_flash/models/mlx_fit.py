@@ -20,6 +20,8 @@ BIAS_KEYS = ("attention_bias", "use_bias", "qkv_bias")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 OWN_HEAD_SIZE = ("cohere2", "internlm3")  # whose attention takes its head's size from the width
 SCALED = ("gpt2", "gpt_bigcode")
+HEAD_NORMS = {".q_proj.": ".q_proj.linear.", ".k_proj.": ".k_proj.linear."}
+HEAD_NORMS |= {".q_layernorm.": ".q_proj.norm.", ".k_layernorm.": ".k_proj.norm."}
 USUAL_CAP = {"gemma2": 30.0, "gemma3_text": None, "nanochat": 15.0}  # of the logits, where mlx-lm's code has it
 
 
@@ -78,10 +80,26 @@ def fit_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
         if family == "gemma2" and config.get("attn_logit_softcapping", 50.0) is None:
             # The first Gemma's attention is Gemma 2's without its cap, and has the same names.
             layer.self_attn.__class__ = architecture("gemma").Attention
+        if family == "phi" and config.get("qk_layernorm"):
+            attention, eps = layer.self_attn, config.get("layer_norm_eps", 1e-5)
+            for name in ("q_proj", "k_proj"):
+                attention[name] = HeadNorm(attention[name], nn.LayerNorm(attention.head_dim, eps), attention.head_dim)
         if family in SCALED and config.get("scale_attn_weights") is False:
             layer.attn.scale = 1.0
         if family == "gpt2" and config.get("scale_attn_by_inverse_layer_idx"):
             layer.attn.scale /= index + 1
+
+
+class HeadNorm(nn.Module):
+    """A linear layer whose output is normalised head by head, each of so many items."""
+
+    def __init__(self, linear: nn.Module, norm: nn.Module, size: int):
+        super().__init__()
+        self.linear, self.norm, self.size = linear, norm, size
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        return self.norm(y.reshape(*y.shape[:-1], -1, self.size)).reshape(y.shape)
 
 
 def _set_head_size(attention: Any, size: int) -> None:
@@ -102,8 +120,15 @@ def fit_weights(model: nn.Module, weights: Mapping[str, mx.array], config: Mappi
     found = dict(weights)
     if config.get("model_type") == "gpt_bigcode" and config.get("multi_query") is False:
         found = {name: _by_kind(name, array, config["n_head"]) for name, array in found.items()}
+    if config.get("model_type") == "phi" and config.get("qk_layernorm"):
+        found = {_replaced(name, HEAD_NORMS): array for name, array in found.items()}
     _fit_biases(model, found, any(config.get(key) is False for key in BIAS_KEYS))
     return found
+
+
+def _replaced(name: str, parts: Mapping[str, str]) -> str:
+    part = next((part for part in parts if part in name), None)
+    return name if part is None else name.replace(part, parts[part])
 
 
 def _by_kind(name: str, array: mx.array, heads: int) -> mx.array:

@@ -186,11 +186,7 @@ def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | No
 def _opt(config: ConfigValues) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     biased = config.flag("enable_bias", True)
-    for key, wanted in (("do_layer_norm_before", True), ("word_embed_proj_dim", dim)):
-        if config.get(key, wanted) != wanted:
-            raise ConfigError(
-                f"config.json: {key!r} is {_short(config.get(key))}; only {wanted!r} is known (not OPT-350m)"
-            )
+    embed_dim = config.positive("word_embed_proj_dim", dim)
     if dim % heads:
         raise ConfigError(f"config.json: {heads} heads cannot share a 'hidden_size' of {dim}")
     layer = LayerSpec(heads, heads, config.need("ffn_dim"))
@@ -206,6 +202,8 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
         "qkv_bias": biased,
         "out_bias": biased,
         "ffn_bias": biased,
+        "norm_after": not config.flag("do_layer_norm_before", True),
+        "embed_dim": None if embed_dim == dim else embed_dim,
     }
 
 

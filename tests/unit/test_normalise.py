@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flash.errors import ConfigError, FlashError
-from mlx_flash.models.config_key_tables import FIXED, HARMLESS, UNUSED
+from mlx_flash.models.config_key_tables import FITTED, FIXED, HARMLESS, UNUSED
 from mlx_flash.models.config_keys import check_fixed, unknown_keys, unknown_keys_text
 from mlx_flash.models.config_tables import DEFAULTS, PERIODS, RENAMES, WRAPPERS
 from mlx_flash.models.normalise import normalise, rope_type
@@ -251,11 +251,7 @@ def test_unknown_keys() -> None:
 
 def test_fixed_values() -> None:
     check_fixed({"model_type": "minimax", "postnorm": None})
-    for kind, key, value in (
-        ("minimax", "postnorm", True),
-        ("gemma3_text", "attn_logit_softcapping", 30.0),
-        ("phi", "qk_layernorm", True),
-    ):
+    for kind, key, value in (("minimax", "postnorm", True), ("gemma2", "use_bidirectional_attention", True)):
         with pytest.raises(ConfigError, match=f"'{key}' is '{value}'; {kind} runs with"):
             check_fixed({"model_type": kind, key: value})
     with pytest.raises(ConfigError, match="'hidden_act' is 'relu'; qwen2_moe runs with 'silu' or 'swish' only"):
@@ -266,4 +262,7 @@ def test_tables_agree() -> None:
     """A key is of one kind only."""
     harmless: set[str] = set().union(*HARMLESS.values())
     for kind, keys in FIXED.items():
-        assert not keys.keys() & (harmless | UNUSED.get(kind, frozenset())), kind
+        others = harmless | UNUSED.get(kind, frozenset()) | FITTED.get(kind, frozenset())
+        assert not keys.keys() & others, kind
+    for kind, fitted in FITTED.items():
+        assert not fitted & (harmless | UNUSED.get(kind, frozenset())), kind
