@@ -305,9 +305,8 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "laguna": {"gating": (True, "per-head"), "moe_apply_router_weight_on_input": (False,)},
     "llama": _HALVES,
     "mimo_v2_flash": {"attention_bias": (False,)},
-    "minimax": dict.fromkeys(  # of MiniMax-Text-01, whose attention is linear in most layers; mlx-lm's is MiniMax-M2
-        ("full_attn_alpha_factor", "linear_attn_alpha_factor", "layernorm_full_attention_alpha", "postnorm"), ()
-    ),
+    # Of MiniMax-Text-01, whose attention is linear in most layers; mlx-lm's model of this name is MiniMax-M2.
+    "minimax": {"full_attn_alpha_factor": (), "linear_attn_alpha_factor": ()},
     "mistral": _HALVES,
     "mixtral": _HALVES,
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},

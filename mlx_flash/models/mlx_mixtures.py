@@ -14,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ConfigError
+from .config_tables import NESTED_TYPES, SAME_AS
 from .read_config import ConfigValues
+from .windows import text_config
 
 QKV, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 # Family -> the key that says whether attention has biases, what its absence means, and which products have them, where
@@ -25,14 +27,14 @@ ATTENTION_BIASES: Mapping[str, tuple[str, bool, tuple[str, ...]]] = {
     "qwen2_moe": ("qkv_bias", True, QKV),
     "qwen3_moe": ("attention_bias", False, QKV + OUT),
 }
-HALVES = ("deepseek_v3", "glm4_moe_lite", "kimi_k2", "joyai_llm_flash")  # read "rope_interleave"
+HALVES = ("deepseek_v3", "glm4_moe_lite")  # read "rope_interleave"
 EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|scales|biases|bias)")
 CORRECTION = ".mlp.moe_statics.e_score_correction_bias"  # ERNIE 4.5's
 
 
 def fit_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Give a model that has no weights yet the modules that a normalised config asks for. Raises ConfigError."""
-    values, family = ConfigValues(config), str(config.get("model_type"))
+    values, family = ConfigValues(text_config(config)), _family(config)
     if family in ATTENTION_BIASES:
         key, usual, names = ATTENTION_BIASES[family]
         for attention in _attentions(model):
@@ -73,7 +75,7 @@ def fit_weights(model: nn.Module, config: Mapping[str, Any], weights: dict[str, 
 
 def kept_weights(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Weights without those that no model computes with."""
-    if config.get("model_type") != "longcat_flash":
+    if config.get("model_type") not in ("longcat_flash", "longcat_flash_ngram"):
         return dict(weights)
     count = ConfigValues(config).need("n_routed_experts")
     numbers = {name: EXPERT.fullmatch(name) for name in weights}  # transformers saves halves of experts that do nothing
@@ -108,6 +110,12 @@ def fit_arithmetic(model: nn.Module, config: Mapping[str, Any]) -> None:
                 module.__class__ = _with_call(type(module), _jamba)
             elif family == "ernie4_5_moe" and "moe_statics" in module:
                 module.__class__ = _with_call(type(module), _ernie)
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """The type of a config's text model, by the name that its code has here."""
+    kind = str(text_config(config).get("model_type") or NESTED_TYPES.get(str(config.get("model_type"))))
+    return SAME_AS.get(kind, kind)
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:

@@ -56,8 +56,10 @@ def normalise(config: Mapping[str, Any]) -> Values:
 def _place(values: Values, kind: str) -> Values:
     """One object of the config, of a model type."""
     kind = SAME_AS.get(kind, kind)
-    _rope(values, kind)
     defaults = DEFAULTS.get(kind, {})
+    if values.get("max_position_embeddings") is None and "max_position_embeddings" in defaults:
+        values["max_position_embeddings"] = defaults["max_position_embeddings"]  # from which RoPE may be scaled
+    _rope(values, kind)
     # What another name says is no missing key: the renamed ones come first, and those of defaults after them.
     for _ in range(2):
         for source, target in RENAMES.get(kind, ()):

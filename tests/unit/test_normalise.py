@@ -250,8 +250,11 @@ def test_unknown_keys() -> None:
 
 
 def test_fixed_values() -> None:
-    check_fixed({"model_type": "minimax", "postnorm": None})
-    for kind, key, value in (("minimax", "postnorm", True), ("gemma2", "use_bidirectional_attention", True)):
+    check_fixed({"model_type": "minimax", "full_attn_alpha_factor": None})
+    for kind, key, value in (
+        ("minimax", "full_attn_alpha_factor", 1),
+        ("gemma2", "use_bidirectional_attention", True),
+    ):
         with pytest.raises(ConfigError, match=f"'{key}' is '{value}'; {kind} runs with"):
             check_fixed({"model_type": kind, key: value})
     with pytest.raises(ConfigError, match="'hidden_act' is 'relu'; qwen2_moe runs with 'silu' or 'swish' only"):
