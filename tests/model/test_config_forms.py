@@ -145,7 +145,7 @@ def test_bad_ends_are_named_before_anything_is_written(name: str, backend: str, 
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling.rope_type' is 'linear'"),
         ("qwen3_moe", {"num_experts": 8}, "'num_local_experts' is 4, but 'num_experts' is 8"),
         ("llama", {"rope_traditional": True}, "'rope_traditional' is 'True'; llama runs with False only"),
-        ("olmoe", {"clip_qkv": 4.0}, "'clip_qkv' is '?4.0'?"),
+        ("olmoe", {"clip_qkv": "four"}, "'clip_qkv' is 'four'"),
         ("mixtral", {"hidden_act": "gelu"}, "'?gelu'?"),
     ],
 )
