@@ -29,7 +29,7 @@ from .heads import fields_of, head_of
 from .mlx import brief, flash_model
 from .mlx_compat import load_model, make_prompt_cache
 from .mlx_fused import Piece, unfuse
-from .mlx_interleaved import take_interleaved
+from .mlx_joined import take_joined
 from .mlx_kv import kv_bytes
 from .mlx_mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights
 from .mlx_positions import mlx_keys, set_positions, set_windows
@@ -262,7 +262,7 @@ def _watched(model_class: type, loaded: _Loaded, tensors: Tensors, config: Mappi
                 unused = fields_of(head, weights)
                 weights = {name: array for name, array in weights.items() if name not in unused}
             kept, pieces = unfuse(kept_weights(config, weights), config)
-            aside, more = take_interleaved(self, config, kept)
+            aside, more = take_joined(self, config, kept)
             loaded.note(kept | aside, pieces | more)
             with loaded.noting_stacks():
                 found: dict[str, mx.array] = super().sanitize(kept) if hasattr(model_class, "sanitize") else kept

@@ -17,10 +17,10 @@ import numpy as np
 from ..backends.mlx_slab import ExpertSlab
 from ..selection.router import Group, RouterSelector
 from .mlx_compat import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
-from .mlx_interleaved import InterleavedGLU
+from .mlx_joined import JoinedGLU
 from .mlx_routers import Router
 
-SWITCHES = (SwitchGLU, SwitchMLP, InterleavedGLU)
+SWITCHES = (SwitchGLU, SwitchMLP, JoinedGLU)
 LINEARS = (SwitchLinear, QuantizedSwitchLinear)
 SORTED = 64  # pairs from which on mlx-lm sorts them, and a GPU takes other kernels
 

@@ -189,18 +189,12 @@ def test_experts_that_are_no_switch_layers_are_refused(tmp_path: Path) -> None:
 
 
 def test_experts_that_mlx_lm_computes_from_the_files_are_refused(tmp_path: Path) -> None:
-    """Llama 4 as published: matrices are stored input by input, so that no half is contiguous."""
-    config = config_of("llama4")
-    weights, stacks = dict(tree_flatten(make_model(config).parameters())), {}
-    for name in list(weights):
-        if ".experts." in name:
-            stacks[name] = weights.pop(name).swapaxes(1, 2)
-    for name, gate in stacks.items():
-        if "gate_proj" in name:
-            up = stacks[name.replace("gate_proj", "up_proj")]
-            weights[name.replace("gate_proj.weight", "gate_up_proj")] = mx.concatenate([gate, up], -1)
-        if "down_proj" in name:
-            weights[name.removesuffix(".weight")] = gate
+    """DeepSeek-V3 in FP8, as published, which mlx-lm decodes in memory."""
+    config = config_of("deepseek_v3")
+    weights = per_expert(dict(tree_flatten(make_model(config).parameters())), {}, "switch_mlp", "experts")
+    for name in [each for each in weights if ".experts." in each]:
+        weights[name] = mx.to_fp8(weights[name])
+        weights[f"{name}_scale_inv"] = mx.ones((1, 1))
     path = save_shards(weights, config, tmp_path / "published")
     refused(path, mlx_flash.FormatError, "is computed from what is in the files .*mlx_lm.convert first")
 

@@ -76,7 +76,7 @@ def test_only_the_mlx_files_import_mlx() -> None:
     }
     backends = {f"backends/mlx{name}.py" for name in ("", "_groups", "_rows", "_slab", "_sum")}
     names = ("mlx", "mlx_compat", "mlx_dense", "mlx_experts", "mlx_fit", "mlx_head", "mlx_kv", "mlx_positions")
-    more = ("mlx_fused", "mlx_interleaved", "mlx_mixtures", "mlx_routers", "mlx_switch")
+    more = ("mlx_fused", "mlx_joined", "mlx_mixtures", "mlx_routers", "mlx_switch")
     models = {f"models/{name}.py" for name in (*names, *more)}
     assert users == {"http_server.py"} | backends | models
 
