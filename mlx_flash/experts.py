@@ -213,7 +213,7 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
         context_of,
         opened.dtype,
         default_tuning(given_settings(config)),
-        settled.note,
+        "; ".join(filter(None, (settled.note, opened.note))) or None,
     )
 
 

@@ -31,7 +31,7 @@ from .mlx_compat import load_model, make_prompt_cache
 from .mlx_fused import Piece, unfuse
 from .mlx_joined import take_joined
 from .mlx_kv import kv_bytes
-from .mlx_mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights
+from .mlx_mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights, note_of
 from .mlx_positions import mlx_keys, set_positions, set_windows
 from .mlx_routers import Router, find_router
 from .mlx_switch import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
@@ -90,7 +90,7 @@ class ExpertModel:
     config: as mlx-lm read it; original: as the folder has it. paths: its switch layers' names; extents, shapes, top_k,
     kinds per switch layer: where the experts are, each part's shape for one expert, experts chosen per token, and a
     number that layers with equal experts share. routers: what says which experts a layer chooses, None where it was not
-    found.
+    found. note: what is to be told about the checkpoint.
     """
 
     model: nn.Module
@@ -103,6 +103,7 @@ class ExpertModel:
     top_k: list[int]
     kinds: list[int]
     routers: list[Router | None]
+    note: str | None = None
 
     @property
     def foresees(self) -> bool:
@@ -213,7 +214,8 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
             name, key = part.split(".")
             module[name][key] = mx.zeros((0, *array.shape[1:]), array.dtype)
     loaded.clear()
-    return ExpertModel(model, built, config, paths, modules, extents, shapes, top_k, kinds, routers)
+    note = note_of(normal, tensors.keys())
+    return ExpertModel(model, built, config, paths, modules, extents, shapes, top_k, kinds, routers, note)
 
 
 def _in_order(switch: tuple[str, nn.Module]) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ Three moments: `fit_modules` after mlx-lm has made the modules and before any we
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -92,6 +92,16 @@ def add_correction(model: nn.Module, weights: Mapping[str, mx.array], found: dic
             block.moe_statics = nn.Module()
             block.moe_statics.e_score_correction_bias = mx.zeros(array.shape, array.dtype)
             found[name] = array
+
+
+def note_of(config: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """What is to be told of a checkpoint's tensors: that some are not there which mlx_lm.convert has dropped."""
+    if config.get("model_type") != "ernie4_5_moe" or any(name.endswith(CORRECTION) for name in names):
+        return None
+    return (
+        "the tensors of the bias by which ERNIE 4.5 chooses experts ('e_score_correction_bias') are not in the files, "
+        "as mlx_lm.convert drops them; experts are chosen without it: if the original checkpoint has it, use that one"
+    )
 
 
 def fit_arithmetic(model: nn.Module, config: Mapping[str, Any]) -> None:

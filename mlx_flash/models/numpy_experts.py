@@ -46,6 +46,8 @@ class ExpertDecoder:
     shapes: dict[str, tuple[int, ...]]
     dtype: str
 
+    note = None  # nothing is to be told about a checkpoint
+
     @property
     def top_k(self) -> list[int]:
         return [self.spec.top_k] * len(self.extents)

@@ -238,3 +238,13 @@ def test_the_command_and_mlx_lm_say_the_same(tmp_path: Path, capsys: pytest.Capt
     assert main(["generate", *options[:-2], "--prompt", "x", "--memory", "1MB"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["type"] == "BudgetError"
     assert main(["verify", "--model", str(path), "--json"]) == 2
+
+
+def test_a_dropped_bias_of_the_choice_is_said(tmp_path: Path) -> None:
+    config = config_of("ernie4_5_moe")
+    weights = dict(tree_flatten(make_model(config).parameters()))
+    options = mlx_flash.FlashConfig(backend="mlx")
+    note = decide_experts(save_shards(weights, config, tmp_path / "without"), options).note
+    assert note is not None and "'e_score_correction_bias') are not in the files" in note
+    weights["model.layers.1.mlp.moe_statics.e_score_correction_bias"] = mx.zeros((1, 8))
+    assert decide_experts(save_shards(weights, config, tmp_path / "with"), options).note is None
