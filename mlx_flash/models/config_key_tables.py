@@ -292,7 +292,7 @@ _HALVES = {"rope_traditional": (False,)}  # mlx-lm alone knows the other order o
 FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "afmoe": {"attention_bias": (False,)},
     "bailing_hybrid": {"attention_bias": (False,)},
-    "deepseek_v2": {"mlp_bias": (False,)},
+    "deepseek_v2": {"mlp_bias": (False,), "scoring_func": ("softmax",)},
     "deepseek_v32": {"mlp_bias": (False,)},
     "ernie4_5_moe": {"moe_norm_min": (1e-12,)},
     "exaone_moe": {"attention_bias": (False,)},
@@ -301,6 +301,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gemma3_text": {"use_bidirectional_attention": (False,)},
     "gemma4_text": {"attention_bias": (False,), "use_bidirectional_attention": (False, "vision")},
     "glm_moe_dsa": {"mlp_bias": (False,)},
+    "granitemoehybrid": {"normalization_function": ("rmsnorm",)},
     "kimi_linear": {"attention_bias": (False,)},
     "laguna": {"gating": (True, "per-head"), "moe_apply_router_weight_on_input": (False,)},
     "llama": _HALVES,
@@ -366,7 +367,8 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
     "gemma3_text": frozenset(("attn_logit_softcapping",)),
-    "gpt_oss": frozenset(("attention_bias",)),  # seen in the tensors, as are the next ones
+    # Seen in the tensors, as are the next ones.
+    "gpt_oss": frozenset(("attention_bias", "experts_per_token", "initial_context_length")),
     "phi3": frozenset(("attention_bias",)),
     "phimoe": frozenset(("attention_bias", "lm_head_bias")),
     "kimi_linear": frozenset(
@@ -376,6 +378,6 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "longcat_flash": frozenset(("qk_head_dim", "num_key_value_heads")),
     "mimo_v2_flash": frozenset(("first_k_dense_replace", "n_shared_experts")),
     "nemotron_h": frozenset(("expand", "time_step_floor")),
+    "granitemoehybrid": frozenset(("mamba_expand", "init_method")),
     "openelm": frozenset(("num_gqa_groups", "qkv_multipliers", "rope_max_length")),  # the numbers of heads say it all
-    "granitemoehybrid": frozenset(("mamba_expand",)),
 }
