@@ -29,6 +29,16 @@ SPELLINGS = {
 # What config.json says of the FFNs' biases, where it says it, and of their width.
 BIAS_KEYS = ("mlp_bias", "use_bias", "bias")
 WIDTH_KEYS = ("n_inner", "intermediate_size")
+# Read in mlx_fit.py.
+FITTED_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "head_dim", "rms_norm_eps")
+FITTED_FLAGS = (
+    "attention_bias",
+    "qk_layernorm",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "multi_query",
+)
+FITTED_FLAGS += BIAS_KEYS
 # Tensors that are computed, not learned: masks and rotary tables that old checkpoints carry.
 HARMLESS = ("*rotary_emb.inv_freq", "*rope.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias",
             "*.attention.masked_bias")  # fmt: skip
@@ -192,6 +202,7 @@ def read_dense(
     activation = _activation(config, table)
     if shapes is None:
         raise ConfigError(f"{table.title} ({family}) runs through mlx-lm only, with the tensors of a checkpoint")
+    _check_fitted(config, values)
     flash = config.get("flash")
     found = _from_flash(flash, table, shapes) if isinstance(flash, Mapping) else _from_tensors(shapes, table)
     module, dim, widths = found
@@ -249,6 +260,15 @@ def _resident(shapes: Mapping[str, Shape], of_ffn: Collection[str]) -> dict[str,
         for name, shape in shapes.items()
         if name not in of_ffn and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)
     }
+
+
+def _check_fitted(config: Mapping[str, Any], values: Any) -> None:
+    """Raise ConfigError for a value of a wrong type where mlx-lm's modules are made those of the config."""
+    for key in FITTED_NUMBERS:
+        if config.get(key) is not None:
+            values.number(key)
+    for key in FITTED_FLAGS:
+        values.flag(key, False)
 
 
 def _check_widths(config: Mapping[str, Any], table: DenseFamily, dim: int, widths: Collection[int]) -> None:

@@ -28,8 +28,9 @@ USUAL_CAP = {"gemma2": 30.0, "gemma3_text": None, "nanochat": 15.0}  # of the lo
 def fit_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What mlx-lm is to read instead of a config's own keys, so that it builds a model that can be changed."""
     family = config.get("model_type")
-    if family in OWN_HEAD_SIZE and config.get("head_dim") is not None:
-        return {"head_dim": config["hidden_size"] // config["num_attention_heads"]}
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if family in OWN_HEAD_SIZE and config.get("head_dim") is not None and type(width) is type(heads) is int:
+        return {"head_dim": width // heads}
     if family == "gemma2":  # no cap: the code that reads these is not run
         caps = ("attn_logit_softcapping", "final_logit_softcapping")
         return {key: 1.0 for key in caps if key in config and config[key] is None}
@@ -122,7 +123,8 @@ def fit_weights(model: nn.Module, weights: Mapping[str, mx.array], config: Mappi
         found = {name: _by_kind(name, array, config["n_head"]) for name, array in found.items()}
     if config.get("model_type") == "phi" and config.get("qk_layernorm"):
         found = {_replaced(name, HEAD_NORMS): array for name, array in found.items()}
-    _fit_biases(model, found, any(config.get(key) is False for key in BIAS_KEYS))
+    said = [config.get(key) for key in BIAS_KEYS]
+    _fit_biases(model, found, any(each is True for each in said), any(each is False for each in said))
     return found
 
 
@@ -139,8 +141,9 @@ def _by_kind(name: str, array: mx.array, heads: int) -> mx.array:
     return apart.swapaxes(0, 1).reshape(array.shape)
 
 
-def _fit_biases(model: nn.Module, names: Mapping[str, Any], may_lack: bool) -> None:
-    """Only where all layers are alike: else a bias is missing, or one too many, and loading says so."""
+def _fit_biases(model: nn.Module, names: Mapping[str, Any], may_have: bool, may_lack: bool) -> None:
+    """Only what the config speaks of, and where all layers are alike: else a bias is missing, or one too many, and
+    loading says so."""
     alike: dict[str, list[tuple[str, nn.Linear]]] = {}
     for path, module in model.named_modules():
         if type(module) is nn.Linear:
@@ -148,7 +151,7 @@ def _fit_biases(model: nn.Module, names: Mapping[str, Any], may_lack: bool) -> N
     for linears in alike.values():
         there = [f"{path}.bias" in names for path, _ in linears]
         for _, module in linears:
-            if all(there) and "bias" not in module:
+            if may_have and all(there) and "bias" not in module:
                 module.bias = mx.zeros((module.weight.shape[0],))
             elif may_lack and not any(there) and "bias" in module:
                 del module.bias
