@@ -32,13 +32,9 @@ WIDTH_KEYS = ("n_inner", "intermediate_size")
 # Read in mlx_fit.py.
 FITTED_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "head_dim", "rms_norm_eps")
 FITTED_FLAGS = (
-    "attention_bias",
-    "qk_layernorm",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-    "multi_query",
+    *BIAS_KEYS,
+    *("attention_bias", "qk_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "multi_query"),
 )
-FITTED_FLAGS += BIAS_KEYS
 # Tensors that are computed, not learned: masks and rotary tables that old checkpoints carry.
 HARMLESS = ("*rotary_emb.inv_freq", "*rope.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias",
             "*.attention.masked_bias")  # fmt: skip
