@@ -367,6 +367,16 @@ UNUSED: Mapping[str, frozenset[str]] = {
     "glm4_moe_lite": frozenset(("qk_head_dim",)),
     "glm_moe_dsa": frozenset(("qk_head_dim", "indexer_types")),
     "gemma3_text": frozenset(("attn_logit_softcapping",)),
+    "gpt_bigcode": frozenset(
+        (
+            "inference_runner",
+            "max_batch_size",
+            "max_sequence_length",
+            "pad_key_length",
+            "pre_allocate_kv_cache",
+            "validate_runner_input",
+        )
+    ),
     # Seen in the tensors, as are the next ones.
     "gpt_oss": frozenset(("attention_bias", "experts_per_token", "initial_context_length")),
     "phi3": frozenset(("attention_bias",)),

@@ -27,7 +27,8 @@ SPELLINGS = {
     "relu2": ("relu2", "relu_squared"),
 }
 # What config.json says of the FFNs' biases, where it says it, and of their width.
-BIAS_KEYS = ("mlp_bias", "use_bias", "bias")
+BIAS_KEYS = ("mlp_bias", "use_bias")
+MORE_BIAS_KEYS = {"internlm3": ("bias",)}  # which is attention's in InternLM2
 WIDTH_KEYS = ("n_inner", "intermediate_size")
 # Read in mlx_fit.py.
 FITTED_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "head_dim", "rms_norm_eps")
@@ -290,7 +291,8 @@ def _biases(config: Mapping[str, Any], table: DenseFamily, module: str, resident
             f"the FFNs of this {table.title} have biases of {', '.join(biased)}; known are those of all of "
             f"{', '.join(names)}{', each in a tensor of its own' if 'gate+up' in table.names else ''}"
         )
-    said = {key: config[key] for key in BIAS_KEYS if isinstance(config.get(key), bool)}
+    keys = BIAS_KEYS + MORE_BIAS_KEYS.get(str(config["model_type"]), ())
+    said = {key: config[key] for key in keys if isinstance(config.get(key), bool)}
     for key, value in said.items():
         if value != bool(biased):
             raise ConfigError(
