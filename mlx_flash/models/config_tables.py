@@ -96,6 +96,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "exaone": {"rope_theta": 500000.0} | _UNTIED,
     "exaone4": _BASE | {"rope_scaling": None},
     "exaone_moe": _BASE,
+    "gemma": {"hidden_act": "gelu_pytorch_tanh"},
     "gemma2": {"query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh"},
     "gemma3_text": {
         "hidden_size": 2304,
@@ -114,7 +115,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe": _HALF | {"rope_scaling": None},
     "glm4_moe_lite": _BASE,
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
-    "gpt_neox": _BASE | {"partial_rotary_factor": 0.25},
+    "gpt_bigcode": {"activation_function": "gelu_pytorch_tanh"},
+    "gpt_neox": _BASE | {"partial_rotary_factor": 0.25, "hidden_act": "gelu"},
     "granite": _BASE | _UNTIED,
     "granitemoe": _BASE | _UNTIED,
     "granitemoehybrid": _UNTIED | {"time_step_limit": [0.0, math.inf]},
@@ -149,7 +151,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 10240,
     },
     "stablelm": _BASE | {"partial_rotary_factor": 0.25},
-    "starcoder2": _BASE,
+    "starcoder2": _BASE | {"hidden_act": "gelu_pytorch_tanh"},
 }
 
 _LLAMA = {

@@ -54,6 +54,14 @@ def test_quantised_by_mlx_lm(backend: str, source: Path, tmp_path: Path) -> None
     assert close(found[0], mlx_lm_logits(quantised))
 
 
+def test_quantised_by_neuron(source: Path, tmp_path: Path) -> None:
+    path = mlx_flash.convert(source, tmp_path / "flash", quantize=True, q_bits=8)
+    found = {b: [logits(path, b, "all", slots=slots) for slots in (0.0, 0.4, 1.0)] for b in ("mlx", "numpy")}
+    for some in found.values():
+        assert all(np.array_equal(some[0], each) for each in some[1:])
+    assert close(found["numpy"][0], found["mlx"][0])
+
+
 @pytest.mark.parametrize("backend", ["mlx", "numpy"])
 def test_a_lossy_selector_that_takes_everything(backend: str, source: Path, tmp_path: Path) -> None:
     path = mlx_flash.convert(source, tmp_path / "flash")
