@@ -28,7 +28,10 @@ SPELLINGS = {
 }
 # What config.json says of the FFNs' biases, where it says it, and of their width.
 BIAS_KEYS = ("mlp_bias", "use_bias")
-MORE_BIAS_KEYS = {"internlm3": ("bias",)}  # which is attention's in InternLM2
+# By family, where they are others: InternLM2's "bias" is attention's, and these always have biases.
+BIAS_KEYS_OF = {"internlm3": (*BIAS_KEYS, "bias"), "starcoder2": ("use_bias",)} | dict.fromkeys(
+    ("gpt2", "gpt_bigcode", "gpt_neox", "gptj", "phi"), ()
+)
 WIDTH_KEYS = ("n_inner", "intermediate_size")
 # Read in mlx_fit.py.
 FITTED_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "head_dim", "rms_norm_eps")
@@ -291,7 +294,7 @@ def _biases(config: Mapping[str, Any], table: DenseFamily, module: str, resident
             f"the FFNs of this {table.title} have biases of {', '.join(biased)}; known are those of all of "
             f"{', '.join(names)}{', each in a tensor of its own' if 'gate+up' in table.names else ''}"
         )
-    keys = BIAS_KEYS + MORE_BIAS_KEYS.get(str(config["model_type"]), ())
+    keys = BIAS_KEYS_OF.get(str(config["model_type"]), BIAS_KEYS)
     said = {key: config[key] for key in keys if isinstance(config.get(key), bool)}
     for key, value in said.items():
         if value != bool(biased):

@@ -270,13 +270,13 @@ def _period(values: Values, kind: str) -> None:
     def fits(period: Any) -> bool:
         return type(period) is int and period > 0 and wanted == _every(period, len(wanted))
 
-    if said is not None and not fits(said):
+    if said is not None and not fits(said) and kind not in RULES:
         raise _contradiction(key, said, "layer_types", types)
     known = [stated, default, *range(1, len(wanted) + 2)]
     found = next((period for period in known if fits(period)), None)
     if found is not None:
         values[key] = found
-    elif kind not in RULES:  # elsewhere windows are set layer by layer
+    elif kind not in RULES:  # those of the others are set layer by layer, by the list
         raise ConfigError(
             f"config.json: 'layer_types' {_short(types)} does not repeat; {kind} runs with {other} in every n-th layer"
         )

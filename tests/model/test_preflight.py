@@ -145,7 +145,7 @@ def test_what_mlx_lm_cannot_build(tmp_path: Path, refused: Any, monkeypatch: pyt
     source = make("stablelm", tmp_path)
     config = json.loads((source / "config.json").read_text())
     refused(source, BackendError, "runs on mlx only, not on numpy", backend="numpy")
-    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "partial_rotary_factor"}))
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "layer_norm_eps"}))
     refused(source, ConfigError, "mlx-lm cannot build stablelm", backend="mlx")
     (source / "config.json").write_text(json.dumps(config | {"head_dim": 4}))
     refused(source, ConfigError, "takes 64 items a token", backend="mlx")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flash.errors import ConfigError, FlashError
-from mlx_flash.models.config_key_tables import FITTED, FIXED, HARMLESS, UNUSED
+from mlx_flash.models.config_key_tables import FIXED, HARMLESS, READ_HERE, UNUSED
 from mlx_flash.models.config_keys import check_fixed, unknown_keys, unknown_keys_text
 from mlx_flash.models.config_tables import DEFAULTS, PERIODS, RENAMES, WRAPPERS
 from mlx_flash.models.normalise import normalise, rope_type
@@ -146,8 +146,8 @@ def test_names_and_defaults(kind: str, given_keys: dict[str, Any], wanted: dict[
         ({"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 8}, "'num_local_experts' is 8"),
         ({"model_type": "gpt_neox", "rotary_emb_base": 2e4, "rope_theta": 1e4}, "'rotary_emb_base' is 20000.0"),
         (
-            {"model_type": "cohere2", "sliding_window_pattern": 3, "layer_types": [SLIDING, FULL]},
-            "'sliding_window_pattern' is 3",
+            {"model_type": "qwen3_next", "full_attention_interval": 3, "layer_types": ["linear_attention", FULL]},
+            "'full_attention_interval' is 3",
         ),
         ({"model_type": "qwen3_next", "layer_types": [FULL, "linear_attention", FULL, FULL]}, "does not repeat"),
         ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"]}, "dense layers after sparse"),
@@ -265,7 +265,7 @@ def test_tables_agree() -> None:
     """A key is of one kind only."""
     harmless: set[str] = set().union(*HARMLESS.values())
     for kind, keys in FIXED.items():
-        others = harmless | UNUSED.get(kind, frozenset()) | FITTED.get(kind, frozenset())
+        others = harmless | UNUSED.get(kind, frozenset()) | READ_HERE.get(kind, frozenset())
         assert not keys.keys() & others, kind
-    for kind, fitted in FITTED.items():
+    for kind, fitted in READ_HERE.items():
         assert not fitted & (harmless | UNUSED.get(kind, frozenset())), kind
