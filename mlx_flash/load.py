@@ -396,9 +396,11 @@ def plan_checkpoint(
 
 
 def make_backend(config: FlashConfig, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[str, Entry, Backend]:
-    """The backend that runs, see `backends.choose`, by name and made. Raises BackendError, which names a quantisation
-    that is in the way."""
+    """The backend that runs, see `backends.choose`, by name and made. Raises BackendError, which names what is in the
+    way: a quantisation, or mlx-lm's own key for RoPE over pairs of neighbours."""
     problem = numpy_problem(spec, checkpoint.layouts, resident_codings(checkpoint))
+    if checkpoint.config.get("rope_traditional"):
+        problem = "config.json: 'rope_traditional' is true, which the numpy backend does not compute: use --backend mlx"
     name, entry = choose(config.backend, spec.table.backends, {} if problem is None else {"numpy": problem})
     try:
         return name, entry, entry.make()

@@ -8,6 +8,7 @@ from typing import Any
 # What the readers of our own decoders look at, and mlx-lm's architectures are told from what they found.
 OWN = frozenset(
     [
+        "rope_traditional",
         "activation_function",
         "attention_bias",
         "do_layer_norm_before",
@@ -287,7 +288,6 @@ HARMLESS: Mapping[str, frozenset[str]] = {
 }
 
 SILU = ("silu", "swish")
-_HALVES = {"rope_traditional": (False,)}  # mlx-lm alone knows the other order of pairs
 # model type -> key -> what it may be, because mlx-lm computes just that and does not look.
 FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "afmoe": {"attention_bias": (False,)},
@@ -304,18 +304,12 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "granitemoehybrid": {"normalization_function": ("rmsnorm",)},
     "kimi_linear": {"attention_bias": (False,)},
     "laguna": {"gating": (True, "per-head"), "moe_apply_router_weight_on_input": (False,)},
-    "llama": _HALVES,
     "mimo_v2_flash": {"attention_bias": (False,)},
     # Of MiniMax-Text-01, whose attention is linear in most layers; mlx-lm's model of this name is MiniMax-M2.
     "minimax": {"full_attn_alpha_factor": (), "linear_attn_alpha_factor": ()},
-    "mistral": _HALVES,
-    "mixtral": _HALVES,
     "nemotron_h": {"mlp_hidden_act": ("relu2",), "mamba_hidden_act": SILU, "residual_in_fp32": (False,)},
-    "olmoe": _HALVES,
     "openelm": {"normalization_layer_name": ("rms_norm",)},
     "opt": {"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
-    "qwen2": _HALVES,
-    "qwen3": _HALVES,
 }
 # Of a mixture's experts, where it is another than SiLU.
 EXPERT_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {

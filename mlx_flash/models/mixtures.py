@@ -87,7 +87,8 @@ def _several(value: Any) -> bool:
 
 def mixture_backends(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The backends' columns that run this mixture of experts."""
-    return _NUMPY if config.get("model_type") in MIXTURES and _is_affine(config) else ("mlx",)
+    ours = config.get("model_type") in MIXTURES and _is_affine(config) and not config.get("rope_traditional")
+    return _NUMPY if ours else ("mlx",)
 
 
 def _is_affine(config: Mapping[str, Any]) -> bool:

@@ -165,3 +165,23 @@ def test_looking_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mlx_flash.source.Source.read", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(BudgetError):
         mlx_flash.load(source, backend="numpy", memory="1kB")
+
+
+def test_pairs_of_neighbours_turn_on_mlx_and_are_refused_on_numpy(tmp_path: Path, refused: Any, cache: Path) -> None:
+    """mlx-lm's own key, which transformers does not have."""
+    source = make_tiny("llama", tmp_path)
+    config = json.loads((source / "config.json").read_text()) | {"rope_traditional": True}
+    (source / "config.json").write_text(json.dumps(config))
+    refused(source, BackendError, "'rope_traditional' is true.*--backend mlx", backend="numpy")
+    need("mlx")
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    path = mlx_flash.convert(source, tmp_path / "flash")
+    plain, _ = load_model(source)
+    ids = [3, 5, 7, 9, 11]
+    model, _ = mlx_flash.load(path)  # auto takes what can run it
+    found = list(model.flash.forced(model, ids, []))[0]
+    assert model.flash.plan.backend_name == "mlx"
+    assert abs(found - [float(x) for x in plain(mx.array([ids]))[0, -1]]).max() < 1e-4
+    model.flash.close()

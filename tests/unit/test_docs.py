@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mlx_flash.cli import make_parser
 from mlx_flash.config import SELECTORS
+from mlx_flash.models.config_key_tables import FIXED
 from mlx_flash.models.families import FAMILIES
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_family_table_is_the_codes() -> None:
@@ -41,3 +43,20 @@ def test_every_command_and_flag_in_readme_exists() -> None:
 def test_the_two_commands_stand_on_lines_of_their_own() -> None:
     assert len(re.findall(r"^python3 -m venv \.venv-story .*generate.*$", README, re.MULTILINE)) == 1
     assert len(re.findall(r"^python3 -m venv \.venv-test .*pytest tests$", README, re.MULTILINE)) == 1
+
+
+def value_rows() -> list[str]:
+    """The table of values that are refused, as docs/refused.md has it."""
+    rows = ["| model type | key | what it may be |", "|---|---|---|"]
+    for kind, keys in sorted(FIXED.items()):
+        for key, values in sorted(keys.items()):
+            may = " or ".join(f"`{str(value).lower()}`" for value in values) or "not there"
+            rows.append(f"| {kind} | `{key}` | {may} |")
+    return rows
+
+
+def test_the_table_of_refused_values_is_the_codes() -> None:
+    text = (ROOT / "docs" / "refused.md").read_text()
+    assert text[text.index("| model type |") :].splitlines() == value_rows()
+    for path in re.findall(r"\]\((docs/[^)]*)\)", README):
+        assert (ROOT / path).is_file(), path
