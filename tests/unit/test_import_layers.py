@@ -23,7 +23,7 @@ LAYERS = [
     ("folder", "source", "end_ids", "tied_head", "convert", "convert_groups", "convert_plan", "convert_quant"),
     ("preflight", "random_model", "resolve"),
     ("demand", "cost_model"),
-    ("run", "experts", "load", "generate", "inspection"),
+    ("run", "costs", "experts", "load", "generate", "inspection"),
     ("measure",),
     ("tuning",),
     ("http_requests", "http_replies", "http_handler", "http_server"),
