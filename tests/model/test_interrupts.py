@@ -173,13 +173,18 @@ def interrupt_at_random(path: Path, select: str, seconds: float) -> tuple[int, i
     signal.signal(signal.SIGALRM, interrupt)
     interrupts = wrong = 0
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while (left := end - time.perf_counter()) > 0 or (
+        interrupts <= 5 and left > -10 * seconds
+    ):  # a busy machine is slow
         try:
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0005, max(0.001, length)))
             reply(model)
             signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             interrupts += 1
+        except RuntimeError as error:  # what Python makes of an interrupt while a thread starts
+            if "release unlocked lock" not in str(error):
+                raise
         wrong += reply(model) != wanted
     model.flash.close()
     return interrupts, wrong
