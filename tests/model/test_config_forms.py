@@ -1,5 +1,7 @@
-"""config.json as transformers 5 writes it, for every model type that it and mlx-lm share: the tokens and logits are
-those of transformers, on both backends where they run."""
+"""config.json as transformers 5 writes it, for model types that the golden grid does not have (wrappers among them):
+tokens and logits are those of transformers, on both backends where they run. End ids, keys that contradict each other
+or that nothing reads.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from mlx_flash.errors import FlashError
 from mlx_flash.models.families import FAMILIES
 from mlx_flash.models.mixtures import MIXTURES
 from mlx_flash.models.normalise import normalise
+from tests.golden.weights import GRID
 
 from .config_forms import OUT, PROMPT, write
 
@@ -25,7 +28,7 @@ RUNS = [
     (name, backend)
     for name, case in CASES.items()
     for backend in ("numpy", "mlx")
-    if backend == "mlx" or normalise(case["config"])["model_type"] in NUMPY
+    if not (GRID / f"{name}.json").exists() and (backend == "mlx" or normalise(case["config"])["model_type"] in NUMPY)
 ]
 
 
