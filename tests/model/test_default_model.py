@@ -44,7 +44,7 @@ def check_against_trainer(path: Path, backend: str, select: str, most: tuple[int
 
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_numpy_tokens_equal_the_trainers(fp32: Path, bf16: Path, select: str) -> None:
-    check_against_trainer(fp32, "numpy", select, (30, 100, 30))
+    check_against_trainer(fp32, "numpy", select, (12, 40, 12))
     model, _ = mlx_flash.load(fp32, backend="numpy", select=select)
     for length in LENGTHS:
         logits = model(GOLDEN[f"prompt_{length}"].tolist(), model.make_cache())
@@ -55,7 +55,7 @@ def test_numpy_tokens_equal_the_trainers(fp32: Path, bf16: Path, select: str) ->
 @pytest.mark.parametrize("select", ["all", "gate"])
 def test_mlx_tokens_equal_the_trainers(fp32: Path, select: str) -> None:
     pytest.importorskip("mlx_lm", reason="the mlx backend")
-    check_against_trainer(fp32, "mlx", select, (12, 24, 12))  # MLX's CPU kernels are slow
+    check_against_trainer(fp32, "mlx", select, (6, 12, 6))  # MLX's CPU kernels are slow
 
 
 def test_the_trainers_tokens_are_mlx_lms(tmp_path: Path, relu_in_mlx_lm: None) -> None:  # noqa: F811
@@ -74,8 +74,9 @@ def test_the_trainers_tokens_are_mlx_lms(tmp_path: Path, relu_in_mlx_lm: None) -
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((SOURCE / "config.json").read_text())
     for length in LENGTHS:
-        wanted = list(reference(tmp_path, GOLDEN[f"prompt_{length}"].tolist()))
-        assert_equal_tokens(GOLDEN[f"reply_{length}"].tolist(), wanted, f"trainer against mlx-lm, prompt {length}")
+        reply = GOLDEN[f"reply_{length}"].tolist()
+        wanted = list(reference(tmp_path, GOLDEN[f"prompt_{length}"].tolist(), len(reply)))
+        assert_equal_tokens(reply, wanted, f"trainer against mlx-lm, prompt {length}")
 
 
 def test_bf16_gives_one_reply_at_every_budget(bf16: Path) -> None:
