@@ -35,6 +35,8 @@ def check_against_trainer(path: Path, backend: str, select: str, most: tuple[int
     for memory, tokens in zip(three_budgets(path, backend, select), most, strict=True):
         model, _ = mlx_flash.load(path, backend=backend, select=select, memory=memory)
         for length in LENGTHS:
+            if backend == "mlx" and length > 256 and tokens < max(most):
+                continue  # MLX's CPU kernels are slow: one budget in the middle is enough
             prompt, reply = GOLDEN[f"prompt_{length}"].tolist(), GOLDEN[f"reply_{length}"].tolist()[:tokens]
             got = list(model.flash.steps(model, prompt, len(reply), Sampling()))
             wanted = list(zip(reply, GOLDEN[f"margins_{length}"].tolist()[:tokens], strict=True))

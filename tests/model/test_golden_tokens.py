@@ -22,7 +22,7 @@ from tests.tiny import CONFIGS, make_tiny, three_budgets
 mlx_lm = pytest.importorskip("mlx_lm", reason="golden tokens come from mlx-lm")
 mx = pytest.importorskip("mlx.core")
 
-NEW_TOKENS, FEWER = 32, 6  # all where slots change hands; without slots, or with all, a token is like the others
+NEW_TOKENS, FEWER = 24, 6  # all where slots change hands; without slots, or with all, a token is like the others
 PROMPT_LENGTHS = (1, 17, 300)
 TRAINED = ("stories260K", "llama2xs", "babyllama361")
 TEXT = "Once upon a time there was a little girl who lived near a dark wood. She had a red ball and a small dog. "
@@ -71,7 +71,7 @@ def check(source: Path, prompts: Sequence[list[int]], backend: str, tmp_path: Pa
 
 
 # The other families' tokens on mlx are in the golden grid; their FFNs are read like these.
-ON_MLX = ("openelm", "openelm-relu", "llama", "llama-relu", "qwen3")
+ON_MLX = ("openelm", "openelm-relu", "llama", "qwen3")
 
 
 @pytest.mark.parametrize(
