@@ -8,6 +8,7 @@ holds a core; and it aborts the process, or spins, where readers' threads work b
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -21,7 +22,7 @@ import numpy as np
 
 from . import workers_llvm as compiled
 from .cores import default_threads
-from .workers_llvm import DONE, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
+from .workers_llvm import DONE, END, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
 
 TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
 TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
@@ -45,6 +46,8 @@ class Board:
         self.urgent, self.free = deque([0]), deque(range(1, JOBS))
         self.open: dict[int, Job] = {}  # begun and not finished; keeps their arrays in memory
         self._started = 0
+        self._threads: list[threading.Thread] = []
+        atexit.register(self.dismiss)
         self._lock = threading.Lock()
 
     def take(self, urgent: bool) -> int:
@@ -80,9 +83,20 @@ class Board:
                     os.set_blocking(int(mine[2]), False)
                     arguments = self.at, self.helpers_at + self._started * mine.nbytes
                     name = f"kernel-{self._started}"
-                    threading.Thread(target=compiled.serve, args=arguments, daemon=True, name=name).start()
+                    thread = threading.Thread(target=compiled.serve, args=arguments, daemon=True, name=name)
+                    thread.start()
+                    self._threads.append(thread)
                     self._started += 1
         return min(count, self._started)
+
+    def dismiss(self) -> None:
+        """End the helpers, at the end of the process: one that is awake would run code that is no longer there."""
+        for mine in self.helpers[: len(self._threads)]:
+            mine[END] = 1
+            with suppress(OSError):
+                os.write(int(mine[2]), b"\0")
+        for thread in self._threads:
+            thread.join(1.0)
 
 
 class Job:

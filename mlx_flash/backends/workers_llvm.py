@@ -24,8 +24,9 @@ from .kernels_emit import fetch_add
 # then the kernel's address, the number of tasks and the kernel's arguments.
 JOBS, JOB_ITEMS, DONE, PARAMETERS = 16, 64, 8, 16
 STEP_ITEMS = 32  # the same without the first line, for what is done one after the other
-# A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, and room for what it reads.
-HELPER_ITEMS = 8
+# A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, room for what it reads, whether it is
+# to end.
+HELPER_ITEMS, END = 8, 4
 ITEM = 8  # bytes
 PATIENCE = 20000  # times that a thread asks whether the others are done: some 100 microseconds
 # Times that a helper looks for the next job before it sleeps, some 600 microseconds in all: waking it takes 50 to 300.
@@ -229,9 +230,9 @@ def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def
 
 @jit
 def serve(board, place):  # type: ignore[no-untyped-def]
-    """A helper's life: do what is on the board, sleep when there is nothing."""
+    """A helper's life: do what is on the board, sleep when there is nothing, until it is told to end."""
     idle = 0
-    while True:
+    while not _load(place + END * ITEM):
         found = False
         for i in range(JOBS):
             while _take(board + i * JOB_ITEMS * ITEM):
