@@ -39,6 +39,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReadError(f"cannot read {path}: {error.strerror}") from error
 
 
+def leads_somewhere(path: Path) -> bool:
+    """Whether there is something at a path. Raises OSError or ValueError for what cannot be a path (too long, a NUL),
+    on which `Path.exists` is silent from Python 3.14 on."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
 def is_plain(name: str) -> bool:
     """Whether a name that was read from a file names a file of the same folder, without saying where links lead."""
     return is_safe_name(name) and "/" not in name

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .convert import convert
 from .errors import FormatError, ReadError, UsageError
-from .folder import is_there, read_json, refuse_other_formats, safe_file
+from .folder import is_there, leads_somewhere, read_json, refuse_other_formats, safe_file
 from .machine import cache_folder as cache_folder
 from .models.mixtures import is_mixture
 from .preflight import PlannedCheckpoint, planned_checkpoint
@@ -83,7 +83,7 @@ def resolve_model(
             raise UsageError(f"the default model is not in this installation ({model}); give the path of a model")
     path = Path(model)
     try:
-        exists = path.exists()
+        exists = leads_somewhere(path)
     except (OSError, ValueError) as error:  # too long, a NUL
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{str(model)[:80]!r} cannot be a model: {reason}") from None

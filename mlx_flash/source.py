@@ -22,7 +22,17 @@ import numpy as np
 
 from .errors import ConfigError, FormatError, ReadError, UsageError
 from .folder import INDEX as INDEX
-from .folder import SHARDS, has_index, is_there, read_index, read_json, refuse_file, refuse_other_formats, weight_files
+from .folder import (
+    SHARDS,
+    has_index,
+    is_there,
+    leads_somewhere,
+    read_index,
+    read_json,
+    refuse_file,
+    refuse_other_formats,
+    weight_files,
+)
 from .folder import WEIGHTS as WEIGHTS
 from .folder import safe_file as safe_file
 from .models.wrappers import text_names
@@ -70,9 +80,9 @@ def find_folder(path: str | Path, *, revision: str | None = None, weights: bool 
     not there yet. `weights` = False asks for the tokenizer's files only. Raises UsageError."""
     folder = Path(path)
     try:
-        if folder.is_dir():
+        exists = leads_somewhere(folder)
+        if exists and folder.is_dir():
             return folder
-        exists = folder.exists()
     except (OSError, ValueError) as error:  # too long, a NUL
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{str(path)[:80]!r} cannot be a checkpoint: {reason}") from None

@@ -18,6 +18,11 @@ import numpy as np
 
 from ..errors import FormatError, UsageError
 
+try:
+    from compression.zstd import ZstdError  # type: ignore[import-not-found] # Python 3.14's zipfile raises it
+except ImportError:
+    ZstdError = zlib.error
+
 VERSION = 1
 ROUTE_HEADER = re.compile(r"n_layer=(\d+) n_expert=(\d+)")
 ROUTE_COLUMNS = ["turn", "phase", "step", "layer", "slot", "expert"]
@@ -25,7 +30,7 @@ MOST = 1 << 20  # layers, or bundles of a layer: more is a lying header
 # What NumPy raises for a file that is something else, cut short or damaged (TypeError: a bare array, not an archive).
 UNREADABLE = (
     *(OSError, ValueError, KeyError, AttributeError, EOFError, MemoryError, TypeError, OverflowError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, ZstdError, NotImplementedError),
 )
 
 
