@@ -245,6 +245,7 @@ def test_nothing_but_the_result_is_printed_and_help_loads_no_transformers(tmp_pa
         "from pathlib import Path\n"
         "try: mlx_flash.cli.main(['--help'])\n"
         "except SystemExit: pass\n"
+        "del __import__('os').environ['TRANSFORMERS_VERBOSITY']\n"
         "assert 'transformers' not in sys.modules and 'jinja2' not in sys.modules\n"
         f"t.load_tokenizer(Path({str(folder)!r}))\n"
         "from transformers.utils import logging\n"
@@ -253,6 +254,23 @@ def test_nothing_but_the_result_is_printed_and_help_loads_no_transformers(tmp_pa
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_prints_no_remarks_of_transformers(tmp_path: Path) -> None:
+    """A prompt beyond what the folder calls the longest, and spaces that are not cleaned up."""
+    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "model_max_length": 3}
+    folder = byte_level_folder(tmp_path, tokenizer_config__json=config | {"clean_up_tokenization_spaces": True})
+    text = f"import mlx_flash.tokenizer as t; x = t.load_tokenizer({str(folder)!r}); "
+    text += "x.decode(x.encode('Once upon a time'))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    said = []
+    run = "import mlx_flash.cli; mlx_flash.cli.main(['verify', '--model', '/none']); "
+    for command in ("", run):
+        program = f"import sys; {command}sys.stderr.flush(); {text}"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr.count("longer than") + done.stderr.count("clean_up"))
+    assert said[0] > 0 == said[1]
 
 
 @pytest.mark.parametrize(
