@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 
 import mlx_flash
-from mlx_flash.inspection import inspect_model
-from mlx_flash.resolve import models_folder
-from mlx_flash.sampling import Sampling
+from mlx_flash.models.text.sampling import Sampling
+from mlx_flash.runtime.model_path import models_folder
+from mlx_flash.tools.inspection import inspect_model
 
 try:
     import mlx.core as mx
 
-    from mlx_flash.backends.mlx import MlxBackend
-    from mlx_flash.storage.layout import Layout, Part
+    from mlx_flash.engine.backends.mlx.backend import MlxBackend
+    from mlx_flash.engine.storage.bundle import Layout, Part
 except ImportError:
     mx = None
 

@@ -7,12 +7,15 @@ for response in mlx_flash.stream_generate(model, tokenizer, "Once upon a time"):
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import address_space
+from .engine.system import address_space
 
 address_space.check_start()  # before the libraries below, which end the process where they get no memory
 
+from mlx_flash.models.conversion.converter import convert  # noqa: E402
+from mlx_flash.runtime.generation import generate, stream_generate  # noqa: E402
+from mlx_flash.runtime.loading import load  # noqa: E402
+
 from .config import FlashConfig  # noqa: E402
-from .convert import convert  # noqa: E402
 from .errors import (  # noqa: E402
     BackendError,
     BudgetError,
@@ -24,8 +27,6 @@ from .errors import (  # noqa: E402
     SpaceError,
     UsageError,
 )
-from .generate import generate, stream_generate  # noqa: E402
-from .load import load  # noqa: E402
 
 try:
     __version__ = version("mlx-flash-runtime")

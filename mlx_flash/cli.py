@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from . import __version__
-from .address_space import check_room, explain
+from mlx_flash import __version__
+from mlx_flash.apps.options import add_run_options, add_sampling_options, run_config, sampling_of
+from mlx_flash.engine.system.address_space import check_room, explain
+
 from .config import format_bytes
 from .errors import FlashError, UsageError
-from .options import add_run_options, add_sampling_options, run_config, sampling_of
 
 Command = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -40,10 +41,10 @@ def read_stdin() -> str:
 
 
 def generate_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .generate import make_reply, stream_generate
-    from .load import load
-    from .sampling import Sampling
-    from .tokenizer import encode_prompt
+    from mlx_flash.models.text.sampling import Sampling
+    from mlx_flash.models.text.tokenizer import encode_prompt
+    from mlx_flash.runtime.generation import make_reply, stream_generate
+    from mlx_flash.runtime.loading import load
 
     # Typed \n and \t mean newline and tab, as in mlx-lm's command.
     prompt = read_stdin() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
@@ -79,7 +80,7 @@ def summary(reply: Any, plan: Any) -> str:
     """The figures of a run, for a person."""
     ffn = sum(layout.count * layout.stride for layout in plan.checkpoint.layouts)
     share = reply.bytes_read_per_token / ffn if ffn else 0.0
-    from .inspection import loss_text
+    from mlx_flash.tools.inspection import loss_text
 
     exact = "exact" if reply.exact else loss_text(plan.measured_loss)
     return "\n".join(
@@ -96,7 +97,7 @@ def summary(reply: Any, plan: Any) -> str:
 
 
 def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .inspection import inspect_model, print_inspection
+    from mlx_flash.tools.inspection import inspect_model, print_inspection
 
     report = inspect_model(args.model, run_config(args))
     if not args.json:
@@ -105,9 +106,9 @@ def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def perplexity_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .measure.perplexity import perplexity
+    from mlx_flash.tools.perplexity import measure_perplexity
 
-    found = perplexity(args.model, args.data, run_config(args), tokens=args.tokens, progress=not args.json)
+    found = measure_perplexity(args.model, args.data, run_config(args), tokens=args.tokens, progress=not args.json)
     if not args.json:
         share = found["bytes_read_per_token"] / found["ffn_bytes"]
         exact, resident = "exact" if found["exact"] else "not exact", format_bytes(found["ffn_resident_bytes"])
@@ -122,9 +123,9 @@ def perplexity_command(args: argparse.Namespace) -> dict[str, Any]:
 def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from .measure.trace import read_trace
-    from .tuning.record import knowledge, record_traces
-    from .tuning.simulate import check_simulation, print_table, simulate, write_csv
+    from mlx_flash.tools.simulation import check_simulation, print_table, simulate, write_csv
+    from mlx_flash.tools.trace import read_trace
+    from mlx_flash.tools.trace_recording import knowledge, record_traces
 
     check_simulation(args.fractions, args.tokens)
     if bool(args.data) == bool(args.trace):
@@ -150,8 +151,8 @@ def simulate_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def calibrate_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .tuning.calibrate import calibrate
-    from .tuning.report import print_calibration
+    from mlx_flash.tools.calibration.calibrator import calibrate
+    from mlx_flash.tools.calibration.report import print_calibration
 
     found = calibrate(
         args.model,
@@ -170,8 +171,8 @@ def calibrate_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .resolve import model_name, resolve_model
-    from .storage.checkpoint import verify
+    from mlx_flash.engine.storage.checkpoint import verify
+    from mlx_flash.runtime.model_path import model_name, resolve_model
 
     path = resolve_model(args.model, announce=say)
     checked = verify(path)
@@ -183,7 +184,7 @@ def verify_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def convert_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .convert import convert
+    from mlx_flash.models.conversion.converter import convert
 
     out = convert(
         args.hf_path,
@@ -204,7 +205,7 @@ def convert_command(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_random_command(args: argparse.Namespace) -> dict[str, Any]:
-    from .random_model import make_random
+    from mlx_flash.tools.random_model import make_random
 
     out = make_random(args.card, args.out, dtype=args.dtype, seed=args.seed, progress=not args.json)
     if not args.json:
@@ -227,7 +228,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentParser]) -> None:
     """What makes a checkpoint sparser and cheaper to read."""
-    from .tuning.relufy import add_relufy_arguments, relufy_command
+    from mlx_flash.tools.relufication.relufication import add_relufy_arguments, relufy_command
 
     command = add("calibrate", calibrate_command, "Learn from a text what `predictor`, `threshold` and `static` need.")
     command.add_argument("--model", help="flash checkpoint; the cached copy of a Hugging Face folder or repo id")
@@ -256,7 +257,7 @@ def add_tuning_commands(add: Callable[[str, Command, str], argparse.ArgumentPars
 
 
 def add_checkpoint_commands(add: Callable[[str, Command, str], argparse.ArgumentParser]) -> None:
-    from .convert_quant import add_quantising_arguments
+    from mlx_flash.models.conversion.quantising import add_quantising_arguments
 
     command = add("verify", verify_command, "Check every byte of a flash checkpoint against its hashes.")
     command.add_argument("--model", help="flash checkpoint; the default model's copy without")
@@ -277,9 +278,9 @@ def add_checkpoint_commands(add: Callable[[str, Command, str], argparse.Argument
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from .chat import add_chat_arguments, chat_command
-    from .measure.bench import add_bench_arguments, bench_command
-    from .serve import add_server_arguments, server_command
+    from mlx_flash.apps.chat import add_chat_arguments, chat_command
+    from mlx_flash.apps.server.command import add_server_arguments, server_command
+    from mlx_flash.tools.bench.bench import add_bench_arguments, bench_command
 
     parser = Parser(
         prog="mlx_flash", description="Run language models larger than memory: dense part resident, FFN read from SSD."

@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mlx_flash.backends.base import BLOCK
-from mlx_flash.backends.numpy import NumpyBackend
-from mlx_flash.measure import replay
-from mlx_flash.models.read_config import read_spec
-from mlx_flash.residency.budget import STAGING_BLOCKS, split_slots
-from mlx_flash.residency.policy import LRU
-from mlx_flash.residency.residency import Residency
-from mlx_flash.residency.stream import BlockStream, Request
-from mlx_flash.selection.shared import Shared, blocks
+from mlx_flash.engine.backends.base import BLOCK
+from mlx_flash.engine.backends.numpy.backend import NumpyBackend
+from mlx_flash.engine.residency.slots import Residency
+from mlx_flash.engine.residency.staging import BlockStream, Request
+from mlx_flash.engine.residency.window import LRU
+from mlx_flash.engine.selection.context import SharedContext, blocks
+from mlx_flash.engine.storage.bundle import Layout, Part, layer_header
+from mlx_flash.engine.storage.reader import LayerFile
+from mlx_flash.engine.storage.readers import open_reader
+from mlx_flash.engine.storage.writer import check_free_space
+from mlx_flash.models.specs.config_reader import read_spec
+from mlx_flash.runtime.planning.selective_persistence import STAGING_BLOCKS, split_slots
 from mlx_flash.stats import Stats
-from mlx_flash.storage.layout import Layout, Part, layer_header
-from mlx_flash.storage.reader import LayerFile, open_reader
-from mlx_flash.storage.writer import check_free_space
+from mlx_flash.tools.bench import trace_replay as replay
 
 WINDOW = 4  # tokens, as the paper's for OPT-6.7B
 # AGES[j]: share of a layer's neurons that were named last j + 1 tokens ago; AGES[0] is thus the share named per token,
@@ -236,7 +237,7 @@ class StreamRow:
         names = [part.name for part in layouts[0].parts]
         staging = [backend.slab(layouts[0], BLOCK, names) for _ in range(STAGING_BLOCKS)]
         self.reader = open_reader(files)
-        self.shared = Shared(backend, self.reader, BlockStream(staging), Stats())
+        self.shared = SharedContext(backend, self.reader, BlockStream(staging), Stats())
 
     def token(self, ids: Token) -> Reading:
         """Read all; which neurons are named does not matter."""

@@ -58,10 +58,10 @@ from ablation_parts import (
 from ablation_report import RANDOM_DEPTH, Row, Table, machine, print_table, save_csv, save_picture, verdicts
 
 import mlx_flash
-from mlx_flash.backends.numpy import NumpyBackend
+from mlx_flash.engine.backends.numpy.backend import NumpyBackend
+from mlx_flash.engine.storage.reader import LayerFile
 from mlx_flash.errors import FlashError
-from mlx_flash.measure.text import CONTEXT_TOKENS, SCORED_TOKENS, encode_text, read_text, spread, windows
-from mlx_flash.storage.reader import LayerFile
+from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, encode_text, read_text, spread, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = ROOT.parent / "shared" / "data" / "stories" / "held"

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 import mlx_flash
-from mlx_flash.measure.replay import Replay
-from mlx_flash.measure.trace import Trace, read_route_csv
+from mlx_flash.tools.bench.trace_replay import Replay
+from mlx_flash.tools.trace import Trace, read_route_csv
 
 
 def replay_trace(model: Any, path: str, recall: float, precision: float) -> None:

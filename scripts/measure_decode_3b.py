@@ -15,10 +15,10 @@ import sys
 
 from contest import Contestants, Table, arguments, contest, decode_flash, decode_llama, fio, run
 
-from mlx_flash.measure.card import attach_random_predictors, make_card
-from mlx_flash.measure.replay import synthetic_trace
-from mlx_flash.measure.trace import Trace
-from mlx_flash.storage.checkpoint import Checkpoint
+from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.tools.bench.card import attach_random_predictors, make_card
+from mlx_flash.tools.bench.trace_replay import synthetic_trace
+from mlx_flash.tools.trace import Trace
 
 CAP_MIB, NO_CAP_MIB = 3072, 20480
 BUDGET = "2.84GB"  # and 0.35 GB for the interpreter and its libraries

@@ -30,10 +30,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mlx_flash.config import FlashConfig
-from mlx_flash.inspection import inspect_model
-from mlx_flash.measure.card import attach_random_predictors, make_card
-from mlx_flash.measure.replay import synthetic_trace
-from mlx_flash.storage.checkpoint import Checkpoint
+from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.tools.bench.card import attach_random_predictors, make_card
+from mlx_flash.tools.bench.trace_replay import synthetic_trace
+from mlx_flash.tools.inspection import inspect_model
 
 SIZES = ("openelm-270m", "openelm-1.1b", "openelm-3b", "llama-7b")
 LLAMA_7B = {

@@ -32,9 +32,9 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import mlx_flash
-from mlx_flash.backends.mlx import cache_limit_bytes
-from mlx_flash.random_model import make_random
-from mlx_flash.sampling import Sampling
+from mlx_flash.engine.backends.mlx.backend import cache_limit_bytes
+from mlx_flash.models.text.sampling import Sampling
+from mlx_flash.tools.random_model import make_random
 
 PROMPT = [1, 9, 43, 21, 7, 100, 52, 3]
 THEIRS = "mlx-lm"
@@ -70,7 +70,7 @@ def ours(folder: Path, select: str, tokens: int) -> tuple[Decode, int]:
 
 
 def everything(folder: Path, select: str) -> int:
-    from mlx_flash.inspection import inspect_model
+    from mlx_flash.tools.inspection import inspect_model
 
     report = inspect_model(folder, mlx_flash.FlashConfig(backend="mlx", select=select))
     return int(report["everything_resident_bytes"])

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from contest import Contestants, Table, arguments, contest, decode_flash, decode_llama, fio
 
-from mlx_flash.random_model import make_random
-from mlx_flash.source import read_tensors
+from mlx_flash.models.specs.source import read_tensors
+from mlx_flash.tools.random_model import make_random
 
 CAP_MIB, NO_CAP_MIB = 1024, 12288
 DEPTH = 32  # of fio's reads: the rate grows no more beyond it

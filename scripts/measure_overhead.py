@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 import mlx_flash
-from mlx_flash.backends.base import BLOCK
-from mlx_flash.backends.numpy import DTYPES
-from mlx_flash.models.decoder import Decoder, build
-from mlx_flash.storage.reader import Target, open_reader
+from mlx_flash.engine.backends.base import BLOCK
+from mlx_flash.engine.backends.numpy.backend import DTYPES
+from mlx_flash.engine.storage.reader import Target
+from mlx_flash.engine.storage.readers import open_reader
+from mlx_flash.models.numpy.decoder import Decoder, build
 
 PROMPT = (5, 17, 99)
 

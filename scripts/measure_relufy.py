@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from mlx_flash.models.read_config import read_spec
-from mlx_flash.source import read_json
-from mlx_flash.tuning.relufy import relufy
-from mlx_flash.tuning.torch_decoder import TorchDecoder, sample_texts
+from mlx_flash.models.specs.config_reader import read_spec
+from mlx_flash.models.specs.folder import read_json
+from mlx_flash.tools.relufication.relufication import relufy
+from mlx_flash.tools.relufication.torch_decoder import TorchDecoder, sample_texts
 
 VARIANTS = ("relu", "relu:0.85", "fatrelu:0.8", "fatrelu:0.9")
 COLUMNS = ("machine", "model", "variant", "stage", "nats_per_token", "perplexity", "zeros", "kl", "seconds")

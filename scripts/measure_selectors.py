@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import mlx_flash
 from mlx_flash.config import FlashConfig
-from mlx_flash.inspection import inspect_model
-from mlx_flash.measure.perplexity import measure, text_windows
-from mlx_flash.measure.text import CONTEXT_TOKENS, SCORED_TOKENS, Window
-from mlx_flash.resolve import resolve_model
-from mlx_flash.sampling import Sampling
-from mlx_flash.tuning.calibrate import calibrate
+from mlx_flash.models.text.sampling import Sampling
+from mlx_flash.runtime.model_path import resolve_model
+from mlx_flash.tools.calibration.calibrator import calibrate
+from mlx_flash.tools.inspection import inspect_model
+from mlx_flash.tools.perplexity import measure, text_windows
+from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window
 
 KEPT = (0.75, 0.5, 0.25)
 CALIBRATION_WINDOWS = 60

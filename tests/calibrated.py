@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 import mlx_flash
-from mlx_flash.storage.calibration import Calibration, LayerCalibration, attach
-from mlx_flash.storage.checkpoint import Checkpoint
-from mlx_flash.storage.layout import DATA_START
-from mlx_flash.storage.reader import LayerFile
+from mlx_flash.engine.storage.bundle import DATA_START
+from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration, attach
+from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.engine.storage.reader import LayerFile
 from tests.tiny import make_tiny
 
 SPARSITIES = (0.05, 0.5, 0.95)

@@ -26,10 +26,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def unmeasured() -> Iterator[None]:
     """No test's plan depends on what `mlx_flash bench --probe` measured here. For the session, as fixtures of modules
     load models too; a test that wants a measured machine puts its own in the same place."""
-    import mlx_flash.load  # noqa: F401
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["mlx_flash.load"], "load_machine", lambda path: None)
+        patch.setattr(sys.modules["mlx_flash.runtime.loading"], "load_machine", lambda path: None)
         yield
 
 

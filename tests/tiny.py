@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_flash.config import FlashConfig
-from mlx_flash.inspection import inspect_model
-from mlx_flash.random_model import make_random
+from mlx_flash.tools.inspection import inspect_model
+from mlx_flash.tools.random_model import make_random
 
 _LLAMA = {
     "model_type": "llama",

@@ -1,0 +1,1 @@
+"""What computes around the FFN."""

@@ -1,0 +1,210 @@
+"""`mlx_flash chat`: a conversation at the terminal, on any backend.
+
+Owns what was said and what of it still fits the context. With a chat template a message and its reply are turns of
+user and assistant; without one the text simply goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_flash.config import format_bytes
+from mlx_flash.errors import FlashError, UsageError
+from mlx_flash.models.prompt_cache import PromptCache
+from mlx_flash.models.text.sampling import Sampling
+from mlx_flash.models.text.tokenizer import encode_chat
+from mlx_flash.runtime.generation import GenerationResponse, prompt_to_ids, stream_generate
+from mlx_flash.runtime.loading import load
+
+from .options import add_sampling_options, run_config, sampling_of
+
+ROOM = 4  # a reply has room for a quarter of the context at least, before old turns are forgotten for it
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply"
+Say = Callable[[str], None]
+
+
+@dataclass
+class Turn:
+    """What was said, and the reply to it; why the reply ended: stop, length, context, interrupted."""
+
+    prompt: str
+    reply: str = ""
+    finish_reason: str = "interrupted"
+
+
+@dataclass
+class Chat:
+    """A conversation with a loaded model.
+
+    forgotten: how many of the oldest turns no longer fit; sampling: the keywords of `stream_generate`
+    """
+
+    model: Any
+    tokenizer: Any
+    system: str | None = None
+    template: bool = True
+    max_tokens: int = 512
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.template = self.template and self.tokenizer.has_chat_template
+        if self.system is not None and not self.template:
+            raise UsageError("a system prompt needs a chat template, which this model does not have")
+        self.context: int = self.model.flash.plan.context
+        self.reset()
+
+    def reset(self) -> None:
+        self.turns: list[Turn] = []
+        self.forgotten = 0
+        self._kept = PromptCache()
+
+    def ask(self, text: str) -> Iterator[GenerationResponse]:
+        """Yield the reply to `text`, step by step. What was said until it is abandoned or interrupted stays; after an
+        error nothing of this turn does.
+
+        Raises UsageError for a text that is too long on its own, ReadError.
+        """
+        turn = Turn(text)
+        self.turns.append(turn)
+        try:
+            ids = self._prompt()
+            steps = stream_generate(
+                self.model, self.tokenizer, ids, max_tokens=self.max_tokens, kept=self._kept, **self.sampling
+            )
+            with contextlib.closing(steps):  # type: ignore[type-var]
+                for response in steps:
+                    turn.reply += response.text
+                    turn.finish_reason = response.finish_reason or turn.finish_reason
+                    if turn.finish_reason == "length" and len(ids) + response.generation_tokens > self.context:
+                        turn.finish_reason = "context"
+                    yield response
+        except BaseException as error:
+            if isinstance(error, FlashError) or not turn.reply:
+                self.turns.pop()
+            raise
+
+    def _prompt(self) -> list[int]:
+        """Ids of the conversation. The oldest turns are forgotten until it fits, with room for a reply."""
+        room = self.context - min(self.max_tokens, self.context // ROOM)
+        before = self.forgotten
+        while True:
+            ids = self._ids(self.turns[self.forgotten :])
+            last = self.forgotten + 1 >= len(self.turns)
+            if len(ids) <= (self.context if last else room):
+                return ids
+            if last:
+                self.forgotten = before
+                raise UsageError(f"this takes {len(ids)} tokens, the context has {self.context}: say less at once, or "
+                                 "start with a larger --max-context")  # fmt: skip
+            self.forgotten += 1
+
+    def _ids(self, turns: list[Turn]) -> list[int]:
+        if not self.template:
+            return prompt_to_ids(self.tokenizer, "".join(turn.prompt + turn.reply for turn in turns))
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in turns:
+            messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": turn.reply}]
+        return encode_chat(self.tokenizer, messages[:-1])
+
+
+def read_line(prompt: str) -> str:
+    """A line from the terminal, with Python's line editing; without a prompt where nobody sees it. Raises EOFError at
+    the end, UsageError for what is not text."""
+    if sys.stdin is None:
+        raise EOFError
+    try:
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401
+            line = input(prompt)
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+        line.encode()
+    except UnicodeError:
+        raise UsageError("this line is not UTF-8 text") from None
+    return line.rstrip("\r\n")
+
+
+def talk(chat: Chat, say: Say, write: Say) -> bool:
+    """Read, answer and print until the user leaves; whether that was by an interrupt.
+
+    say: for notices; write: for the pieces of replies
+    """
+    interrupted = False  # at the prompt, just before
+    while True:
+        try:
+            line = read_line("> ")
+            if line in ("/exit", "/quit"):
+                return False
+            if line == "/reset":
+                chat.reset()
+                say("(a new conversation)")
+            elif line == "/help":
+                say(HELP)
+            elif line:
+                answer(chat, line, say, write)
+            interrupted = False
+        except EOFError:
+            return False
+        except KeyboardInterrupt:
+            if interrupted:
+                return True
+            interrupted = True
+            say("(Ctrl-C again, Ctrl-D or /exit to leave)")
+        except FlashError as error:
+            say(f"{type(error).__name__}: {error}")
+
+
+def answer(chat: Chat, text: str, say: Say, write: Say) -> None:
+    """One turn: the reply's pieces as they come, then what there is to say about it."""
+    forgotten, begun = chat.forgotten, False
+    try:
+        for response in chat.ask(text):
+            if not begun and chat.forgotten > forgotten:
+                say(f"(the context of {chat.context} tokens is full: the oldest {chat.forgotten} of "
+                    f"{len(chat.turns)} turns are forgotten)")  # fmt: skip
+            begun = True
+            write(response.text)
+    except KeyboardInterrupt:
+        say("\n(interrupted; what was said stays)")
+        return
+    finally:
+        if begun:
+            write("\n")
+    reason = chat.turns[-1].finish_reason
+    if reason == "context":
+        say(f"(the context of {chat.context} tokens is full, which ended this reply; /reset begins anew)")
+    elif reason == "length":
+        say(f"(--max-tokens {chat.max_tokens} ended this reply)")
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first; needs a chat template")
+    add_sampling_options(parser, max_tokens=512)
+
+
+def chat_command(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """Load, talk, and give what was said."""
+    if args.max_tokens < 1:
+        raise UsageError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
+    Sampling(**sampling_of(args))  # checked before anything is loaded
+    model, tokenizer = load(args.model, run_config(args))
+    plan = model.flash.plan
+    try:
+        chat = Chat(model, tokenizer, args.system, not args.ignore_chat_template, args.max_tokens, sampling_of(args))
+        kind = "a chat" if chat.template else "no chat template: what you write is continued"
+        say(f"{plan.name} ({kind}), select {plan.selector}, backend {plan.backend_name}, context "
+            f"{plan.context} tokens, {format_bytes(plan.memory.total_bytes)} of memory planned\n{HELP}")  # fmt: skip
+        write: Say = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
+        args.status = 130 if talk(chat, say, write) else 0
+    finally:
+        model.flash.close()
+    turns = [{"prompt": t.prompt, "text": t.reply, "finish_reason": t.finish_reason} for t in chat.turns]
+    return {"turns": turns, "forgotten": chat.forgotten}

@@ -1,0 +1,1 @@
+"""`mlx_flash server`."""

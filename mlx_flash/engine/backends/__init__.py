@@ -1,0 +1,1 @@
+"""Arithmetic on slots, one folder per array library."""

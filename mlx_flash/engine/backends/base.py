@@ -1,0 +1,143 @@
+"""What a backend supplies: memory for bundles and the arithmetic on it. Speaks ids, rows and bytes, never files.
+
+A third backend is one more file with these two classes; nothing outside `backends/` names a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_flash.engine.storage.bundle import Layout
+from mlx_flash.engine.storage.reader import Aside, Target
+
+# Sums run over fixed blocks of this many ids, ascending: the same bits at every budget and slot order (DESIGN 2).
+BLOCK = 256
+
+
+def block_of(layout: Layout) -> int:
+    """Bundles of a layout that make up a block of BLOCK neurons."""
+    return BLOCK // layout.neurons
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """What one FFN computes: `act(gate.x + gate_bias) * (up.x + up_bias)` or, not gated, `act(up.x + up_bias)`, times
+    `down`, plus `down_bias`.
+
+    lead: the part that `FFNPass.gate` computes and cuts, "gate" (with the activation) or "up" (without it in a gated
+    FFN; "" is the one that the activation is applied to). cutoff: what the lead gives counts as zero up to this
+    magnitude (FATReLU, CATS).
+    """
+
+    layout: Layout
+    activation: str
+    gated: bool
+    up_bias: Any = None  # (count,) backend array, or None
+    down_bias: Any = None  # (d,) backend array, or None
+    cutoff: float = 0.0
+    lead: str = ""
+    gate_bias: Any = None  # (count,) backend array, or None
+
+    @property
+    def first(self) -> str:
+        """The part that leads."""
+        return self.lead or ("gate" if self.gated else "up")
+
+    @property
+    def second(self) -> str | None:
+        """The part that is multiplied with it."""
+        return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
+
+    def bias(self, part: str | None) -> Any:
+        """(count,) backend array, or None: what is added to the products of "gate" or "up"."""
+        return {"gate": self.gate_bias, "up": self.up_bias}.get(part or "")
+
+
+Fired = Callable[[], np.ndarray]  # -> (n,) bool
+Predictor = Callable[[Any], Callable[[], np.ndarray]]  # begins; what it returns gives logits (count,) fp32
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What prefill scratch depends on, in items: the largest over the layers."""
+
+    dim: int
+    intermediate: int
+    qkv_rows: int
+    head_dim: int
+    heads: int
+
+
+class Slab(Protocol):
+    """Preallocated memory for `rows` bundles; `targets` are the byte views that a reader fills."""
+
+    rows: int
+    nbytes: int
+    targets: tuple[Target, ...]
+
+
+class FFNPass(Protocol):
+    """One layer's FFN on one input. Terms are added in ascending id order; the order they became resident is free."""
+
+    def gate(self, slab: Slab) -> np.ndarray:
+        """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not
+        zero for any token, ascending, int32."""
+
+    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray, late: np.ndarray | None = None) -> Fired | None:
+        """Begin to compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before
+        it `slab` holds the leading part too. Returns what tells, once `down` has been called, which of them fired; None
+        where that would cost something.
+
+        late: with a pass's first ids, which then ascend: all that `scalars` will be given before `down`. Blocks that
+        wait for none of these may be summed up at once.
+        """
+
+    def down(self) -> None:
+        """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may
+        be overwritten after `settle`, or once the layer's next `gate` has returned."""
+
+    def dense(self, slab: Slab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
+        """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there.
+        h (T, count * neurons per bundle) fp32, if given, receives their scalars."""
+
+    def settle(self) -> None:
+        """When it returns, nothing pending reads any slab: rows may be overwritten."""
+
+    def result(self) -> Any:
+        """The FFN's output, shaped as its input."""
+
+
+class Backend(Protocol):
+    """Memory and arithmetic of one device."""
+
+    name: str
+    compiles: bool  # whether Numba is there, and used
+    aside: Aside | None  # has threads that need no Python
+    lazy: bool  # computes when results are asked for, so that asking which neurons fired costs a wait per layer
+
+    def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
+        """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""
+
+    def slab_bytes(self, layout: Layout, rows: int, parts: Sequence[str]) -> int:
+        """Bytes that `slab` would take."""
+
+    def ffn(self, spec: FFNSpec, x: Any) -> FFNPass:
+        """Begin one FFN on `x`, whose last axis is d."""
+
+    def predictor(self, a: np.ndarray, b: np.ndarray, step: float, bias: np.ndarray) -> Predictor:
+        """A low-rank predictor: x (..., d) -> (count,) fp32, the largest `step * (b @ (a @ x)) + bias` over the
+        tokens. a (r, d), b (count, r) int8, bias (count,) fp32."""
+
+    def shift(self, y: Any, offset: np.ndarray) -> Any:
+        """y (..., d) plus offset (d,) fp32, in y's dtype."""
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """Activations of a backend's model as fp32 in host memory, same shape."""
+
+    def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
+        """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache. `layout` is that of
+        the largest layer."""

@@ -1,0 +1,1 @@
+"""The mlx backend. Needs mlx."""

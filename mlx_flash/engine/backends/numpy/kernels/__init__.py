@@ -1,0 +1,1 @@
+"""What decoding spends its time in: compiled with Numba, or in plain NumPy."""

@@ -1,0 +1,1 @@
+"""Numbers in memory: casting, quantisation, compiled functions."""

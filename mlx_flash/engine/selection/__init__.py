@@ -1,0 +1,1 @@
+"""Which bundles a token needs: one file per selector."""

@@ -1,0 +1,117 @@
+"""What the selectors of one model share: reader, staging, counters, and which part of a reply is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_flash.engine.backends.base import Backend, Slab
+from mlx_flash.engine.residency.staging import BlockStream, Request
+from mlx_flash.engine.storage.reader import Done, Pending, Reader, ReadReport, Target
+from mlx_flash.stats import Stats
+
+
+class Interruptible(Protocol):
+    """One layer's slots."""
+
+    def forget(self) -> None:
+        """A call was cut short, by a failed read or an interrupt: trust no slot whose bytes may be in doubt."""
+
+
+class Selector(Interruptible, Protocol):
+    """One layer's FFN: a callable from the normed hidden state x (..., T, d) to the FFN's output, shaped as x."""
+
+    exact: bool  # its output is that of the whole FFN
+
+    def __call__(self, x: Any) -> Any: ...
+
+
+@dataclass
+class SharedContext:
+    """What the layers of one model have in common: one reader, one ring of staging slabs, one set of counters.
+
+    decoding: whether the tokens that come are decoded ones; None: one token at a time means decoding, which is all
+    that can be known when mlx-lm's own loop runs the model. reply: counts the replies begun.
+    recorder: called with (layer, ids) for every decoding step's ids; override: replaces a predictor's ids, and
+    override_guess what is guessed of the layer ahead.
+    """
+
+    backend: Backend
+    reader: Reader
+    stream: BlockStream
+    stats: Stats
+    unfinished: Interruptible | None = None  # whose call is under way, or was when it was interrupted
+    decoding: bool | None = None
+    reply: int = 0
+    recorder: Callable[[int, np.ndarray], None] | None = None
+    override: Callable[[int], np.ndarray] | None = None
+    override_guess: Callable[[int], np.ndarray] | None = None
+    _scalars: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def is_decode(self, x: Any) -> bool:
+        """Whether a lossy selector may select for x (..., T, d); a prompt's tokens are computed exactly."""
+        return x.shape[-2] == 1 if self.decoding is None else self.decoding
+
+    def prompt_scalars(self, items: int) -> np.ndarray:
+        """Memory for a block's scalars (items,) fp32, used by one block after the other."""
+        if self._scalars.size < items:
+            self._scalars = np.empty(items, np.float32)
+        return self._scalars[:items]
+
+    def begin(self, selector: Interruptible) -> None:
+        """Before a call: clean up after one that raised. Here, not in an `except`, which a second Ctrl-C would cut
+        short; the same interrupt can hit here, and the next call begins again."""
+        if self.unfinished is not None:
+            self.reader.drain()  # first: what is still being read must not land in memory that is given anew
+            self.stream.stop()
+            self.unfinished.forget()
+            self.reply += 1  # what the layers before it saw of that reply does not count for the next one
+        self.unfinished = selector
+
+    def end(self) -> None:
+        self.unfinished = None
+
+    def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        if not len(ids):
+            return Done()
+        return Counted(self.reader.submit(layer, ids, rows, targets), self.stats)
+
+    def fetch(self, request: Request, slab: Slab) -> Pending:
+        """Fill a staging slab: row k holds bundle ids[k]."""
+        return self.read(request.layer, request.ids, np.arange(len(request.ids)), slab.targets)
+
+
+class Counted:
+    """A read whose bytes are counted once, when it has ended."""
+
+    def __init__(self, pending: Pending, stats: Stats):
+        self._pending, self._stats, self._counted = pending, stats, False
+
+    def ended(self) -> bool:
+        return self._pending.ended()
+
+    def give_up(self) -> None:
+        self._pending.give_up()
+
+    def wait(self) -> ReadReport:
+        with self._stats.waiting():
+            report = self._pending.wait()
+        if not self._counted:
+            self._counted = True
+            self._stats.bytes_read += report.bytes
+            self._stats.reads += report.reads
+        return report
+
+
+def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first id, length) of the fixed blocks of `size` ids from `first` (a multiple of it) to `last`."""
+    for begin in range(first, last, size):
+        yield begin, min(size, last - begin)
+
+
+def is_decode(x: Any) -> bool:
+    """One new token per sequence: x is (..., 1, d)."""
+    return x.shape[-2] == 1

@@ -1,0 +1,1 @@
+"""Bundles on flash: their layout, files that hold them, and readers that fetch them."""

@@ -1,0 +1,184 @@
+"""What every reader of bundles promises, and its words: targets, layer files, pending reads, reports.
+
+Knows ids, rows and bytes; how bytes are fetched is each reader's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from mlx_flash.errors import ReadError
+
+from .bundle import DATA_START, Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Memory that receives bytes [offset, offset + nbytes) of bundles.
+
+    rows: uint8 (n, nbytes), writable, each row contiguous; row `slot` takes one bundle's bytes. `nbytes` may
+    reach into the padding, up to the stride: whole records in rows `stride` apart are read in one go.
+    """
+
+    offset: int
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        if rows.dtype != np.uint8 or rows.ndim != 2 or not rows.flags.writeable or self.offset < 0:
+            raise ValueError(f"a target needs writable uint8 rows, not {rows.dtype} {rows.shape} at {self.offset}")
+        if rows.size and (
+            rows.strides[1] != 1 and rows.shape[1] > 1 or len(rows) > 1 and rows.strides[0] < rows.shape[1]
+        ):
+            raise ValueError(f"a target's rows must be contiguous and apart, not of strides {rows.strides}")
+
+    @cached_property
+    def nbytes(self) -> int:
+        return int(self.rows.shape[1])
+
+    @cached_property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        return int(self.rows.strides[0])
+
+    @cached_property
+    def address(self) -> int:
+        return int(self.rows.ctypes.data)
+
+    @cached_property
+    def flat(self) -> memoryview:
+        """All rows, and what lies between them, as one run of bytes; row r begins at r * rows.strides[0]."""
+        count, nbytes = self.rows.shape
+        length = (count - 1) * self.rows.strides[0] + nbytes if count and nbytes else 0
+        return np.lib.stride_tricks.as_strided(self.rows, (length,), (1,)).data
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A layer's bundles on disk: bundle `id` begins at byte DATA_START + id * stride."""
+
+    path: Path
+    layout: Layout
+
+    def bundle_at(self, path: Path, at: int) -> int | None:
+        """The bundle that byte `at` of a file belongs to."""
+        return (at - DATA_START) // self.layout.stride if path == self.path else None
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """Bytes asked of the system, gaps and alignment included, and how many reads they took."""
+
+    bytes: int
+    reads: int
+
+
+class Pending(Protocol):
+    """Reads under way."""
+
+    def wait(self) -> ReadReport:
+        """Return when all reads have ended. Raises ReadError, also only then: the rows may be reused
+        afterwards, though after an error their bytes are undefined. A second call has the same outcome."""
+
+    def ended(self) -> bool:
+        """Whether `wait` would return or raise at once. Does not wait for the disk."""
+
+    def give_up(self) -> None:
+        """Start no further read of this request; returns at once. What is under way still writes to the rows: `wait`
+        must be called as ever, and raises ReadError unless everything had been read or was under way."""
+
+
+class Done:
+    """A request that has ended: with a report, or with the error that `wait` raises."""
+
+    def __init__(self, outcome: ReadReport | ReadError | None = None):
+        self.outcome = outcome or ReadReport(0, 0)
+
+    def wait(self) -> ReadReport:
+        if isinstance(self.outcome, ReadError):
+            raise self.outcome
+        return self.outcome
+
+    def ended(self) -> bool:
+        return True
+
+    def give_up(self) -> None:
+        """Nothing is left to be read."""
+
+
+class Together:
+    """Requests that were begun together, as one."""
+
+    def __init__(self, requests: Sequence[Pending]):
+        self.requests = tuple(requests)
+
+    def wait(self) -> ReadReport:
+        reports, errors = [], []
+        for request in self.requests:
+            try:
+                reports.append(request.wait())
+            except Exception as error:  # the others still write to the rows: it is raised when all have ended
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return ReadReport(sum(report.bytes for report in reports), sum(report.reads for report in reports))
+
+    def ended(self) -> bool:
+        return all([request.ended() for request in self.requests])  # each one asked goes on with what waits its turn
+
+    def give_up(self) -> None:
+        for request in self.requests:
+            request.give_up()
+
+
+class Begun(Protocol):
+    """Something that another thread does."""
+
+    def begin(self) -> None:
+        """Hand it over; until here it may be dropped."""
+
+    def done(self) -> bool:
+        """Whether the other thread has done it. Only before `finish`."""
+
+    def finish(self) -> None:
+        """Return when it is done; whoever calls this does it where nobody has begun. A second call does nothing."""
+
+
+class Aside(Protocol):
+    """Has another thread, which needs no Python, make system calls."""
+
+    def prepare_call(self, number: int, arguments: tuple[int, int, int], found: np.ndarray) -> Begun | None:
+        """A system call that gives found (1,) int64, or -1 where it fails. None where there is no other thread."""
+
+
+class Reader(Protocol):
+    """Reads bundles of layers into rows of memory. Used by one thread."""
+
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """Begin to read bundle ids[i] into row rows[i] of every target.
+
+        ids, rows (n,) integers, in any order; rows are distinct; targets overlap neither in the bundle nor in
+        memory. The rows belong to the reader until `wait` of the returned object has ended. What the disk
+        does wrong is raised there; ids, rows or targets out of range raise ValueError here, a closed reader
+        UsageError.
+        """
+
+    def drain(self) -> None:
+        """Give up what is under way, also what an interrupted `submit` began: afterwards nothing writes to any row.
+        What has not been read by then fails."""
+
+    def close(self) -> None:
+        """Drain, and close the files; a second call does nothing."""
+
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

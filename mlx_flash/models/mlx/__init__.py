@@ -1,0 +1,1 @@
+"""mlx-lm's models with FFNs that read from flash. Needs mlx-lm."""

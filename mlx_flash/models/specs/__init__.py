@@ -1,0 +1,1 @@
+"""What a checkpoint is: families, configs, folders of Hugging Face."""

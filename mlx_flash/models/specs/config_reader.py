@@ -1,0 +1,260 @@
+"""Reads a Hugging Face config into a `ModelSpec`; what is missing, mistyped or unknown becomes a ConfigError."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlx_flash.errors import ConfigError
+
+from .attention_windows import read_limit, read_windows, text_config
+from .config_keys import check_fixed
+from .dense import DENSE, read_dense
+from .families import FAMILIES, ContextLimit, Family, LayerSpec, ModelSpec, Rope
+from .normal_form import normalise
+from .rotary import UNTOUCHED, check_size, context_limit, read_rope
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
+NUMBER = (int, float)
+MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
+MAX_LAYERS = 10_000
+
+
+class ConfigValues:
+    """A config dict whose missing or mistyped keys become ConfigError."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def need(self, key: str, kind: type | tuple[type, ...] = int) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ConfigError(f"config.json lacks {key!r}, which family {self.values.get('model_type')!r} needs")
+        return self.check(key, value, kind)
+
+    def check(self, key: str, value: Any, kind: type | tuple[type, ...] = int) -> Any:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not of the right type")
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which no model has")
+        if isinstance(value, NUMBER) and not 0 < value < math.inf:  # false for NaN too
+            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be positive and finite")
+        return value
+
+    def positive(self, key: str, default: int) -> int:
+        return self.check(key, self.get(key, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self.need(key, NUMBER) if default is None else self.check(key, self.get(key, default), NUMBER))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):  # a "false" in quotes must not count as true
+            raise ConfigError(f"config.json: {key!r} is {_short(value)}; it must be true or false")
+        return value
+
+    def layers(self, key: str) -> int:
+        count = self.need(key)
+        if count > MAX_LAYERS:
+            raise ConfigError(f"config.json: {key!r} is {count}; at most {MAX_LAYERS} layers are known")
+        return count
+
+    def sequence(self, key: str, length: int, kind: type | tuple[type, ...] = int) -> list[Any]:
+        values = self.need(key, (list, tuple))
+        if len(values) != length:
+            raise ConfigError(f"config.json: {key!r} has {len(values)} entries for {length} layers")
+        return [self.check(key, value, kind) for value in values]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, never under 90 % of it (OpenELM, section 3.1)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The family's name; raises ConfigError for one that is not known."""
+    name = normalise(config).get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES.keys() | DENSE.keys():
+        text = config.get("text_config")
+        inside = f" with a text model of type {_short(text.get('model_type'))}" if isinstance(text, Mapping) else ""
+        raise ConfigError(
+            f"unknown model family {_short(name)}{inside}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
+            f"{', '.join(sorted(DENSE))}"
+        )
+    return name
+
+
+def _activation(config: ConfigValues, family: Family) -> str:
+    name = config.need(family.activation_key, str)
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"unknown activation {_short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}"
+        )
+    activation = ACTIVATIONS[name]
+    if not family.gated and activation != "relu":
+        raise ConfigError(f"activation {name!r} is not known for a plain MLP; known: relu")
+    return activation
+
+
+def _cutoffs(config: ConfigValues, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """The layers with FATReLU's thresholds, one per layer under "fatrelu_thresholds" (arXiv 2402.13516)."""
+    values = config.get("fatrelu_thresholds")
+    if not isinstance(values, list) or len(values) != len(layers):
+        raise ConfigError(f"config.json: 'fatrelu_thresholds' is {_short(values)}; it must list {len(layers)} numbers")
+    for value in values:
+        if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ConfigError(f"config.json: 'fatrelu_thresholds' has {_short(value)}; it must be 0 or more")
+    return tuple(replace(layer, cutoff=float(value)) for layer, value in zip(layers, values, strict=True))
+
+
+def _eos_ids(config: ConfigValues) -> tuple[int, ...]:
+    value = config.get("eos_token_id", [])
+    ids = value if isinstance(value, list) else [value]
+    if not all(_is_id(i) for i in ids):
+        raise ConfigError(f"config.json: 'eos_token_id' is {_short(value)}; it must be an id or a list of ids")
+    return tuple(ids)
+
+
+def _bos_id(config: ConfigValues) -> int | None:
+    value = config.get("bos_token_id")
+    if value is not None and not _is_id(value):
+        raise ConfigError(f"config.json: 'bos_token_id' is {_short(value)}; it must be an id")
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE  # `type`, because True is an int too
+
+
+def _openelm(config: ConfigValues) -> dict[str, Any]:
+    count, dim = config.layers("num_transformer_layers"), config.need("model_dim")
+    heads, kv_heads = config.sequence("num_query_heads", count), config.sequence("num_kv_heads", count)
+    divisor, multipliers = config.need("ffn_dim_divisor"), config.sequence("ffn_multipliers", count, NUMBER)
+    if not config.flag("ffn_with_glu", True):
+        raise ConfigError("config.json: 'ffn_with_glu' is not true; only OpenELM's gated FFN is known")
+    for multiplier in multipliers:
+        if multiplier * dim > MAX_SIZE - divisor:
+            raise ConfigError(f"config.json: 'ffn_multipliers' has {multiplier!r}, which no model has")
+    layers = tuple(
+        LayerSpec(h, k, make_divisible(m * dim, divisor)) for h, k, m in zip(heads, kv_heads, multipliers, strict=True)
+    )
+    return {
+        "dim": dim,
+        "head_dim": config.need("head_dim"),
+        "layers": layers,
+        "eps": config.number("rms_norm_eps", 1e-6),
+        "tied": config.flag("share_input_output_layers", True),
+        "max_context": config.positive("max_context_length", 2048),
+        "rope": Rope(config.number("rope_freq_constant", 10000.0)),
+        "qk_norm": config.flag("normalize_qk_projections", True),
+    }
+
+
+def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | None) -> dict[str, Any]:
+    dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
+    attention_bias = config.flag("attention_bias", False)
+    layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
+    context = config.positive("max_position_embeddings", 2048)
+    windows, rope = read_windows(config, config.layers("num_hidden_layers")), read_rope(config)
+    return {
+        "dim": dim,
+        "head_dim": config.positive("head_dim", dim // heads),
+        "layers": tuple(replace(layer, window=window) for window in windows),
+        "eps": config.number("rms_norm_eps"),
+        "tied": config.flag("tie_word_embeddings", has_head is False),
+        "max_context": context,
+        "limit": context_limit(rope, context),
+        "rope": rope,
+        "qk_norm": "q_norm" in table.names,
+        "qkv_bias": family == "qwen2" or attention_bias,
+        "out_bias": family != "qwen2" and attention_bias,
+        "ffn_bias": family == "llama" and config.flag("mlp_bias", False),
+    }
+
+
+def _opt(config: ConfigValues) -> dict[str, Any]:
+    dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
+    biased = config.flag("enable_bias", True)
+    embed_dim = config.positive("word_embed_proj_dim", dim)
+    if dim % heads:
+        raise ConfigError(f"config.json: {heads} heads cannot share a 'hidden_size' of {dim}")
+    layer = LayerSpec(heads, heads, config.need("ffn_dim"))
+    return {
+        "dim": dim,
+        "head_dim": dim // heads,
+        "layers": (layer,) * config.layers("num_hidden_layers"),
+        "eps": 1e-5,
+        "tied": config.flag("tie_word_embeddings", True),
+        "max_context": config.need("max_position_embeddings"),
+        "rope": None,
+        "qk_norm": False,
+        "qkv_bias": biased,
+        "out_bias": biased,
+        "ffn_bias": biased,
+        "norm_after": not config.flag("do_layer_norm_before", True),
+        "embed_dim": None if embed_dim == dim else embed_dim,
+    }
+
+
+def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
+    """Up to where a model of `most` tokens runs as its config says, whatever its family. Raises ConfigError."""
+    if config.get("model_type") in UNTOUCHED:
+        return None
+    values = ConfigValues(text_config(config))
+    parameters = values.get("rope_parameters", {})
+    kinds = [key for key, each in parameters.items() if isinstance(each, Mapping)] if type(parameters) is dict else []
+    found = [read_limit(values), *(context_limit(read_rope(values, kind), most) for kind in kinds or [None])]
+    limits = sorted((limit for limit in found if limit is not None), key=lambda limit: (not limit.hard, limit.tokens))
+    return limits[0] if limits else None
+
+
+def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ModelSpec:
+    """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
+    config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
+    family or activation that is missing or unknown."""
+    config = normalise(config)
+    family, values = family_of(config), ConfigValues(config)
+    check_fixed(config)
+    if family in DENSE:
+        dense = read_dense(config, values, shapes, _eos_ids(values), _bos_id(values))
+        return replace(dense, limit=read_limits(config, dense.max_context))
+    return spec_of(values, family, FAMILIES[family], shapes)
+
+
+def spec_of(
+    values: ConfigValues, family: str, table: Family, shapes: Mapping[str, tuple[int, ...]] | None
+) -> ModelSpec:
+    """The spec of a family with this table; see `read_spec`."""
+    activation = _activation(values, table)
+    has_head = None if shapes is None else table.names["head"] + ".weight" in shapes
+    read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
+    fields = read.get(family, lambda: _llama(values, family, table, has_head))()
+    fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields
+    if activation == "fatrelu":
+        fields["layers"] = _cutoffs(values, fields["layers"])
+    for layer in fields["layers"]:
+        if layer.heads % layer.kv_heads:
+            raise ConfigError(f"config.json: {layer.heads} heads cannot share {layer.kv_heads} key/value heads")
+    if fields["rope"] is not None:
+        check_size(fields["rope"], fields["head_dim"])
+    return ModelSpec(
+        family=family,
+        vocab=values.need("vocab_size"),
+        activation=activation,
+        eos_ids=_eos_ids(values),
+        bos_id=_bos_id(values),
+        table=table,
+        **fields,
+    )

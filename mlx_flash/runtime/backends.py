@@ -1,0 +1,90 @@
+"""The backends by name. Each is one file; which model code goes with it is named beside it.
+
+A further backend is registered with `register` and needs no change anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+from mlx_flash.engine.backends.base import Backend
+from mlx_flash.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and `check`
+    if it can refuse a checkpoint before that is there; `families` the column of the family table that says what it
+    runs; `preferred()`: does `auto` take it here? `experts`: the module with `open_experts`, for mixtures of experts
+    that are read in place."""
+
+    make: Callable[[], Backend]
+    models: str
+    families: str
+    preferred: Callable[[], bool]
+    experts: str | None = None
+
+
+def _make_mlx() -> Backend:
+    try:
+        module = import_module("mlx_flash.engine.backends.mlx.backend")
+    except ImportError as error:
+        raise BackendError(
+            f"the mlx backend needs mlx and mlx-lm ({error}); pip install 'mlx-flash-runtime[mlx]', or use "
+            "--backend numpy"
+        ) from error
+    return module.MlxBackend()
+
+
+def _mlx_has_gpu() -> bool:
+    try:
+        return bool(import_module("mlx_flash.engine.backends.mlx.backend").available())
+    except ImportError:
+        return False
+
+
+def _make_numpy() -> Backend:
+    return import_module("mlx_flash.engine.backends.numpy.backend").NumpyBackend()
+
+
+_ENTRIES: dict[str, Entry] = {
+    "mlx": Entry(_make_mlx, "mlx_flash.models.mlx.model", "mlx", _mlx_has_gpu, "mlx_flash.models.mlx.experts"),
+    "numpy": Entry(
+        _make_numpy, "mlx_flash.models.numpy.decoder", "numpy", lambda: True, "mlx_flash.models.numpy.experts"
+    ),
+}
+
+
+def register(name: str, entry: Entry) -> None:
+    """Add a backend under a new name; `auto` prefers those registered first."""
+    if name in _ENTRIES:
+        raise ValueError(f"backend {name!r} exists")
+    _ENTRIES[name] = entry
+
+
+def check_name(name: str) -> None:
+    """Raise BackendError for the name of a backend that there is not."""
+    if name != "auto" and name not in _ENTRIES:
+        raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
+
+
+def choose(name: str, families: tuple[str, ...], problems: Mapping[str, str] | None = None) -> tuple[str, Entry]:
+    """The entry for a backend name; "auto" is the first preferred one whose column the model's family has, or the
+    first one where none is preferred. problems: why a backend cannot run this model though it knows its family.
+
+    Raises BackendError for an unknown name, for a family without that backend, and for a problem.
+    """
+    problems = problems or {}
+    if name == "auto":
+        able = [(n, e) for n, e in _ENTRIES.items() if e.families in families and n not in problems]
+        if not able:
+            raise BackendError(next(iter(problems.values())))
+        return next(((n, e) for n, e in able if e.preferred()), able[0])
+    check_name(name)
+    if _ENTRIES[name].families not in families:
+        raise BackendError(f"this model family runs on {' and '.join(families)} only, not on {name}")
+    if name in problems:
+        raise BackendError(problems[name])
+    return name, _ENTRIES[name]

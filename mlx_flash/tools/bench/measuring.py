@@ -1,0 +1,223 @@
+"""The measuring of `mlx_flash bench`: loads a checkpoint cold and warm, lets fixed tokens pass, and takes the times.
+
+Speed comes from tokens without clocks inside, the split from those with; both kinds alternate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_flash.runtime.generation import peak_bytes
+from mlx_flash.runtime.loading import RunPlan, load
+from mlx_flash.runtime.planning.cost_model import Prediction, predict
+from mlx_flash.stats import Stats
+
+from .options import BenchOptions
+from .timeline import TimedToken, Timeline, selectors_of
+from .trace_replay import Replay
+
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Start:
+    """From the call to the first token, in seconds: loading, then the prompt."""
+
+    load_s: float
+    prompt_s: float
+
+
+@dataclass
+class Memory:
+    """Bytes of this process. peak: the most that was resident; anonymous: the most of it that was seen to be no file's
+    pages, None where the system does not tell."""
+
+    peak: int = 0
+    anonymous: int | None = None
+
+    def look(self) -> None:
+        """Between steps."""
+        self.peak = _status("VmHWM") or peak_bytes()
+        found = [_status(name) for name in ("RssAnon", "RssShmem")]  # mmap without a file is one or the other
+        if found[0] is not None:
+            self.anonymous = max(found[0] + (found[1] or 0), self.anonymous or 0)
+
+
+@dataclass
+class Measured:
+    """What `run_bench` found. dropped: the page cache was emptied before the cold start; warming_s, untimed_s: seconds
+    of tokens without clocks, before and after warming up; cpu_s: processor time of the latter, all threads together."""
+
+    plan: RunPlan
+    dropped: bool
+    cold: Start
+    warm: Start | None = None
+    warming_s: list[float] = field(default_factory=list)
+    untimed_s: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0
+    timed: list[TimedToken] = field(default_factory=list)
+    phases: tuple[str, ...] = ()
+    stats: Stats = field(default_factory=Stats)
+    memory: Memory = field(default_factory=Memory)
+    prediction: Prediction | None = None
+
+    @property
+    def decoded(self) -> int:
+        """Tokens that `stats` counts."""
+        return len(self.untimed_s) + len(self.timed)
+
+
+def run_bench(plan: RunPlan, options: BenchOptions, replay: Replay | None = None, progress: bool = False) -> Measured:
+    """Measure a checkpoint as it is planned to run. replay: names the neurons that are asked for, in place of the
+    predictors. Raises what `load` raises, and ReadError."""
+    dropped = drop_page_cache()
+    _forget_peak()
+    found = _decode_cold(plan, options, replay, dropped, progress)
+    # The first model is gone by now: two would not fit the memory of those who measure under a limit.
+    model, _, start = _start(plan, *next(replies(plan, options)))
+    model.flash.close()
+    return replace(found, warm=start)
+
+
+def replies(plan: RunPlan, options: BenchOptions) -> Iterator[tuple[list[int], list[int]]]:
+    """For every round a prompt and what follows: ids from a seed, the same in every run."""
+    rng = np.random.default_rng(SEED)
+    for _ in range(options.rounds):
+        ids = rng.integers(0, plan.spec.vocab, options.prompt + options.reply).tolist()
+        yield ids[: options.prompt], ids[options.prompt :]
+
+
+def _start(plan: RunPlan, prompt: list[int], reply: list[int]) -> tuple[Any, Any, Start]:
+    """A loaded model, after a prompt; the steps of the reply."""
+    begin = time.perf_counter()
+    model, _ = load(plan.checkpoint.path, plan.config)
+    loaded = time.perf_counter()
+    try:
+        steps = model.flash.forced(model, prompt, reply)
+        next(steps)
+    except BaseException:
+        model.flash.close()
+        raise
+    return model, steps, Start(loaded - begin, time.perf_counter() - loaded)
+
+
+def _decode_cold(
+    plan: RunPlan, options: BenchOptions, replay: Replay | None, dropped: bool, progress: bool
+) -> Measured:
+    rounds = replies(plan, options)
+    model, steps, start = _start(plan, *next(rounds))
+    timeline = Timeline(model)
+    try:
+        found = Measured(model.flash.plan, dropped, start)
+        found.memory.look()
+        if replay is not None:
+            replay_trace(model, replay)
+        found.phases = tuple(name for name in timeline.phases if name)
+        with tqdm(
+            total=options.rounds * options.reply, desc="decoding", unit="token", disable=not progress, leave=False
+        ) as bar:
+            while True:
+                _decode(model, steps, options, timeline, found, bar)
+                if (following := next(rounds, None)) is None:
+                    break
+                steps = model.flash.forced(model, *following)
+                next(steps)
+        found.prediction = observed_prediction(found, replay)
+    finally:
+        timeline.end()
+        model.flash.close()
+    return found
+
+
+def _decode(
+    model: Any, steps: Iterator[np.ndarray], options: BenchOptions, timeline: Timeline, found: Measured, bar: Any
+) -> None:
+    """One reply: warming up, then tokens without clocks and with, in the order 0 1 1 0 0 1 1 0 ..: whatever alternates
+    by itself, as a look-ahead that times itself does, meets both kinds alike."""
+    stats = model.flash.stats
+    for _ in range(options.warm):
+        found.warming_s.append(_seconds(steps)[0])
+        bar.update()
+    stats.reset()
+    for pair in range(options.tokens):
+        for clocks in (pair % 2 == 1, pair % 2 == 0):
+            if clocks:
+                found.timed.append(timeline.time(lambda: next(steps)))
+            else:
+                seconds, cpu = _seconds(steps)
+                found.untimed_s.append(seconds)
+                found.cpu_s += cpu
+            bar.update()
+        found.memory.look()
+    found.stats.add(stats)
+
+
+def _seconds(steps: Iterator[np.ndarray]) -> tuple[float, float]:
+    cpu, begin = time.process_time(), time.perf_counter()
+    next(steps)
+    return time.perf_counter() - begin, time.process_time() - cpu
+
+
+def replay_trace(model: Any, replay: Replay) -> None:
+    """From now on the trace says which neurons a decoding step asks for, and what look-ahead guesses."""
+    model.flash.shared.override = replay.ids
+    model.flash.shared.override_guess = replay.guess
+    let_named_neurons_fire(model)
+
+
+def let_named_neurons_fire(model: Any) -> None:
+    """Whatever a trace names must be computed to the end. ReLU lets half of the gates of random weights through, so
+    that the other half would never touch its down rows: faster than any model whose trace it is. SiLU has no zeros."""
+    for selector in selectors_of(model):
+        selector.decode_spec = replace(selector.decode_spec, activation="silu")
+
+
+def observed_prediction(found: Measured, replay: Replay | None) -> Prediction | None:
+    """What the cost model says a token takes that asks for as much as these did; None where nothing was measured."""
+    plan = found.plan
+    if plan.machine is None or plan.prediction is None or plan.selection.name == "all":
+        return plan.prediction
+    asked, missed, fired = np.mean([token.use for token in found.timed], axis=0).T.tolist()
+    demand = plan.demand.observed(asked, missed, fired)
+    if replay is not None:
+        layers = [replace(each, recall=replay.recall, precision=replay.precision) for each in demand.layers]
+        demand = replace(demand, layers=tuple(layers))
+    tuning = replace(plan.tuning, look_ahead=plan.look_ahead if found.stats.guessed else "off")
+    return predict(plan.machine, demand, tuning, plan.memory.staging_blocks)
+
+
+def drop_page_cache() -> bool:
+    """Empty the page cache, so that a cold start is one; False where that cannot be done (Linux, root)."""
+    if sys.platform != "linux":
+        return False
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return False
+    return True
+
+
+def _forget_peak() -> None:
+    """What came before, such as writing a card, does not count; Linux only."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int | None:
+    """Bytes, by a name in Linux's account of this process."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None

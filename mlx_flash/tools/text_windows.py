@@ -1,0 +1,61 @@
+"""Texts to measure on: reading them, and cutting their tokens into windows. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_flash.errors import ReadError, UsageError
+
+CONTEXT_TOKENS = 128  # prefilled, dense
+SCORED_TOKENS = 256  # one by one
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file. Raises UsageError for one that is empty or no text, ReadError."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"{path} is not a file; give one or more text files") from None
+    except OSError as error:
+        raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
+    if not text.strip():
+        raise UsageError(f"{path} is empty; give a text like those that the model is to write")
+    return text
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text (BOS, or nothing), and the text's own ids."""
+    bos, plain = tokenizer.bos_token_id, list(tokenizer.encode(text, add_special_tokens=False))
+    begin = list(tokenizer.encode(text[:100], add_special_tokens=True))[:1]
+    return ([bos] if bos is not None and begin == [bos] != plain[:1] else []), plain
+
+
+@dataclass(frozen=True)
+class Window:
+    """`prompt` passes as a prompt, then each of `scored` is scored."""
+
+    prompt: list[int]
+    scored: list[int]
+
+
+def windows(before: Sequence[int], ids: Sequence[int], context: int, scored: int) -> list[Window]:
+    """Every token of `ids` but the first `context` is scored once, after at least `context` others and `before`."""
+    return [
+        Window([*before, *ids[at - context : at]], list(ids[at : at + scored]))
+        for at in range(context, len(ids), scored)
+    ]
+
+
+def spread(found: Sequence[Window], tokens: int | None) -> list[Window]:
+    """As many windows, evenly spread, as hold `tokens` scored ones; None: all."""
+    total = sum(len(window.scored) for window in found)
+    if tokens is None or total <= tokens:
+        return list(found)
+    count = max(1, round(len(found) * tokens / total))
+    return [found[i * len(found) // count] for i in range(count)]

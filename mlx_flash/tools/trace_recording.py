@@ -1,0 +1,59 @@
+"""Traces of a model on a text: which bundles each of its layers asks for, token by token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mlx_flash.config import FlashConfig
+from mlx_flash.engine.storage.calibration import Calibration
+from mlx_flash.errors import UsageError
+from mlx_flash.runtime.loading import load
+
+from .perplexity import text_windows
+from .text_windows import read_text
+from .trace import Recorder, Trace
+
+
+def record_traces(
+    model: str | Path | None,
+    data: Sequence[str | Path],
+    config: FlashConfig,
+    tokens: int | None,
+    progress: bool = False,
+) -> tuple[list[Trace], Calibration | None]:
+    """A trace per window of 128 prompt + 256 decoded tokens, about `tokens` decoded ones in all, and the model's
+    calibration if it has one. The prompt too passes token by token, so that its ids are known. Raises UsageError for a
+    selector that names no bundles, and what `load` raises."""
+    for path in data:
+        read_text(path)  # before anything is loaded
+    loaded, tokenizer = load(model, config)
+    run = loaded.flash
+    try:
+        if run.plan.selection.name == "all":
+            raise UsageError("selector all asks for every bundle; simulate a ReLU model with gate or predictor")
+        counts = [layout.count for layout in run.plan.checkpoint.layouts]
+        windows, _ = text_windows(tokenizer, data, run.plan.context, tokens)
+        traces = []
+        for window in tqdm(windows, desc="record", unit="window", disable=not progress, file=sys.stderr):
+            run.shared.recorder = recorder = Recorder(counts)
+            first, *rest = window.prompt
+            for _ in run.forced(loaded, [first], [*rest, *window.scored[:-1]]):
+                pass
+            traces.append(recorder.trace(len(rest)))
+        return traces, run.plan.calibration
+    finally:
+        run.close()
+
+
+def knowledge(calibration: Calibration | None, selector: str) -> dict[str, Any]:
+    """What the policies may know from calibration: firing rates, and curves of what the selector asks for."""
+    if calibration is None:
+        return {}
+    curves = [layer.predicted_curve if selector == "predictor" else layer.curve for layer in calibration.layers]
+    known: dict[str, Any] = {"rates": [layer.rate for layer in calibration.layers]}
+    return known | ({"curves": curves} if all(len(curve) > 1 for curve in curves) else {})

@@ -1,0 +1,139 @@
+"""Helpers of a kernel: every task is done once, whoever does it, and nobody waits for one that sleeps."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="helpers live in compiled code")
+
+from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def counting():
+    """A kernel that counts how often each task is done, and takes a while over it: as its last argument, an array, says
+    when the task begins."""
+    from mlx_flash.engine.backends.numpy.kernels.thread_pool_loops import integers, task_kernel
+    from mlx_flash.engine.backends.numpy.kernels.vector_code import fetch_add
+
+    @task_kernel
+    def count(p, task):  # type: ignore[no-untyped-def]
+        seen = integers(integers(p, 3)[1], integers(p, 1)[0])
+        for _ in range(integers(integers(p, 3)[2], 1)[0]):
+            fetch_add(seen.ctypes.data + 8 * task, 0)
+        seen[task] += 1
+
+    return count
+
+
+def test_workers_do_each_task_once_whoever_helps(counting) -> None:
+    crew = workers.Workers()
+    for count in (1, 2, 4):
+        crew.count = count
+        for tasks in (1, 2, 7, 100):
+            seen = np.zeros(tasks, np.int64)
+            crew.run(counting, tasks, seen, np.array([1000]))
+            assert seen.tolist() == [1] * tasks
+    with pytest.raises(ValueError, match="0 threads"):
+        crew.count = 0
+
+
+def test_helpers_do_what_was_begun_while_the_caller_does_something_else(counting) -> None:
+    crew, seen = workers.Workers(), np.zeros(50, np.int64)
+    crew.count = 2
+    finish = crew.start(counting, 50, seen, np.array([1000]))
+    end = time.monotonic() + 10
+    while not seen.all() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert seen.all()
+    finish()
+    finish()
+    assert seen.tolist() == [1] * 50
+
+
+def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
+    """Begun and finished in another order, forgotten ones among them; every place is free again."""
+    crew, all_seen, finishes = workers.Workers(), [np.zeros(9, np.int64) for _ in range(40)], []
+    crew.count = 3
+    for seen in all_seen:
+        finishes.append(crew.start(counting, 9, seen, np.array([100])))
+    del finishes[::3]
+    for finish in finishes[::-1]:
+        finish()
+    board = workers.Workers._board
+    for job in list(board.open.values()):
+        job.finish()
+    assert all(seen.tolist() == [1] * 9 for seen in all_seen)
+    assert sorted(board.free) == list(range(1, workers.JOBS)) and not board.open
+
+
+def test_steps_are_done_one_after_the_other_again_and_again(counting) -> None:
+    crew, seen = workers.Workers(), [np.zeros(tasks, np.int64) for tasks in (1, 30, 1, 7)]
+    for count in (1, 3):
+        crew.count = count
+        steps = workers.Steps(crew)
+        for each in seen:
+            steps.add(counting, len(each), each, np.array([1000]))
+        before = seen[1][0]
+        for _ in range(20):
+            steps.run()
+        assert all(each.tolist() == [before + 20] * len(each) for each in seen)
+
+
+def test_places_that_run_out_take_none_from_steps_that_another_thread_runs(counting) -> None:
+    """Where all are taken the oldest job is finished: one that runs steps has to be waited for."""
+    crew, seen, others = workers.Workers(), np.zeros(50, np.int64), [np.zeros(9, np.int64) for _ in range(60)]
+    crew.count, steps = 2, workers.Steps(crew)
+    for _ in range(10):
+        steps.add(counting, 50, seen, np.array([3000]))
+    thread = threading.Thread(target=lambda: [steps.run() for _ in range(3)])
+    thread.start()
+    finishes = [crew.start(counting, 9, each, np.array([100])) for each in others]  # more than there are places
+    thread.join()
+    for finish in finishes:
+        finish()
+    assert seen.tolist() == [30] * 50 and all(each.tolist() == [1] * 9 for each in others)
+
+
+def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no helper ever woke up."""
+    crew, seen = workers.Workers(), np.zeros(30, np.int64)
+    crew.count = 2
+    monkeypatch.setattr(workers.Board, "hire", lambda self, count: 0)
+    crew.run(counting, 30, seen, np.array([1000]))
+    assert seen.tolist() == [1] * 30
+
+
+GETPID = {"x86_64": 39, "aarch64": 172}.get(platform.machine())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or GETPID is None, reason="the call's number is not known here")
+def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
+    crew, found, seen, turns = workers.Workers(), np.zeros(1, np.int64), np.zeros(9000, np.int64), np.array([100_000])
+    crew.count = 2
+    finish = crew.start(counting, 9000, seen, turns)  # half a millisecond each
+    while not seen.any():
+        time.sleep(0.001)
+    call = crew.prepare_call(GETPID, (0, 0, 0), found)
+    assert call is not None and not found[0], "nothing happens before it is begun"
+    call.begin()
+    end = time.monotonic() + 10
+    while not found[0] and time.monotonic() < end:
+        time.sleep(0.001)
+    assert found[0] == os.getpid() and not seen.all(), "it waited until all tasks were done"
+    turns[0] = 0
+    call.finish()
+    finish()
+    failing = crew.prepare_call(1_000_000, (0, 0, 0), found)
+    failing.begin()
+    failing.finish()
+    assert found[0] == -1
+    crew.count = 1
+    assert crew.prepare_call(GETPID, (0, 0, 0), found) is None
