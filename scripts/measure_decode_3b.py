@@ -37,14 +37,18 @@ class Machine:
         self.flash_4_bit, self.gguf_4_bit = self.work / "4-bit" / "flash", self.work / "openelm-3b-q4.gguf"
 
     def prepare(self) -> None:
+        self.prepare_flash()
+        if not self.gguf.exists():
+            run(sys.executable, self.tools / "make_openelm_gguf.py", self.gguf, "BF16")
+
+    def prepare_flash(self) -> None:
+        """The flash checkpoint, its trace and predictors."""
         if not self.flash.exists():
             make_card("openelm-3b", self.work, relu=True)
             checkpoint = Checkpoint.open(self.flash)
             trace = synthetic_trace([layout.count for layout in checkpoint.layouts], 128)
             trace.save(self.trace)
             attach_random_predictors(checkpoint, trace)
-        if not self.gguf.exists():
-            run(sys.executable, self.tools / "make_openelm_gguf.py", self.gguf, "BF16")
 
     def prepare_4_bit(self) -> None:
         if not self.flash_4_bit.exists():
