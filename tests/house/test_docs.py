@@ -1,43 +1,29 @@
-"""README says what the code does: families by backend, selectors, commands, flags."""
+"""README is short, and the tables of the pages are those of the code: families, selectors, what is refused."""
 
 from __future__ import annotations
 
+import csv
 import re
-from pathlib import Path
 
-from mlx_flash.cli import make_parser
 from mlx_flash.config import SELECTORS
+from mlx_flash.engine.selection.factory import EXACT
 from mlx_flash.models.specs.config_key_tables import FIXED
+from mlx_flash.models.specs.dense import DENSE
 from mlx_flash.models.specs.families import FAMILIES
+from mlx_flash.models.specs.mixtures import MIXTURES
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+from .pages import ROOT, rows
 
-
-def test_the_family_table_is_the_codes() -> None:
-    section = README[README.index("| family |") : README.index("| selector |")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    for family in FAMILIES.values():
-        name = family.title.split(" ")[0]
-        row = next((row for row in rows if re.search(rf"\b{name}\b", row[0])), None)
-        assert row is not None, f"README's table lacks {family.title}"
-        assert [row[1] == "yes", row[2] == "yes"] == ["mlx" in family.backends, "numpy" in family.backends]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LONGEST = 150  # lines of README: what is longer belongs to docs/
 
 
-def test_every_selector_is_explained() -> None:
-    for name in SELECTORS:
-        assert re.search(rf"^\| `{name}[`:]", README, re.MULTILINE), name
+def docs(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_every_command_and_flag_in_readme_exists() -> None:
-    parser = make_parser()
-    commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    for line in re.findall(r"^(?:.*/)?mlx_flash ([a-z-]+ .*)$", README, re.MULTILINE):
-        name, *words = line.split()
-        known = commands[name]._option_string_actions
-        assert all(word in known for word in words if word.startswith("--")), line
-    for name in commands:
-        assert f"mlx_flash {name}" in README, f"README does not show {name}"
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= LONGEST
 
 
 def test_the_two_commands_stand_on_lines_of_their_own() -> None:
@@ -45,18 +31,64 @@ def test_the_two_commands_stand_on_lines_of_their_own() -> None:
     assert len(re.findall(r"^python3 -m venv \.venv-test .*pytest tests$", README, re.MULTILINE)) == 1
 
 
+def test_the_family_table_is_the_codes() -> None:
+    table = rows(docs("families"), "| family |")
+    for family in FAMILIES.values():
+        name = family.title.split(" ")[0]
+        row = next((row for row in table if re.search(rf"\b{name}\b", row[0])), None)
+        assert row is not None, f"the table lacks {family.title}"
+        assert [row[1] == "yes", row[2] == "yes"] == ["mlx" in family.backends, "numpy" in family.backends]
+    mixtures = next(row for row in table if row[0].startswith("mixtures"))
+    assert all(family.title in mixtures[2] for family in MIXTURES.values() if "numpy" in family.backends)
+
+
+def test_the_list_of_dense_architectures_is_as_long_as_the_codes() -> None:
+    text = docs("families")
+    listed = re.search(r"on the mlx backend only:\*\* (.*?)\. ", text, re.DOTALL)
+    assert listed is not None
+    names = listed[1].replace("\n", " ").split(", ")
+    assert sum(name.count("/") + 1 for name in names) == len(DENSE)  # `OLMo 2/3` is two
+    assert f"| {len(DENSE)} more, listed below |" in text
+
+
+def test_the_table_of_selectors_is_the_codes() -> None:
+    table = {re.match(r"`(\w+)", row[0])[1]: row[-1] for row in rows(docs("selectors"), "| selector |")}  # type: ignore[index]
+    assert set(table) == set(SELECTORS)
+    assert {name for name, exact in table.items() if exact == "yes"} == {*EXACT, "router", "auto"}
+
+
+def test_readme_says_which_selector_is_for_which_model() -> None:
+    table = {re.match(r"`(\w+)", row[1])[1]: row[-1] for row in rows(README, "| your model |")}  # type: ignore[index]
+    assert set(table) == set(SELECTORS)
+    assert {name for name, output in table.items() if output == "identical"} == {*EXACT, "router", "auto"}
+
+
 def value_rows() -> list[str]:
     """The table of values that are refused, as docs/refused.md has it."""
-    rows = ["| model type | key | what it may be |", "|---|---|---|"]
+    lines = ["| model type | key | what it may be |", "|---|---|---|"]
     for kind, keys in sorted(FIXED.items()):
         for key, values in sorted(keys.items()):
             may = " or ".join(f"`{str(value).lower()}`" for value in values) or "not there"
-            rows.append(f"| {kind} | `{key}` | {may} |")
-    return rows
+            lines.append(f"| {kind} | `{key}` | {may} |")
+    return lines
 
 
 def test_the_table_of_refused_values_is_the_codes() -> None:
-    text = (ROOT / "docs" / "refused.md").read_text()
+    text = docs("refused")
     assert text[text.index("| model type |") :].splitlines() == value_rows()
-    for path in re.findall(r"\]\((docs/[^)]*)\)", README):
-        assert (ROOT / path).is_file(), path
+
+
+def test_the_selectors_of_the_default_model_are_as_measured() -> None:
+    with open(ROOT / "benchmarks" / "selectors-flash-stories-6m.csv", newline="", encoding="utf-8") as file:
+        measured = {
+            (
+                f"`{row['selector']}`",
+                f"{float(row['ffn_resident']):.0%} ({float(row['ffn_resident_bytes']) / 1e6:.2f} MB)",
+                f"{float(row['perplexity']):.2f}",
+                f"{float(row['loss']):+.2%}",
+                f"{float(row['read_per_token']):.1%} ({float(row['bytes_read_per_token']) / 1e3:.0f} kB)",
+                f"{float(row['hit_rate']):.0%}",
+            )
+            for row in csv.DictReader(file)
+        }
+    assert set(map(tuple, rows(docs("default-model"), "| selector |"))) == measured
