@@ -13,6 +13,13 @@ from .pages import ROOT, Page, all_pages, read_page
 
 PAGES = all_pages()
 FOLDERS = ("mlx_flash", "models", "tests", "examples", "scripts", "benchmarks", "docs", ".ci")
+PACKAGE = (
+    "engine",
+    "models",
+    "runtime",
+    "tools",
+    "apps",
+)  # whose files docs/how-it-works.md names without `mlx_flash/`
 BARE = re.compile(r"[\w-]+\.(py|md|csv|png)")  # a file by its name alone
 
 
@@ -36,8 +43,8 @@ def missing_files(page: Page) -> list[str]:
     started = [word for words in page.commands if words[0] == "python" for word in words if word.endswith(".py")]
     missing = []
     for word in [code.split()[0] for code in page.inline_code if code.strip()] + started:
-        if word.split("/")[0] in FOLDERS and "/" in word:
-            there = bool(list(ROOT.glob(word.rstrip("/"))))
+        if word.split("/")[0] in (*FOLDERS, *PACKAGE) and "/" in word:
+            there = any(list(folder.glob(word.rstrip("/"))) for folder in (ROOT, ROOT / "mlx_flash"))
         elif BARE.fullmatch(word):
             near = [page.path.parent / word, ROOT / word]
             there = any(path.exists() for path in near) or any(list((ROOT / folder).rglob(word)) for folder in FOLDERS)
@@ -83,10 +90,11 @@ def test_what_is_dead_is_found() -> None:
 
 [a](#one-thing-two) [b](#three) [c](nowhere.md) [d](https://example.org) [e](memory.md#x)
 [f](memory.md#the-smallest-budget)
-`scripts/nothing.py` `scripts/check` `mlx_flash generate` `nothing.csv` `config.json` `growth-vm.csv` `tests/*/none.py`
+`scripts/nothing.py` `scripts/check` `mlx_flash generate` `nothing.csv` `config.json`
+`growth-vm.csv` `tests/*/none.py` `engine/none.py`
 
     python gone.py --x
 """
     page = Page(ROOT / "docs" / "page.md", text)
     assert dead_links(page) == ["#three", "nowhere.md", "memory.md#x"]
-    assert missing_files(page) == ["scripts/nothing.py", "nothing.csv", "tests/*/none.py", "gone.py"]
+    assert missing_files(page) == ["scripts/nothing.py", "nothing.csv", "tests/*/none.py", "engine/none.py", "gone.py"]
