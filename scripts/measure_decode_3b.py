@@ -16,7 +16,7 @@ import sys
 from contest import Contestants, Table, arguments, contest, decode_flash, decode_llama, fio, run
 
 from mlx_flash.engine.storage.checkpoint import Checkpoint
-from mlx_flash.tools.bench.card import attach_random_predictors, make_card
+from mlx_flash.tools.bench.random_checkpoint import attach_random_predictors, make_card
 from mlx_flash.tools.bench.trace_replay import synthetic_trace
 from mlx_flash.tools.trace import Trace
 

@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 
 from mlx_flash.config import FlashConfig
 from mlx_flash.engine.storage.checkpoint import Checkpoint
-from mlx_flash.tools.bench.card import attach_random_predictors, make_card
+from mlx_flash.tools.bench.random_checkpoint import attach_random_predictors, make_card
 from mlx_flash.tools.bench.trace_replay import synthetic_trace
 from mlx_flash.tools.inspection import inspect_model
 

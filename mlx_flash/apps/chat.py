@@ -6,22 +6,16 @@ user and assistant; without one the text simply goes on.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_flash.config import format_bytes
 from mlx_flash.errors import FlashError, UsageError
 from mlx_flash.models.prompt_cache import PromptCache
-from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.models.text.tokenizer import encode_chat
 from mlx_flash.runtime.generation import GenerationResponse, prompt_to_ids, stream_generate
-from mlx_flash.runtime.loading import load
-
-from .options import add_sampling_options, run_config, sampling_of
 
 ROOM = 4  # a reply has room for a quarter of the context at least, before old turns are forgotten for it
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply"
@@ -183,28 +177,3 @@ def answer(chat: Chat, text: str, say: Say, write: Say) -> None:
         say(f"(the context of {chat.context} tokens is full, which ended this reply; /reset begins anew)")
     elif reason == "length":
         say(f"(--max-tokens {chat.max_tokens} ended this reply)")
-
-
-def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first; needs a chat template")
-    add_sampling_options(parser, max_tokens=512)
-
-
-def chat_command(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    """Load, talk, and give what was said."""
-    if args.max_tokens < 1:
-        raise UsageError(f"--max-tokens is {args.max_tokens}; it must be at least 1")
-    Sampling(**sampling_of(args))  # checked before anything is loaded
-    model, tokenizer = load(args.model, run_config(args))
-    plan = model.flash.plan
-    try:
-        chat = Chat(model, tokenizer, args.system, not args.ignore_chat_template, args.max_tokens, sampling_of(args))
-        kind = "a chat" if chat.template else "no chat template: what you write is continued"
-        say(f"{plan.name} ({kind}), select {plan.selector}, backend {plan.backend_name}, context "
-            f"{plan.context} tokens, {format_bytes(plan.memory.total_bytes)} of memory planned\n{HELP}")  # fmt: skip
-        write: Say = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
-        args.status = 130 if talk(chat, say, write) else 0
-    finally:
-        model.flash.close()
-    turns = [{"prompt": t.prompt, "text": t.reply, "finish_reason": t.finish_reason} for t in chat.turns]
-    return {"turns": turns, "forgotten": chat.forgotten}

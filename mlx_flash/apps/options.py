@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_flash.config import DIRECT, LOOK_AHEAD, FlashConfig
+from mlx_flash.engine.system.address_space import check_room
+from mlx_flash.models.text.sampling import Sampling
 
 
 def run_config(args: argparse.Namespace) -> FlashConfig:
@@ -73,3 +75,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `stream_generate`."""
     return {"temp": args.temp, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed}
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise UsageError for sampling options out of range, before anything is loaded."""
+    Sampling(**sampling_of(args))
+
+
+def check_address_space(backend: str) -> None:
+    """Raise BudgetError where `ulimit -v` leaves no room for a backend's libraries, which would abort the process. Call
+    it before they are imported."""
+    check_room("mlx" if backend == "mlx" else "numpy")

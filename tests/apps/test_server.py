@@ -31,8 +31,8 @@ openai = pytest.importorskip("openai", reason="tested with OpenAI's client; pip 
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache  # noqa: E402
 
-from mlx_flash.apps.server.command import server_plan  # noqa: E402
 from mlx_flash.apps.server.http_server import Caches, Server  # noqa: E402
+from mlx_flash.apps.server.server_plan import plan_server  # noqa: E402
 
 PROMPT = "Once upon a time"
 CONTEXT = 200
@@ -54,7 +54,7 @@ class Served:
     """A server in threads of this process, and what the same model says without one."""
 
     def __init__(self, path: Path, replies: int = 2, kept: int = 1, **fields: Any):
-        plan, replies = server_plan(str(path), FlashConfig(max_context=CONTEXT, **fields), replies, kept)
+        plan, replies = plan_server(str(path), FlashConfig(max_context=CONTEXT, **fields), replies, kept)
         self.server = Server(plan, ("tiny", str(path)), "127.0.0.1", 0, replies)
         self.server.start()
         self.thread = threading.Thread(target=self.server.serve)
@@ -355,8 +355,8 @@ def test_a_server_that_cannot_start_says_why(capsys: pytest.CaptureFixture[str],
 
 
 def test_every_reply_at_once_has_a_kv_cache_in_the_budget(flash: Path) -> None:
-    one, _ = server_plan(str(flash), FlashConfig(max_context=CONTEXT), 1, 0)
-    four, replies = server_plan(str(flash), FlashConfig(max_context=CONTEXT), 3, 1)
+    one, _ = plan_server(str(flash), FlashConfig(max_context=CONTEXT), 1, 0)
+    four, replies = plan_server(str(flash), FlashConfig(max_context=CONTEXT), 3, 1)
     assert four.costs.fixed["KV cache"] == 4 * one.costs.fixed["KV cache"] and replies == 3
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mlx_flash
+from mlx_flash.apps.commands import relufy as command
 from mlx_flash.engine.storage.header import read_header
 from mlx_flash.errors import FlashError, FormatError, UsageError
 from mlx_flash.models.text.tokenizer import load_tokenizer
@@ -28,7 +29,8 @@ from mlx_flash.tools.relufication import relufication_run as relufy_run
 from mlx_flash.tools.relufication import token_rows as texts
 from mlx_flash.tools.relufication import torch_decoder
 from mlx_flash.tools.relufication.distillation import Distillation, evaluate
-from mlx_flash.tools.relufication.relufication import RelufyConfig, add_relufy_arguments, relufy, relufy_command
+from mlx_flash.tools.relufication.options import RelufyConfig
+from mlx_flash.tools.relufication.relufication import relufy
 from mlx_flash.tools.relufication.token_rows import pick
 from tests.tiny import CONFIGS, make_tiny
 
@@ -252,13 +254,13 @@ def test_without_torch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_setting_has_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
-    add_relufy_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["--hf-path", "x", "--out", "y"])
     assert RelufyConfig(**{field.name: getattr(args, field.name) for field in fields(RelufyConfig)}) == RelufyConfig()
     options = [word for name, value in QUICK.items() for word in (f"--{name}", str(value))]
     source, out = make_tiny("llama", tmp_path), tmp_path / "out"
     args = parser.parse_args(["--hf-path", str(source), "--out", str(out), *options])
-    report = relufy_command(args)
+    report = command.run(args)
     printed = capsys.readouterr().out
     assert f"{report['recovered']['nats_per_token']:.4f}" in printed and str(out) in printed
     assert json.loads(json.dumps(report)) == report

@@ -5,7 +5,6 @@ Knows raw rows in memory; `convert` reads and writes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -127,15 +126,3 @@ class Matrix:
     def finish(self, file: HashedFile) -> None:
         for some in (*self._scales, *self._biases):
             file.write(some.data)
-
-
-def add_quantising_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `convert` that are about quantising."""
-    parser.add_argument("-q", "--quantize", action="store_true", help="store 4 or 8 bits per weight, as mlx-lm does")
-    parser.add_argument("--q-bits", type=int, default=4, metavar="N", help="4 (default) or 8; with -q")
-    parser.add_argument("--q-group-size", type=int, default=64, metavar="N",
-                        help="weights that share a scale: 32, 64 (default) or 128")  # fmt: skip
-    parser.add_argument("--dense-bits", type=int, metavar="N",
-                        help="4, 8, or 16: the part outside the FFNs; default as --q-bits")  # fmt: skip
-    parser.add_argument("--requantize", action="store_true",
-                        help="with -q: what is quantised already too, which loses a little")  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mlx_flash.config import FlashConfig
+from mlx_flash.config import FlashConfig, Selection
 from mlx_flash.errors import UsageError
 from mlx_flash.models.specs.families import ModelSpec
 from mlx_flash.runtime.run import decide_context
@@ -12,6 +12,7 @@ from mlx_flash.tools.trace import Trace
 
 from .trace_replay import synthetic_trace
 
+WITH_PREDICTORS = ("predictor",)  # the selectors whose choice a trace can replace
 LEAST_TRACE, MOST_TRACE = 128, 1024  # tokens that are made up; after the last the trace begins again
 
 
@@ -53,6 +54,13 @@ class BenchOptions:
                 f"--prompt {self.prompt}, --warm {self.warm} and twice --tokens {self.tokens} are "
                 f"{self.prompt + self.reply} tokens, the context holds {context}: ask for fewer, or raise --max-context"
             )
+
+    def with_trace(self, selection: Selection) -> BenchOptions:
+        """These options for a model with random weights: its predictors name random neurons, so a trace replaces them
+        where none is given."""
+        if selection.name not in WITH_PREDICTORS or self.trace is not None:
+            return self
+        return replace(self, trace="synthetic")
 
     def make_trace(self, counts: tuple[int, ...]) -> Trace | None:
         """The trace to replay on layers of so many bundles; raises UsageError, FormatError."""

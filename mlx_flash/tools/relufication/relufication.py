@@ -6,10 +6,9 @@ when something runs.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlx_flash.models.specs.end_tokens import end_ids
 from mlx_flash.models.specs.families import ModelSpec
 from mlx_flash.models.specs.source import Source, find_folder
 
-from .options import ACTIVATIONS, DEVICES, PRECISIONS, RelufyConfig
+from .options import RelufyConfig
 from .relufication_run import RelufyRun, tensor_names
 
 SAVED_BYTES = 24  # per weight: the copy and AdamW's two means in fp32, and the file that replaces them
@@ -103,41 +102,3 @@ def _check_source(source: Source) -> ModelSpec:
     spec = replace(spec, eos_ids=end_ids(source.folder, source.config, spec.vocab))
     check_tensors(source, spec, spec.resident_shapes() | spec.ffn_shapes())
     return spec
-
-
-def add_relufy_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `mlx_flash relufy`: those of RelufyConfig, and which files."""
-    plain = RelufyConfig()
-    parser.add_argument("--hf-path", required=True, metavar="PATH_OR_REPO", help="the original, with SiLU")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, in Hugging Face's format")
-    parser.add_argument("--revision", help="branch, tag or commit of the repo")
-    parser.add_argument("--data", metavar="TEXT", help="a text file to learn from; without, the original writes text")
-    parser.add_argument("--activation", default=plain.activation, choices=ACTIVATIONS)
-    parser.add_argument("--target-sparsity", type=float, metavar="S", help="share of exact zeros, such as 0.9")
-    parser.add_argument(
-        "--pressure", action=argparse.BooleanOptionalAction, help="a loss that leads there; default: for relu only"
-    )
-    for name, text in (("tokens", "of text"), ("steps", "of learning"), ("batch", "texts a step"), ("seed", "")):
-        parser.add_argument(f"--{name}", type=int, default=getattr(plain, name), metavar="N", help=text)
-    parser.add_argument("--context", type=int, metavar="C", help="tokens of a text; default the model's, at most 512")
-    parser.add_argument("--lr", type=float, help="highest learning rate; default 0.2 / width")
-    parser.add_argument("--hidden-weight", type=float, default=plain.hidden_weight, metavar="W")
-    parser.add_argument("--precision", default=plain.precision, choices=PRECISIONS)
-    parser.add_argument("--device", default=plain.device, choices=DEVICES)
-    parser.add_argument("--no-resume", action="store_true", help="begin anew where an unfinished run was left")
-
-
-def relufy_command(args: argparse.Namespace) -> dict[str, Any]:
-    """`mlx_flash relufy`."""
-    config = RelufyConfig(**{field.name: getattr(args, field.name) for field in fields(RelufyConfig)})
-    options = {"data": args.data, "revision": args.revision, "resume": not args.no_resume, "progress": not args.json}
-    report = relufy(args.hf_path, args.out, config, **options)
-    if not args.json:
-        for name in ("original", "replaced", "recovered"):
-            score = report[name]
-            print(
-                f"{name:9s} {score['nats_per_token']:.4f} nats per token (perplexity {score['perplexity']:.3f}), "
-                f"{score['zeros']:.1%} zeros, {score['kl']:.4f} nats from the original"
-            )
-        print(f"wrote {report['path']}; run it: mlx_flash generate --model {report['path']} --prompt ...")
-    return report

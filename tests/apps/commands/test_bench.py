@@ -16,12 +16,10 @@ from mlx_flash import cli
 from mlx_flash.engine.storage import writer
 from mlx_flash.errors import SpaceError
 from mlx_flash.runtime.loading import plan_run
-from mlx_flash.tools.bench import card as card_module
+from mlx_flash.tools.bench import bench_report, random_checkpoint, read_probe
 from mlx_flash.tools.bench import machine_probe as probe
 from mlx_flash.tools.bench import measuring as bench_run
-from mlx_flash.tools.bench import read_probe
-from mlx_flash.tools.bench import report as bench_report
-from mlx_flash.tools.bench.report import COLUMNS
+from mlx_flash.tools.bench.bench_report import COLUMNS
 from mlx_flash.tools.bench.timeline import (
     PHASES,
 )
@@ -130,7 +128,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_free_bytes", lambda folder: 1000)
-    monkeypatch.setattr(card_module, "make_card", lambda *_: pytest.fail("writes"))
+    monkeypatch.setattr(random_checkpoint, "make_card", lambda *_: pytest.fail("writes"))
     status, result = run(capsys, "--card", card, "--work", tmp_path / "work", "--tokens", 1)
     assert status == 1 and result["error"]["type"] == "SpaceError" and "1000 bytes" in result["error"]["message"]
     assert list((tmp_path / "work").iterdir()) == []

@@ -13,9 +13,9 @@ import pytest
 import mlx_flash
 from mlx_flash.runtime.loading import plan_run
 from mlx_flash.tools.bench import measuring as bench_run
+from mlx_flash.tools.bench.bench_report import consecutive
 from mlx_flash.tools.bench.measuring import replay_trace, replies
 from mlx_flash.tools.bench.options import BenchOptions
-from mlx_flash.tools.bench.report import consecutive
 from mlx_flash.tools.bench.timeline import (
     TimedToken,
     Timeline,

@@ -1,25 +1,41 @@
-"""A flash checkpoint of a model card with random weights, predictors included, for measurements.
+"""Flash checkpoints of model cards with random weights, predictors included, for measurements.
 
-The predictors take their time and name nothing of use; what a token asks for comes from a trace (`trace_replay.py`).
+Random predictors take as long as trained ones, but name random neurons: a trace says which neurons a token asks for
+(`trace_replay.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from mlx_flash.config import FlashConfig, parse_selection
 from mlx_flash.engine.residency.window import LRU
+from mlx_flash.engine.storage.bundle import ITEM_BYTES
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration, attach
 from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.engine.storage.writer import check_free_space, lock_folder, remove_stale
+from mlx_flash.errors import UsageError
 from mlx_flash.models.conversion.converter import convert
+from mlx_flash.models.specs.config_reader import read_spec
+from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.folder import read_json
 from mlx_flash.runtime.model_path import models_folder
+from mlx_flash.runtime.run import announce
 from mlx_flash.tools.random_model import make_random
 from mlx_flash.tools.trace import Trace
 
+from .options import BenchOptions
+
+NAME = "mlx_flash-bench"
+SPARSE = ("predictor", "gate")  # selectors that need ReLU
 GUESSES = {"recall": 0.95, "precision": 0.95}  # what is guessed a layer ahead, as FloE reports it (arXiv 2505.05950)
 RANK = 256  # of a predictor; what the paper's models and ours need lies between 64 and 1024
 
@@ -94,3 +110,72 @@ def window_curve(tokens: Sequence[np.ndarray], count: int) -> np.ndarray:
         last[ids] = t
     rows = np.stack([held, missed], 1) / max(1, len(tokens) - begin)
     return np.vstack([rows, [count, 0]]).astype(np.float32)
+
+
+def read_card(card: str) -> tuple[Path, ModelSpec]:
+    """A card's folder, by its name under models/ or by its path, and the model that its config describes. Raises
+    UsageError."""
+    folder = Path(card).absolute() if Path(card).is_dir() else models_folder() / card
+    if not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in models_folder().glob("*/config.json"))
+        raise UsageError(f"no model card {card!r}; known: {', '.join(known)}, or give a folder with a config.json")
+    return folder, read_spec(read_json(folder / "config.json"))
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder unless it is there; returns it. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write in {folder}: {error.strerror or error}") from error
+    return folder
+
+
+@contextmanager
+def card_checkpoint(
+    card: str,
+    dtype: str,
+    config: FlashConfig,
+    options: BenchOptions,
+    work: Path,
+    *,
+    keep: bool = False,
+    progress: bool = False,
+) -> Iterator[Path]:
+    """A random-weight checkpoint of a card in the folder `work`, with predictors where the options have a trace. It is
+    removed at the end, also after an error, unless `keep`. Raises UsageError, SpaceError."""
+    folder, spec = read_card(card)
+    options.check_context(spec, config)
+    trace = options.make_trace(tuple(layer.intermediate for layer in spec.layers))
+    make_folder(work)
+    relu = parse_selection(config.select).name in SPARSE
+    kept = work / f"{folder.name}-{dtype}{'-relu' if relu else ''}-random"
+    if keep and os.path.lexists(kept):
+        raise UsageError(f"{kept} exists, made before: give it with --model, or remove it")
+    shapes = (spec.resident_shapes() | spec.ffn_shapes()).values()
+    check_free_space(work, 2 * sum(math.prod(map(int, shape)) for shape in shapes) * ITEM_BYTES[dtype])
+    made, lock = _temporary(work)
+    try:
+        announce(f"writing {card} with random weights into {work}")
+        path = make_card(str(folder), made, dtype, relu, progress=progress)
+        if trace is not None:
+            attach_random_predictors(Checkpoint.open(path), trace)
+        if keep:
+            os.rename(path, kept)
+            path = kept
+        yield path
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _temporary(work: Path) -> tuple[Path, int]:
+    """A new hidden folder and its lock; folders of runs that were killed are removed."""
+    made = work / f".{NAME}.partial-{os.getpid()}"
+    try:
+        remove_stale(work, NAME)
+        made.mkdir()
+        return made, lock_folder(made)
+    except OSError as error:
+        raise UsageError(f"cannot write in {work} ({error.strerror or error}); name a folder with --work") from error

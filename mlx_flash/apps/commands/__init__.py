@@ -1,0 +1,1 @@
+"""The commands of `mlx_flash`, a file each: its arguments, and what runs. `cli.py` has the list."""
