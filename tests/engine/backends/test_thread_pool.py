@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +74,128 @@ def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
     for job in list(board.open.values()):
         job.finish()
     assert all(seen.tolist() == [1] * 9 for seen in all_seen)
-    assert sorted(board.free) == list(range(1, workers.JOBS)) and not board.open
+    assert not board.open
+
+
+class Held:
+    """A job's argument that holds up its thread while the job is put on the board."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __int__(self) -> int:
+        self.reached.set()
+        assert self.go_on.wait(20)
+        return 0
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_no_place_is_given_to_two_jobs(urgent: bool) -> None:
+    """Every place has gone to a thread that is held up before its job begins, and one more thread wants a place."""
+    board, places = workers.Board(), workers.JOBS if urgent else workers.JOBS - 1
+    held, ends = [Held() for _ in range(places)], [threading.Event() for _ in range(places + 1)]
+    jobs: list[workers.Job] = []
+
+    def work(argument: object, end: threading.Event) -> None:
+        job = workers.Job(board, 0, 0, (argument,), 0, urgent=urgent)
+        jobs.append(job)
+        assert end.wait(20)
+        job.finish()
+
+    threads = [threading.Thread(target=work, args=each) for each in zip([*held, 0], ends, strict=True)]
+    for thread, argument in zip(threads, held, strict=False):
+        thread.start()
+        assert argument.reached.wait(20)
+    threads[-1].start()
+    time.sleep(0.05)
+    early = len(jobs)
+    ends[0].set()
+    held[0].go_on.set()  # the first job is put up and finished: its place is the last thread's
+    threads[0].join(20)
+    for each in held:
+        each.go_on.set()
+    while len(jobs) < len(threads):
+        time.sleep(0.001)
+    found = [job.place for job in jobs]
+    for end in ends:
+        end.set()
+    for thread in threads:
+        thread.join(20)
+    assert not early, "a place was given away that another thread has"
+    assert len(set(found[1:])) == places and found[0] in found[1:] and not board.open
+
+
+def test_jobs_that_were_interrupted_or_forgotten_before_they_began_give_their_places_back() -> None:
+    class Interrupting:
+        def __int__(self) -> int:
+            raise KeyboardInterrupt
+
+    board = workers.Board()
+    for _ in range(3 * workers.JOBS):
+        with pytest.raises(KeyboardInterrupt):
+            workers.Job(board, 0, 0, (Interrupting(),), 0, urgent=True)
+        workers.Job(board, 0, 0, (), 0)
+
+
+def test_a_job_that_is_finished_twice_takes_no_place_from_the_next() -> None:
+    board = workers.Board()
+    first = workers.Job(board, 0, 0, (), 0)
+    first.finish()
+    second = workers.Job(board, 0, 0, (), 0)
+    first.finish()
+    third = workers.Job(board, 0, 0, (), 0)
+    assert first.place == second.place != third.place
+
+
+INTERRUPTED = """
+import random, signal, sys, threading, time
+import numpy as np
+from mlx_flash.engine.backends.numpy.kernels import loops, thread_pool
+
+pool = thread_pool.Workers()
+pool.count = 2
+w, wrong, interrupts = np.ones((400, 64), np.float32), 0, 0
+
+def dots():
+    out = np.zeros(400, np.float32)
+    pool.run(loops.dots, 20, 0, w, w.strides[0], 0, 400, w[0], 64, out)
+    return int((out != 64).any())
+
+dots()
+stop, others = threading.Event(), []
+def work():
+    while not stop.is_set():
+        others.append(dots())
+thread = threading.Thread(target=work)
+thread.start()
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+end, rng = time.monotonic() + float(sys.argv[1]), random.Random(1)
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00005, 0.002))
+        while True:
+            wrong += dots()
+    except KeyboardInterrupt:
+        interrupts += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+stop.set()
+thread.join()
+for _ in range(100):
+    wrong += dots()
+print(interrupts > 20, len(others) > 20, wrong + sum(others))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no setitimer")
+def test_two_threads_run_kernels_and_one_is_interrupted() -> None:
+    """In a process of its own: one that hangs can be ended."""
+    command = [sys.executable, "-c", INTERRUPTED, "1.5"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "0"], done.stdout + done.stderr
 
 
 def test_steps_are_done_one_after_the_other_again_and_again(counting) -> None:

@@ -13,7 +13,6 @@ import ctypes
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -44,25 +43,32 @@ class Board:
         self.jobs = pages(JOBS * JOB_ITEMS).reshape(JOBS, JOB_ITEMS)
         self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
         self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
-        self.urgent, self.free = deque([0]), deque(range(1, JOBS))
-        self.open: dict[int, Job] = {}  # begun and not finished; keeps their arrays in memory
+        self.open: dict[int, Job] = {}  # by place, oldest first: a place is free if it is not in here
+        # A garbage collection may finish a forgotten job while this thread holds the lock.
+        self._places = threading.RLock()
         self._started = 0
         self._threads: list[threading.Thread] = []
         atexit.register(self.dismiss)
-        self._lock = threading.Lock()
+        self._hiring = threading.Lock()
 
-    def take(self, urgent: bool) -> int:
-        """A free place; the one that helpers look at between any two tasks, if it is free, for an urgent job. Where
-        there is none, one of a job that was begun and perhaps forgotten, which is finished."""
+    def take(self, job: Job, urgent: bool) -> None:
+        """Give a job a free place. An urgent job gets the first place, which helpers look at between any two tasks, if
+        that is free. If none is free, wait for a job that has begun, or drop one that was forgotten."""
         while True:
-            try:
-                if urgent and self.urgent:
-                    return self.urgent.popleft()
-                return self.free.popleft()
-            except IndexError:
-                if not self.open:  # an interrupt has come right after a place was taken, JOBS times
-                    self.free.extend(range(1, JOBS))
+            with self._places:
+                for place in range(0 if urgent else 1, JOBS):
+                    if place not in self.open:
+                        job.place, job.at = place, self.at + place * self.jobs.strides[0]
+                        self.jobs[place, DONE] = job.tasks  # so that `finish` does nothing until the job begins
+                        self.open[place] = job
+                        return
             self._finish_one()
+
+    def release(self, job: Job) -> None:
+        """Free a job's place. Does nothing if that was done before and another job has the place by now."""
+        with self._places:
+            if self.open.get(job.place) is job:
+                self.open.pop(job.place, None)
 
     def _finish_one(self) -> None:
         """Finish the oldest job that is begun, or else one that was forgotten before it was: by this thread, or by one
@@ -77,7 +83,7 @@ class Board:
     def hire(self, count: int) -> int:
         """See to it that so many helpers live; returns how many do: none where the system has no pipes to sleep on."""
         if count > self._started and os.name == "posix":
-            with self._lock, suppress(OSError, RuntimeError):  # no more pipes or threads: fewer helpers
+            with self._hiring, suppress(OSError, RuntimeError):  # no more pipes or threads: fewer helpers
                 while self._started < min(count, MOST_HELPERS):
                     mine = self.helpers[self._started]
                     mine[1], mine[2] = os.pipe()
@@ -107,6 +113,8 @@ class Job:
     """
 
     keep: tuple[Any, ...] | None
+    place: int  # on the board
+    at: int  # its address
 
     def __init__(
         self,
@@ -120,12 +128,9 @@ class Job:
     ):
         self.board, self.tasks, self.helpers, self.keep = board, tasks, helpers, (arguments, keep)
         self.thread, self.begun = threading.get_ident(), False
-        self.place = board.take(urgent)
-        row = board.jobs[self.place]
-        self.at = board.at + self.place * row.nbytes
-        row[DONE] = tasks  # until it begins, for `finish`
-        row[PARAMETERS : PARAMETERS + 2 + len(arguments)] = (kernel, tasks, *map(as_item, arguments))
-        board.open[id(self)] = self
+        board.take(self, urgent)
+        items = (kernel, tasks, *map(as_item, arguments))
+        board.jobs[self.place, PARAMETERS : PARAMETERS + len(items)] = items
 
     def begin(self) -> None:
         """Until here `finish` does nothing; now helpers take tasks."""
@@ -148,8 +153,7 @@ class Job:
         while self.keep is not None and not compiled.finish(self.at, self.tasks):
             time.sleep(0)
         self.keep = None
-        if self.board.open.pop(id(self), None) is not None:  # one step: two threads may be here
-            (self.board.free if self.place else self.board.urgent).append(self.place)
+        self.board.release(self)
 
 
 def as_item(argument: Any) -> int:
