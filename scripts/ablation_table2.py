@@ -61,7 +61,14 @@ import mlx_flash
 from mlx_flash.engine.backends.numpy.backend import NumpyBackend
 from mlx_flash.engine.storage.reader import LayerFile
 from mlx_flash.errors import FlashError
-from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, encode_text, read_text, spread, windows
+from mlx_flash.tools.text_windows import (
+    CONTEXT_TOKENS,
+    SCORED_TOKENS,
+    cut_windows,
+    encode_text,
+    read_text,
+    spread_evenly,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = ROOT.parent / "shared" / "data" / "stories" / "held"
@@ -194,7 +201,7 @@ def record(model: Any, tokenizer: Any, texts: Sequence[Path], tokens: int) -> li
     prompts of 128."""
     encoded = [encode_text(tokenizer, read_text(path)) for path in texts]
     scored = min(SCORED_TOKENS, model.flash.plan.context - CONTEXT_TOKENS - len(encoded[0][0]))
-    found = [window for before, ids in encoded for window in windows(before, ids, CONTEXT_TOKENS, scored)]
+    found = [window for before, ids in encoded for window in cut_windows(before, ids, CONTEXT_TOKENS, scored)]
     trace: list[Token] = []
 
     def note(layer: int, ids: np.ndarray) -> None:
@@ -203,7 +210,7 @@ def record(model: Any, tokenizer: Any, texts: Sequence[Path], tokens: int) -> li
         trace[-1].append(np.array(ids))
 
     model.flash.shared.recorder = note
-    for window in spread(found, tokens):
+    for window in spread_evenly(found, tokens):
         for _ in model.flash.forced(model, window.prompt, window.scored):
             pass
     return trace

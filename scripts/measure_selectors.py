@@ -27,7 +27,7 @@ from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.runtime.model_path import resolve_model
 from mlx_flash.tools.calibration.calibrator import calibrate
 from mlx_flash.tools.inspection import inspect_model
-from mlx_flash.tools.perplexity import measure, text_windows
+from mlx_flash.tools.perplexity import measure, windows_of_files
 from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window
 
 KEPT = (0.75, 0.5, 0.25)
@@ -131,7 +131,7 @@ def main() -> None:
         else:
             path = resolve_model(args.model, announce=print)
             model, tokenizer = mlx_flash.load(path, backend="numpy")
-            windows, _ = text_windows(tokenizer, args.data, model.flash.plan.context, args.tokens)
+            windows, _ = windows_of_files(tokenizer, args.data, model.flash.plan.context, args.tokens)
             model.flash.close()
         rows = []
         print("| selector | FFN resident | perplexity | loss | read per token | neurons per token | hits |")

@@ -18,10 +18,10 @@ from mlx_flash.runtime.generation import peak_bytes
 from mlx_flash.runtime.loading import load
 from mlx_flash.stats import Stats
 
-from .text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, encode_text, read_text, spread, windows
+from .text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, encode_text, read_text, spread_evenly
 
 
-def text_windows(
+def windows_of_files(
     tokenizer: Any, data: Sequence[str | Path], context: int, tokens: int | None
 ) -> tuple[list[Window], int]:
     """The windows of some files, each on its own, at most `tokens` scored tokens of them evenly spread; and how many
@@ -35,8 +35,8 @@ def text_windows(
                              f"first {CONTEXT_TOKENS} are scored")  # fmt: skip
         if len(before) + CONTEXT_TOKENS >= context:
             raise UsageError(f"a context of {context} tokens is too short; at least {CONTEXT_TOKENS + 2} are needed")
-        found += windows(before, ids, CONTEXT_TOKENS, min(SCORED_TOKENS, context - CONTEXT_TOKENS - len(before)))
-    chosen = spread(found, tokens)
+        found += cut_windows(before, ids, CONTEXT_TOKENS, min(SCORED_TOKENS, context - CONTEXT_TOKENS - len(before)))
+    chosen = spread_evenly(found, tokens)
     return chosen, sum(len(tokenizer.decode(window.scored).encode()) for window in chosen)
 
 
@@ -78,7 +78,7 @@ def measure_perplexity(
         read_text(path)  # before anything is loaded
     loaded, tokenizer = load(model, config)
     try:
-        chosen, text_bytes = text_windows(tokenizer, data, loaded.flash.plan.context, tokens)
+        chosen, text_bytes = windows_of_files(tokenizer, data, loaded.flash.plan.context, tokens)
         found = measure(loaded, chosen, progress)
     finally:
         loaded.flash.close()

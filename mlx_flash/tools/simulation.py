@@ -16,7 +16,7 @@ from mlx_flash.engine.residency.miss_curves import split_by_gain
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.window import DEFAULT, LFU, LRU, Policy
 from mlx_flash.errors import UsageError
-from mlx_flash.tools.calibration.statistics import curve
+from mlx_flash.tools.calibration.neuron_statistics import miss_curve
 
 from .trace import Trace
 
@@ -116,7 +116,7 @@ def reuse_curve(tokens: Sequence[np.ndarray], count: int) -> np.ndarray:
         again = ids[last[ids] >= 0]
         histogram += np.bincount(token - last[again], minlength=len(histogram))
         last[ids] = token
-    return curve(histogram)
+    return miss_curve(histogram)
 
 
 def simulate(

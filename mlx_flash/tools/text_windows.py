@@ -44,7 +44,7 @@ class Window:
     scored: list[int]
 
 
-def windows(before: Sequence[int], ids: Sequence[int], context: int, scored: int) -> list[Window]:
+def cut_windows(before: Sequence[int], ids: Sequence[int], context: int, scored: int) -> list[Window]:
     """Every token of `ids` but the first `context` is scored once, after at least `context` others and `before`."""
     return [
         Window([*before, *ids[at - context : at]], list(ids[at : at + scored]))
@@ -52,7 +52,7 @@ def windows(before: Sequence[int], ids: Sequence[int], context: int, scored: int
     ]
 
 
-def spread(found: Sequence[Window], tokens: int | None) -> list[Window]:
+def spread_evenly(found: Sequence[Window], tokens: int | None) -> list[Window]:
     """As many windows, evenly spread, as hold `tokens` scored ones; None: all."""
     total = sum(len(window.scored) for window in found)
     if tokens is None or total <= tokens:

@@ -14,7 +14,7 @@ from mlx_flash.engine.storage.calibration import Calibration
 from mlx_flash.errors import UsageError
 from mlx_flash.runtime.loading import load
 
-from .perplexity import text_windows
+from .perplexity import windows_of_files
 from .text_windows import read_text
 from .trace import Recorder, Trace
 
@@ -37,7 +37,7 @@ def record_traces(
         if run.plan.selection.name == "all":
             raise UsageError("selector all asks for every bundle; simulate a ReLU model with gate or predictor")
         counts = [layout.count for layout in run.plan.checkpoint.layouts]
-        windows, _ = text_windows(tokenizer, data, run.plan.context, tokens)
+        windows, _ = windows_of_files(tokenizer, data, run.plan.context, tokens)
         traces = []
         for window in tqdm(windows, desc="record", unit="window", disable=not progress, file=sys.stderr):
             run.shared.recorder = recorder = Recorder(counts)

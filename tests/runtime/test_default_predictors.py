@@ -9,7 +9,7 @@ import pytest
 import mlx_flash
 from mlx_flash.runtime.model_path import resolve_model
 from mlx_flash.tools.inspection import inspect_model
-from mlx_flash.tools.perplexity import measure, text_windows
+from mlx_flash.tools.perplexity import measure, windows_of_files
 from tests.conftest import shared_path
 
 
@@ -36,7 +36,7 @@ def test_a_third_of_the_ffn_is_enough(model: Path) -> None:
         loaded, tokenizer = mlx_flash.load(
             model, backend="numpy", select=select, memory=memory, max_context=385, look_ahead="off"
         )
-        windows, _ = text_windows(tokenizer, held, 385, 256)
+        windows, _ = windows_of_files(tokenizer, held, 385, 256)
         found[select] = measure(loaded, windows)
         loaded.flash.close()
     predictor = found["predictor"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import mlx_flash
 from mlx_flash import cli
 from mlx_flash.tools import perplexity as measuring
-from mlx_flash.tools.perplexity import measure_perplexity, text_windows
-from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, encode_text, spread, windows
+from mlx_flash.tools.perplexity import measure_perplexity, windows_of_files
+from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, encode_text, spread_evenly
 from tests.calibrated import calibrate_by_hand
 from tests.tiny import make_tiny
 
@@ -56,7 +56,7 @@ def nats_of(logits: np.ndarray, token: int) -> float:
 @given(st.integers(0, 700), st.integers(1, 150), st.integers(1, 300), st.integers(0, 2))
 def test_every_token_but_the_first_is_scored_once(length: int, context: int, scored: int, before: int) -> None:
     ids, front = list(range(1000, 1000 + length)), list(range(before))
-    found = windows(front, ids, context, scored)
+    found = cut_windows(front, ids, context, scored)
     assert [token for window in found for token in window.scored] == ids[context:]
     for window in found:
         at = window.scored[0] - 1000
@@ -68,10 +68,10 @@ def test_every_token_but_the_first_is_scored_once(length: int, context: int, sco
 @given(st.lists(st.integers(1, 256), min_size=1, max_size=30), st.integers(1, 4000))
 def test_spread_takes_about_as_many_from_all_over(sizes: list[int], tokens: int) -> None:
     found = [Window([at], [0] * size) for at, size in enumerate(sizes)]
-    chosen = spread(found, tokens)
+    chosen = spread_evenly(found, tokens)
     places = [window.prompt[0] for window in chosen]
     assert places == sorted(set(places)) and chosen
-    assert spread(found, None) == found
+    assert spread_evenly(found, None) == found
     if tokens >= sum(sizes):
         assert chosen == found
     elif len(chosen) > 1:
@@ -83,11 +83,11 @@ def test_the_real_windows_are_those_of_the_paper_text(flash: Path, tmp_path: Pat
     assert (CONTEXT_TOKENS, SCORED_TOKENS) == (128, 256)
     _, tokenizer = load_and_close(flash)
     paths = [write(tmp_path / "a.txt", 700), write(tmp_path / "b.txt", 129, begin=5)]
-    found, size = text_windows(tokenizer, paths, 512, None)
+    found, size = windows_of_files(tokenizer, paths, 512, None)
     assert [len(w.scored) for w in found] == [256, 256, 700 - 128 - 512, 1]
     assert [len(w.prompt) for w in found] == [129] * 4 and all(w.prompt[0] == 256 for w in found), "BOS, and 128"
     assert size == 700 - 128 + 1, "bytes of the scored tokens"
-    short, _ = text_windows(tokenizer, paths[:1], 140, None)
+    short, _ = windows_of_files(tokenizer, paths[:1], 140, None)
     assert all(len(w.prompt) + len(w.scored) <= 140 for w in short)
     assert sum(len(w.scored) for w in short) == 700 - 128
 
@@ -104,7 +104,7 @@ def test_bytes_are_those_of_the_text_also_beyond_ascii(flash: Path, tmp_path: Pa
     (tmp_path / "a.txt").write_text(text)
     before, ids = encode_text(tokenizer, text)
     assert before == [256] and len(ids) == len(text.encode())
-    _, size = text_windows(tokenizer, [tmp_path / "a.txt"], 512, None)
+    _, size = windows_of_files(tokenizer, [tmp_path / "a.txt"], 512, None)
     assert abs(size - (len(ids) - 128)) <= 6, "a character cut by a window's border may count a few bytes more"
 
 

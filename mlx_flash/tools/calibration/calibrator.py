@@ -23,13 +23,13 @@ from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.runtime.loading import RunPlan, decide, load, plan_run
 from mlx_flash.tools.perplexity import check_ids, measure
 from mlx_flash.tools.simulation import best_policy
-from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, encode_text, read_text, windows
+from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, encode_text, read_text
 
-from .ffn_inputs import Inputs, capture
+from .ffn_inputs import FfnInputs, capture
 from .ffn_weights import layer_weights
-from .predictor_training import figures_of, look_ahead, predicted, stored, train_predictors, weight_bytes
-from .predictors import Report
-from .statistics import SPARSITIES, curve, energy, firing, gaps, rates, sample
+from .neuron_statistics import SPARSITIES, energy, firing, gaps, miss_curve, rates, sample_statistics
+from .predictor_training import as_stored, layer_figures, look_ahead, predicted_firing, train_predictors, weight_bytes
+from .predictors import PredictorReport
 from .workspace import Workspace, open_workspace
 
 DEFAULT_TOKENS = 20_000
@@ -75,7 +75,7 @@ def split_text(tokenizer: Any, data: Sequence[str | Path], tokens: int, window: 
     chosen = [
         found
         for at in range(0, measured, CONTEXT_TOKENS + scored)
-        for found in windows(before, tail[at : at + CONTEXT_TOKENS + scored], CONTEXT_TOKENS, scored)
+        for found in cut_windows(before, tail[at : at + CONTEXT_TOKENS + scored], CONTEXT_TOKENS, scored)
     ]
     return Texts(learn, chosen)
 
@@ -162,7 +162,7 @@ def _learn(
     """Every layer's statistics and, for a ReLU model, predictors; steps that the workspace has are not done again."""
     checkpoint, spec = plan.checkpoint, plan.spec
     check_free_space(work.path, 2 * texts.tokens * spec.dim * len(spec.layers))
-    inputs = Inputs(work.path, len(spec.layers), texts.tokens, spec.dim)
+    inputs = FfnInputs(work.path, len(spec.layers), texts.tokens, spec.dim)
     backend = capture(checkpoint.path, config, texts.learn, inputs, progress)
     starts = [0, *np.cumsum([len(window) for window in texts.learn]).tolist()[:-1]]
     found = [_statistics(work, plan, layer, x, starts) for layer, x in enumerate(inputs.arrays)]
@@ -177,18 +177,18 @@ def _learn(
     for index, (layer, (predictor, report)) in enumerate(zip(found, trained, strict=True)):
         x, count = inputs.arrays[index], len(layer.rate)
         ahead = look_ahead(plan, inputs.arrays, index, predictor)
-        named = predicted(x, predictor)
-        asked = curve(gaps(named, count))
+        named = predicted_firing(x, predictor)
+        asked = miss_curve(gaps(named, count))
         if index % max(1, len(found) // POLICY_LAYERS) == 0:
             tokens = [np.flatnonzero(row) for row in np.unpackbits(named[-POLICY_TOKENS:], axis=1, count=count)]
             asked_for.append((tokens, count, layer.rate))
-        told = {**layer.figures, **figures_of(report, count, ahead)}
-        layers.append(replace(layer, predicted_curve=asked, figures=told, **stored(predictor)))
+        told = {**layer.figures, **layer_figures(report, count, ahead)}
+        layers.append(replace(layer, predicted_curve=asked, figures=told, **as_stored(predictor)))
     summary["policy"] = best_policy(asked_for).plain()
     return Calibration(tuple(layers), {**summary, **_overall(layers, [report for _, report in trained], plan)})
 
 
-def _overall(layers: Sequence[LayerCalibration], reports: Sequence[Report], plan: RunPlan) -> dict[str, Any]:
+def _overall(layers: Sequence[LayerCalibration], reports: Sequence[PredictorReport], plan: RunPlan) -> dict[str, Any]:
     """The predictors of the whole model on held-out tokens of the calibration."""
     counts = [len(layer.rate) for layer in layers]
     fired = sum(n * report.firing for n, report in zip(counts, reports, strict=True))
@@ -211,7 +211,7 @@ def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, start
     if kept is None:
         weights = layer_weights(plan, layer)
         count = len(weights.first)
-        sampled = sample(x, weights)
+        sampled = sample_statistics(x, weights)
         arrays = {
             "energy": energy(x, weights, starts),
             "rate": np.ones(count, np.float32),
@@ -219,7 +219,7 @@ def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, start
         }
         if plan.spec.has_zeros:
             packed = firing(x, weights)
-            arrays |= {"rate": rates(packed, count), "curve": curve(gaps(packed, count))}
+            arrays |= {"rate": rates(packed, count), "curve": miss_curve(gaps(packed, count))}
         figures = {
             "zeros": float(1 - arrays["rate"].mean()),
             "neurons_for_99_percent": sampled.neurons_for_99_percent,

@@ -22,7 +22,7 @@ from .workspace import DAMAGE
 SAVE_EVERY = 8  # windows
 
 
-class Inputs:
+class FfnInputs:
     """The FFN inputs of every layer, float16 (N, d) on disk; `windows_done` of the text's windows are in them.
 
     float16 halves the disk it takes; only gates within 0.05 % of zero may change their sign by it.
@@ -57,7 +57,7 @@ class Inputs:
 
 
 def capture(
-    model: Path, config: FlashConfig, windows: Sequence[Sequence[int]], inputs: Inputs, progress: bool = False
+    model: Path, config: FlashConfig, windows: Sequence[Sequence[int]], inputs: FfnInputs, progress: bool = False
 ) -> str:
     """Run windows of token ids through the whole model, and keep every FFN input; returns the backend's name."""
     plan = plan_run(model, config, calibrated=False)

@@ -11,17 +11,17 @@ from mlx_flash.engine.storage.reader import LayerFile
 from mlx_flash.errors import ReadError
 from mlx_flash.runtime.loading import RunPlan
 
-from .statistics import Weights
+from .neuron_statistics import FfnWeights
 
 BLOCK_BUNDLES = 1024
 
 
-def layer_weights(plan: RunPlan, layer: int) -> Weights:
+def layer_weights(plan: RunPlan, layer: int) -> FfnWeights:
     """A layer's FFN in fp32. Raises ReadError."""
     spec, parts = plan.spec, read_parts(plan.checkpoint.layer_files[layer])
     bias = _resident(plan, spec.name("up", layer) + ".bias") if spec.ffn_bias else None
     first, second = (parts["gate"], parts["up"]) if spec.gated else (parts["up"], None)
-    return Weights(first, second, parts["down"], bias, spec.kernel_activation, spec.layers[layer].cutoff)
+    return FfnWeights(first, second, parts["down"], bias, spec.kernel_activation, spec.layers[layer].cutoff)
 
 
 def read_parts(file: LayerFile) -> dict[str, np.ndarray]:

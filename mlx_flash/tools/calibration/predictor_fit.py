@@ -24,7 +24,7 @@ LEAST_STEPS = 128
 MOST_BALANCE = 20.0  # a firing counts at most so many times a silence: beyond it, neurons are asked for in vain
 
 
-class Data:
+class TrainingData:
     """Whitened inputs and packed firing of the tokens to train on, and the held-out tail as it came."""
 
     def __init__(self, x: np.ndarray, gate: np.ndarray | Firing, tokens: int | None):
@@ -40,7 +40,7 @@ class Data:
         self.mean, self.whiten = _whitening(inputs)
         self.inputs = np.empty((total, self.dim), np.float16)
         packed, self.fired, self.cross = [], np.zeros(0), np.zeros((0, self.dim), np.float32)
-        for at, block in enumerate(blocks(inputs)):
+        for at, block in enumerate(row_blocks(inputs)):
             white, firing = (block - self.mean) @ self.whiten.T, self.fires(block)
             self.inputs[at * BLOCK : at * BLOCK + len(block)] = np.clip(white, -6e4, 6e4)
             packed.append(np.packbits(firing, axis=1))
@@ -79,7 +79,7 @@ class Data:
         return (root * right).astype(np.float32), (rows @ right.T / root.T / spread).astype(np.float32)
 
 
-def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+def row_blocks(x: np.ndarray) -> Iterator[np.ndarray]:
     """fp32 pieces of at most BLOCK rows."""
     for begin in range(0, len(x), BLOCK):
         yield np.asarray(x[begin : begin + BLOCK], np.float32)
@@ -89,10 +89,10 @@ def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """mean (d,) and W (d, d) fp32 such that W (x - mean) has unit covariance."""
     total, dim = x.shape
     mean = np.zeros(dim)
-    for block in blocks(x):
+    for block in row_blocks(x):
         mean += block.sum(axis=0, dtype=np.float64) / total
     centre, second = mean.astype(np.float32), np.zeros((dim, dim))
-    for block in blocks(x):
+    for block in row_blocks(x):
         second += (block - centre).T @ (block - centre)
     if not np.isfinite(second).all():
         raise UsageError("the FFN inputs hold values that are not numbers, or too large: is the checkpoint intact?")
@@ -102,7 +102,7 @@ def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def descend(
-    data: Data,
+    data: TrainingData,
     rest: np.ndarray,
     parameters: tuple[np.ndarray, np.ndarray, np.ndarray],
     weight: float,
@@ -173,7 +173,7 @@ def round_pair(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[np.ndarray, np
 
 
 def count_scores(
-    data: Data, scores: Callable[[np.ndarray], np.ndarray], cuts: np.ndarray
+    data: TrainingData, scores: Callable[[np.ndarray], np.ndarray], cuts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """On the held-out tail: asked (K, count), lost (K, count), rate (count,) fp32 shares of its tokens.
 
@@ -182,7 +182,7 @@ def count_scores(
     count = data.count
     asked, lost = np.zeros((2, len(cuts) + 1, count), np.int64)
     columns = np.arange(count)
-    for block in blocks(data.tail):
+    for block in row_blocks(data.tail):
         firing = data.fires(block)
         below = np.ceil((scores(block) - cuts[0]) / (cuts[1] - cuts[0]))  # how many cuts are below the score
         cells = np.clip(below, 0, len(cuts)).astype(np.int64) * count + columns

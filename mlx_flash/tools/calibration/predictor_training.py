@@ -16,18 +16,18 @@ from tqdm import tqdm
 from mlx_flash.runtime.loading import RunPlan
 
 from .ffn_weights import layer_weights
+from .neuron_statistics import TOKENS
 from .predictors import (
-    Curve,
     Predictor,
-    Report,
-    Trained,
+    PredictorReport,
+    PriceCurve,
+    TrainedPredictor,
+    choose_price,
     choose_ranks,
     default_ranks,
-    settle,
     sketch_layer,
     train_layer,
 )
-from .statistics import TOKENS
 from .workspace import Workspace
 
 LARGEST_SHARE = 0.05  # of the weights, for all predictors
@@ -43,7 +43,7 @@ def firing_of(plan: RunPlan, layer: int) -> Callable[[np.ndarray], np.ndarray]:
 
 def train_predictors(
     work: Workspace, plan: RunPlan, inputs: Sequence[np.ndarray], recall: float, seed: int, progress: bool
-) -> list[tuple[Predictor, Report]]:
+) -> list[tuple[Predictor, PredictorReport]]:
     """All layers' predictors, together at most LARGEST_SHARE of the weights, at a recall of the whole model."""
     counts = [layout.count for layout in plan.checkpoint.layouts]
     dim = plan.spec.dim
@@ -58,7 +58,7 @@ def train_predictors(
         for layer, rank in enumerate(choice.ranks):
             trained.append(_train(work, plan, layer, inputs[layer], rank, choice.always[layer], seed))
             bar.update()
-    return settle(trained, choice.always, recall)
+    return choose_price(trained, choice.always, recall)
 
 
 def weight_bytes(plan: RunPlan) -> int:
@@ -67,7 +67,7 @@ def weight_bytes(plan: RunPlan) -> int:
     return dense + sum(layout.count * layout.bundle_bytes for layout in plan.checkpoint.layouts)
 
 
-def _sketch(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, ranks: list[int], seed: int) -> list[Curve]:
+def _sketch(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, ranks: list[int], seed: int) -> list[PriceCurve]:
     step = f"sketch-{layer:03d}"
     if (kept := work.load(step)) is None:
         curves = sketch_layer(x, firing_of(plan, layer), ranks, seed=seed)
@@ -78,14 +78,14 @@ def _sketch(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, ranks: li
         work.save(step, *kept)
     arrays, figures = kept
     return [
-        Curve(rank, tokens, *(arrays[f"{name}-{k}"] for name in ("asked", "lost", "rate")))
+        PriceCurve(rank, tokens, *(arrays[f"{name}-{k}"] for name in ("asked", "lost", "rate")))
         for k, (rank, tokens) in enumerate(figures["curves"])
     ]
 
 
 def _train(
     work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, rank: int, always: np.ndarray, seed: int
-) -> Trained:
+) -> TrainedPredictor:
     step = f"predictor-{layer:03d}"
     if (kept := work.load(step)) is None:
         made = train_layer(x, firing_of(plan, layer), rank=rank, always=always, seed=seed)
@@ -94,11 +94,11 @@ def _train(
         kept = arrays, {"weight": float(made.weight), "rank": made.curve.rank, "tokens": made.curve.tokens}
         work.save(step, *kept)
     arrays, figures = kept
-    curve = Curve(figures["rank"], figures["tokens"], arrays["asked"], arrays["lost"], arrays["rate"])
-    return Trained(Predictor(arrays["a"], arrays["b"], arrays["bias"]), figures["weight"], curve)
+    curve = PriceCurve(figures["rank"], figures["tokens"], arrays["asked"], arrays["lost"], arrays["rate"])
+    return TrainedPredictor(Predictor(arrays["a"], arrays["b"], arrays["bias"]), figures["weight"], curve)
 
 
-def stored(predictor: Predictor) -> dict[str, np.ndarray]:
+def as_stored(predictor: Predictor) -> dict[str, np.ndarray]:
     """A predictor as a checkpoint holds it: whole numbers of 8 bits, and the step of b, a power of two."""
     largest = float(np.abs(predictor.b).max(initial=0.0))
     step = np.exp2(np.ceil(np.log2(largest / 127))) if largest else 1.0
@@ -113,7 +113,7 @@ def stored(predictor: Predictor) -> dict[str, np.ndarray]:
     return arrays | {"step": np.array([step], np.float32)}
 
 
-def predicted(x: np.ndarray, predictor: Predictor) -> np.ndarray:
+def predicted_firing(x: np.ndarray, predictor: Predictor) -> np.ndarray:
     """Which neurons are asked for on every token: (N, ceil(m / 8)) uint8, bits packed."""
     slices = (np.asarray(x[at : at + TOKENS], np.float32) for at in range(0, len(x), TOKENS))
     return np.concatenate([np.packbits(predictor.scores(part) > 0, axis=1) for part in slices])
@@ -137,6 +137,6 @@ def look_ahead(plan: RunPlan, inputs: Sequence[np.ndarray], layer: int, predicto
     return best
 
 
-def figures_of(report: Report, count: int, ahead: dict[str, float]) -> dict[str, Any]:
+def layer_figures(report: PredictorReport, count: int, ahead: dict[str, float]) -> dict[str, Any]:
     """What is said of a layer's predictor."""
     return {"predictor": asdict(report), "look_ahead": ahead, "bundles": count}

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_flash.errors import UsageError
 
-from .predictor_fit import MOST_BALANCE, Data, Firing, Progress, count_scores, descend, round_pair
+from .predictor_fit import MOST_BALANCE, Firing, Progress, TrainingData, count_scores, descend, round_pair
 
 ITEM_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 PRICES = np.geomspace(400.0, 0.4, 73)  # dearest first: recall falls along them
@@ -52,7 +52,7 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class Report:
+class PredictorReport:
     """How a predictor did on `tokens` held-out tokens: `firing`, `predicted` and `always` are shares of the neurons."""
 
     rank: int
@@ -65,7 +65,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Curve:
+class PriceCurve:
     """One layer at one rank on held-out tokens, neuron by neuron and price by price.
 
     asked (K, count): share of the tokens that ask for a neuron at PRICES[k]; lost (K, count): share on which it fires
@@ -82,25 +82,27 @@ class Curve:
         """Requests per token, each firing that is lost counting as PRICES[k] of them."""
         return self.asked[k] + np.float32(PRICES[k]) * self.lost[k]
 
-    def report(self, k: int, always: np.ndarray) -> Report:
+    def report(self, k: int, always: np.ndarray) -> PredictorReport:
         """At PRICES[k], with the neurons `always` (count,) always on."""
         asked = float(np.where(always, 1.0, self.asked[k]).sum())
         fired, lost = float(self.rate.sum()), float(self.lost[k][~always].sum())
         recall = 1 - lost / fired if fired else 1.0
         precision = (fired - lost) / asked if asked else 1.0
         count = len(always)
-        return Report(self.rank, self.tokens, fired / count, asked / count, float(always.mean()), recall, precision)
+        return PredictorReport(
+            self.rank, self.tokens, fired / count, asked / count, float(always.mean()), recall, precision
+        )
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedPredictor:
     """A predictor whose price is still open. A score of 0 means odds of `weight`, what a silence counts in the loss."""
 
     predictor: Predictor
     weight: float
-    curve: Curve
+    curve: PriceCurve
 
-    def at(self, k: int, always: np.ndarray) -> tuple[Predictor, Report]:
+    def at(self, k: int, always: np.ndarray) -> tuple[Predictor, PredictorReport]:
         """The predictor at PRICES[k], with the neurons `always` (count,) bool always on, and how it did."""
         fitted, report = self.predictor, self.curve.report(k, always)
         bias = fitted.bias - np.float32(_cuts(self.weight)[k])
@@ -111,7 +113,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankChoice:
     """What `choose_ranks` decided: a rank per layer, which neurons are always on, and what to expect per token."""
 
     ranks: tuple[int, ...]
@@ -142,7 +144,7 @@ def train_layer(
     dtype: str = "int8",
     epochs: int = 12,
     progress: Progress | None = None,
-) -> Trained:
+) -> TrainedPredictor:
     """Train one layer's predictor with a class-balanced logistic loss; measure it on the last tokens of `x`.
 
     x: (N, d) float16 or float32 in the order of the text, a memmap will do
@@ -153,7 +155,7 @@ def train_layer(
     The weights are rounded to `dtype` before anything is measured. Deterministic for a seed, up to BLAS's own threads.
     Raises UsageError for too few tokens, an impossible rank or an unknown dtype.
     """
-    return _train(Data(x, gate, None), rank, always, seed, dtype, epochs, progress)
+    return _train(TrainingData(x, gate, None), rank, always, seed, dtype, epochs, progress)
 
 
 def sketch_layer(
@@ -166,9 +168,9 @@ def sketch_layer(
     epochs: int = 4,
     tokens: int = 16384,
     progress: Progress | None = None,
-) -> list[Curve]:
+) -> list[PriceCurve]:
     """What one layer's predictor would do at rank 0 and at `ranks`, from short trainings on the first `tokens`."""
-    data, curves = Data(x, gate, tokens), []
+    data, curves = TrainingData(x, gate, tokens), []
     tried = sorted({0, *ranks})
     for rank in tried:
         curves.append(_train(data, rank, None, seed, dtype, epochs, None).curve)
@@ -178,14 +180,14 @@ def sketch_layer(
 
 
 def choose_ranks(
-    sketches: Sequence[Sequence[Curve]],
+    sketches: Sequence[Sequence[PriceCurve]],
     dim: int,
     *,
     budget_bytes: int,
     recall: float = 0.97,
     dtype: str = "int8",
     always_share: float = 0.23,
-) -> Choice:
+) -> RankChoice:
     """Ranks and always-on neurons that make the fewest requests at a recall of the whole model.
 
     sketches: per layer, by rank, what `sketch_layer` gave; always_share: most neurons of the model that may be always
@@ -216,7 +218,7 @@ def choose_ranks(
         lost = sum(float(c.lost[k][~on].sum()) for c, on in zip(chosen, always, strict=True))
         if lost <= (1 - recall) * fired or k == 0:
             break
-    return Choice(
+    return RankChoice(
         tuple(curves[pick].rank for curves, pick in zip(sketches, picks, strict=True)),
         always,
         1 - lost / fired if fired else 1.0,
@@ -225,9 +227,9 @@ def choose_ranks(
     )
 
 
-def settle(
-    layers: Sequence[Trained], always: Sequence[np.ndarray], recall: float = 0.97
-) -> list[tuple[Predictor, Report]]:
+def choose_price(
+    layers: Sequence[TrainedPredictor], always: Sequence[np.ndarray], recall: float = 0.97
+) -> list[tuple[Predictor, PredictorReport]]:
     """The predictors at the lowest price that reaches `recall`, and a little more, over all layers' held-out firings.
 
     always: what `choose_ranks` gave. If no price reaches it, everything is always on.
@@ -243,21 +245,21 @@ def settle(
 
 def train_predictor(
     x: np.ndarray, gate: np.ndarray | Firing, *, rank: int, recall: float = 0.97, seed: int = 0, dtype: str = "int8"
-) -> tuple[Predictor, Report]:
+) -> tuple[Predictor, PredictorReport]:
     """One layer on its own: the fewest requests that find `recall` of its firing neurons. See `train_layer`."""
     trained = train_layer(x, gate, rank=rank, seed=seed, dtype=dtype)
-    return settle([trained], [np.zeros(len(trained.curve.rate), bool)], recall)[0]
+    return choose_price([trained], [np.zeros(len(trained.curve.rate), bool)], recall)[0]
 
 
 def _train(
-    data: Data,
+    data: TrainingData,
     rank: int,
     always: np.ndarray | None,
     seed: int,
     dtype: str,
     epochs: int,
     progress: Progress | None,
-) -> Trained:
+) -> TrainedPredictor:
     if dtype not in ITEM_BYTES:
         raise UsageError(f"unknown dtype {dtype!r} for predictors; known: {', '.join(ITEM_BYTES)}")
     if not 0 <= rank <= min(data.dim, data.count):
@@ -276,7 +278,9 @@ def _train(
         a, b[rest] = round_pair(inner @ data.whiten, outer, dtype)
         bias[rest] = offset - b[rest] @ (a @ data.mean)
     predictor = Predictor(a, b, bias)
-    return Trained(predictor, weight, Curve(rank, len(data.tail), *count_scores(data, predictor.scores, _cuts(weight))))
+    return TrainedPredictor(
+        predictor, weight, PriceCurve(rank, len(data.tail), *count_scores(data, predictor.scores, _cuts(weight)))
+    )
 
 
 def _cuts(weight: float) -> np.ndarray:

@@ -9,14 +9,14 @@ import pytest
 
 from mlx_flash.engine.numerics.casting import from_float32, to_float32
 from mlx_flash.errors import UsageError
-from mlx_flash.tools.calibration.predictor_fit import LEAST_STEPS, Data
+from mlx_flash.tools.calibration.predictor_fit import LEAST_STEPS, TrainingData
 from mlx_flash.tools.calibration.predictors import (
     PRICES,
-    Curve,
+    PriceCurve,
+    choose_price,
     choose_ranks,
     default_ranks,
     predictor_bytes,
-    settle,
     sketch_layer,
     train_layer,
     train_predictor,
@@ -75,7 +75,7 @@ def test_too_small_a_rank_pays_with_requests_not_with_recall(planted):
 
 
 def test_the_start_at_full_rank_is_each_neurons_discriminant(planted):
-    data = Data(planted.x, planted.fires, None)
+    data = TrainingData(planted.x, planted.fires, None)
     rest = np.arange(3, COUNT)
     rate = (data.fired[rest] / len(data.inputs)).astype(np.float32)
     a, b = data.start(rest, rate, DIM)
@@ -89,7 +89,7 @@ def test_training_beats_its_starting_point(planted):
     trained = train_layer(planted.x, planted.fires, rank=2)
     start = train_layer(planted.x, planted.fires, rank=2, epochs=0)  # the least steps there are
     none = np.zeros(COUNT, bool)
-    assert settle([trained], [none])[0][1].predicted <= 1.02 * settle([start], [none])[0][1].predicted
+    assert choose_price([trained], [none])[0][1].predicted <= 1.02 * choose_price([start], [none])[0][1].predicted
 
 
 def test_a_price_means_odds(planted):
@@ -106,7 +106,7 @@ def test_a_price_means_odds(planted):
 
 def test_recall_target_is_obeyed(planted):
     trained, none = train_layer(planted.x, planted.fires, rank=2), np.zeros(COUNT, bool)
-    reports = [settle([trained], [none], recall)[0][1] for recall in (0.5, 0.8, 0.9, 0.99)]
+    reports = [choose_price([trained], [none], recall)[0][1] for recall in (0.5, 0.8, 0.9, 0.99)]
     for recall, report in zip((0.5, 0.8, 0.9, 0.99), reports, strict=True):
         assert recall <= report.recall < recall + 0.1
     assert sorted(report.predicted for report in reports) == [report.predicted for report in reports]
@@ -193,7 +193,7 @@ def test_inputs_that_never_vary():
 def test_neurons_left_out_are_always_on(planted):
     left_out = np.arange(COUNT) < 10
     trained = train_layer(planted.x, planted.fires, rank=PLANTED, always=left_out)
-    [(predictor, report)] = settle([trained], [left_out])
+    [(predictor, report)] = choose_price([trained], [left_out])
     np.testing.assert_array_equal(predictor.always, left_out)
     assert (predictor.scores(planted.sample(50))[:, :10] > 0).all() and not predictor.b[:10].any()
     assert report.always == left_out.mean() and report.recall >= 0.97
@@ -235,9 +235,11 @@ def test_progress_ends_at_the_end(planted):
 # Ranks
 
 
-def made_curve(rank: int, asked: float, count: int = 100) -> Curve:
+def made_curve(rank: int, asked: float, count: int = 100) -> PriceCurve:
     """A curve that loses nothing and asks for the same at every price."""
-    return Curve(rank, 1000, *(np.full((len(PRICES), count), share) for share in (asked, 0.0)), np.full(count, 0.1))
+    return PriceCurve(
+        rank, 1000, *(np.full((len(PRICES), count), share) for share in (asked, 0.0)), np.full(count, 0.1)
+    )
 
 
 def choose(sketches, budget_bytes=10**9, always_share=0.0, **more):
@@ -289,7 +291,7 @@ def test_recall_is_that_of_the_whole_model(planted):
     easy = train_layer(planted.x, planted.fires, rank=PLANTED)
     hard = train_layer(planted.x, planted.fires, rank=1)
     none = np.zeros(COUNT, bool)
-    (_, first), (_, second) = settle([easy, hard], [none, none], 0.9)
+    (_, first), (_, second) = choose_price([easy, hard], [none, none], 0.9)
     assert 0.9 <= (first.recall + second.recall) / 2 < 0.93
     assert first.recall > second.recall + 0.02  # what is cheap to find makes up for what is dear
 
@@ -297,7 +299,7 @@ def test_recall_is_that_of_the_whole_model(planted):
 def test_unreachable_recall_asks_for_everything(planted):
     trained = train_layer(planted.x, planted.fires, rank=1, epochs=1)
     hopeless = replace(trained, curve=replace(trained.curve, lost=0 * trained.curve.lost + trained.curve.rate))
-    [(predictor, report)] = settle([hopeless], [np.zeros(COUNT, bool)])
+    [(predictor, report)] = choose_price([hopeless], [np.zeros(COUNT, bool)])
     assert predictor.always.all() and (predictor.bias == 1).all() and report.recall == 1
 
 
@@ -313,7 +315,7 @@ def test_sketch_train_and_settle_together(planted):
         train_layer(x, fires, rank=rank, always=on)
         for (x, fires), rank, on in zip(layers, choice.ranks, choice.always, strict=True)
     ]
-    for (predictor, report), on in zip(settle(trained, choice.always), choice.always, strict=True):
+    for (predictor, report), on in zip(choose_price(trained, choice.always), choice.always, strict=True):
         assert report.recall >= 0.95 and report.predicted < 0.23 + 2 * report.firing
         np.testing.assert_array_equal(predictor.always, on)
 

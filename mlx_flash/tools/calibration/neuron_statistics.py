@@ -21,7 +21,7 @@ QUANTILE_ITEMS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Weights:
+class FfnWeights:
     """One FFN in fp32: first (m, d) is the part that the activation is applied to, times `second` where there is one;
     bias (m,) is added to its products; down (m, d). cutoff: FATReLU's."""
 
@@ -59,7 +59,7 @@ def slices(x: np.ndarray) -> Iterator[np.ndarray]:
         yield np.asarray(x[begin : begin + TOKENS], np.float32)
 
 
-def firing(x: np.ndarray, weights: Weights) -> np.ndarray:
+def firing(x: np.ndarray, weights: FfnWeights) -> np.ndarray:
     """Which neurons fire for which token: (N, ceil(m / 8)) uint8, bits packed."""
     return np.concatenate([np.packbits(weights.active(part) != 0, axis=1) for part in slices(x)])
 
@@ -77,7 +77,7 @@ def gaps(packed: np.ndarray, count: int) -> np.ndarray:
     return histogram
 
 
-def curve(histogram: np.ndarray) -> np.ndarray:
+def miss_curve(histogram: np.ndarray) -> np.ndarray:
     """(k, 2) fp32, for windows of 0, 1, 2, 4, ... tokens: the distinct bundles that the last tokens used, and the
     bundles that a token asks for beyond them ("LLM in a flash", section 3.1.2: s_agg(k), s_agg(k + 1) - s_agg(k))."""
     tokens = len(histogram) - 1
@@ -95,7 +95,7 @@ def rates(packed: np.ndarray, count: int) -> np.ndarray:
     return (totals[:count] / len(packed)).astype(np.float32)
 
 
-def energy(x: np.ndarray, weights: Weights, starts: Collection[int] = ()) -> np.ndarray:
+def energy(x: np.ndarray, weights: FfnWeights, starts: Collection[int] = ()) -> np.ndarray:
     """The mean of (h |down|)^2 over the tokens of x (N, d), (m,) fp32. starts: tokens that begin a text are left out,
     their activations are like no others'. All tokens count: what fires seldom needs many."""
     total, left_out = np.zeros(len(weights.first)), np.zeros(len(x), bool)
@@ -108,7 +108,7 @@ def energy(x: np.ndarray, weights: Weights, starts: Collection[int] = ()) -> np.
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampleStatistics:
     """From a sample of tokens: for each of SPARSITIES the magnitude under which that share of gate (or up) values lies;
     which share of the output's energy each loses; the share of the neurons that hold 99 % of a token's energy."""
 
@@ -117,7 +117,7 @@ class Sampled:
     neurons_for_99_percent: float
 
 
-def sample(x: np.ndarray, weights: Weights) -> Sampled:
+def sample_statistics(x: np.ndarray, weights: FfnWeights) -> SampleStatistics:
     """Statistics that need all scalars of a token at once, on up to SAMPLE_TOKENS tokens of x (N, d)."""
     some = np.asarray(x[:: max(1, len(x) // SAMPLE_TOKENS)][:SAMPLE_TOKENS], np.float32)
     active = weights.active(some)
@@ -135,7 +135,7 @@ def sample(x: np.ndarray, weights: Weights) -> Sampled:
             cutoffs[name] = _quantiles(magnitude)
             cut = np.interp(PROXY_SPARSITY, SPARSITIES, cutoffs[name])
             lost[name] = float(outputs[magnitude <= cut].sum(dtype=np.float64)) / whole
-    return Sampled(cutoffs, lost, float(needed.mean() / len(weights.first)))
+    return SampleStatistics(cutoffs, lost, float(needed.mean() / len(weights.first)))
 
 
 def _quantiles(values: np.ndarray) -> list[float]:
