@@ -1,8 +1,9 @@
-"""The floor plan (DESIGN 10): imports go down only, never in a circle; few files know MLX; public names are pinned."""
+"""The floor plan: imports go down only, never in a circle; few files know MLX; public names are pinned."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def floor(module: str) -> int | None:
 
 
 def imported(path: Path, deferred: bool = True) -> set[str]:
-    """Full names that a file imports; deferred: also within functions."""
+    """Full names that a file imports, also under `if TYPE_CHECKING`; deferred: also within functions."""
     found: set[str] = set()
     package = ["mlx_flash", *path.relative_to(PACKAGE).parts[:-1]]
     tree = ast.parse(path.read_text())
@@ -105,6 +106,36 @@ def test_no_module_has_the_name_of_its_function() -> None:
     for module, path in MODULES.items():
         names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
         assert module.split(".")[-1] not in names, path
+
+
+def test_no_module_only_hands_on_names() -> None:
+    for module, path in MODULES.items():
+        body = ast.parse(path.read_text()).body[1:]  # after the docstring
+        others = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        assert others or not body, f"{module} only imports what is defined elsewhere"
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    homes: dict[str, str] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in homes, f"{module} and {homes[node.name]} both define {node.name}"
+                homes[node.name] = module
+
+
+def test_no_file_imports_a_private_name() -> None:
+    for path in FILES:
+        if path.name == "quantised_vector_code.py":  # still to be mended
+            continue
+        private = {name for name in imported(path) if re.search(r"\._[a-z]", name) and name.startswith("mlx_flash.")}
+        assert not private, f"{path} imports {private}"
+
+
+def test_only_commands_parse_arguments() -> None:
+    for module, path in MODULES.items():
+        if any(name.split(".")[0] == "argparse" for name in imported(path)):
+            assert module in ("cli", "apps.options") or module.startswith("apps.commands."), module
 
 
 @pytest.mark.parametrize("folder", ["storage", "residency", "selection"])
