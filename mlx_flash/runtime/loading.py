@@ -168,7 +168,7 @@ class Run(BaseRun):
         kinds, firsts = bundle_kinds(plan.checkpoint.layouts)
         blocks = [(layout, block_of(layout), [part.name for part in layout.parts]) for layout in firsts]
         rings = [[plan.backend.slab(*block) for _ in range(plan.memory.staging_blocks)] for block in blocks]
-        reader = open_reader(plan.checkpoint.layer_files, aside=plan.backend.aside, **plan.tuning.reader_options)
+        reader = open_reader(plan.checkpoint.layer_files, executor=plan.backend.executor, **plan.tuning.reader_options)
         super().__init__(plan, SharedContext(plan.backend, reader, BlockStream(rings[0], rings[1:], kinds), Stats()))
         self.factory = SelectorFactory(
             plan.selection,

@@ -36,7 +36,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlx_flash.convert(make_tiny("openelm-relu", folder), folder / "flash")
 
 
-def threads_only(files, aside=None, **options) -> PreadReader:
+def threads_only(files, executor=None, **options) -> PreadReader:
     return PreadReader(files, **options)
 
 

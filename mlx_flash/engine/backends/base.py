@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_flash.engine.storage.bundle import Layout
-from mlx_flash.engine.storage.reader import Aside, Target
+from mlx_flash.engine.storage.reader import Target
+from mlx_flash.engine.system.executor import Executor
 
 # Sums run over fixed blocks of this many ids, ascending: the same bits at every budget and slot order (DESIGN 2).
 BLOCK = 256
@@ -116,7 +117,7 @@ class Backend(Protocol):
 
     name: str
     compiles: bool  # whether Numba is there, and used
-    aside: Aside | None  # has threads that need no Python
+    executor: Executor | None  # makes a reader's system calls, on threads that need no Python
     lazy: bool  # computes when results are asked for, so that asking which neurons fired costs a wait per layer
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_flash.engine.system.memory import anonymous_memory
 from mlx_flash.errors import FlashError, FormatError, ReadError, SpaceError
 
 from .checkpoint import Checkpoint
 from .header import read_header, read_metadata
-from .pinned import anonymous
 from .writer import CONFIG, config_bytes, sync_folder
 
 VERSION = 1
@@ -243,7 +243,7 @@ def _read(path: Path) -> np.ndarray:
     """All bytes of a file; predictors are used where they lie."""
     try:
         with path.open("rb", buffering=0) as file:
-            data = anonymous(os.fstat(file.fileno()).st_size)
+            data = anonymous_memory(os.fstat(file.fileno()).st_size)
             done = 0
             while done < len(data) and (count := file.readinto(data[done:].data)):
                 done += count

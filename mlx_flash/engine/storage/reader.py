@@ -138,26 +138,6 @@ class Together:
             request.give_up()
 
 
-class Begun(Protocol):
-    """Something that another thread does."""
-
-    def begin(self) -> None:
-        """Hand it over; until here it may be dropped."""
-
-    def done(self) -> bool:
-        """Whether the other thread has done it. Only before `finish`."""
-
-    def finish(self) -> None:
-        """Return when it is done; whoever calls this does it where nobody has begun. A second call does nothing."""
-
-
-class Aside(Protocol):
-    """Has another thread, which needs no Python, make system calls."""
-
-    def prepare_call(self, number: int, arguments: tuple[int, int, int], found: np.ndarray) -> Begun | None:
-        """A system call that gives found (1,) int64, or -1 where it fails. None where there is no other thread."""
-
-
 class Reader(Protocol):
     """Reads bundles of layers into rows of memory. Used by one thread."""
 

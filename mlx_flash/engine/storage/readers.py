@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
+from mlx_flash.engine.system.executor import Executor
 from mlx_flash.errors import ReadError, UsageError
 
 from .aio_reader import DEPTH, AioReader
@@ -21,7 +22,7 @@ from .bundle import Layout
 from .extents import LayerExtents, Source
 from .pread_reader import PreadReader, ended, read_error
 from .read_plan import Merging, Segments, check_request, segments
-from .reader import Aside, Done, Pending, Reader, ReadReport, Target
+from .reader import Done, Pending, Reader, ReadReport, Target
 
 MOST_THREADS = 64  # of Python's that read: more wait for each other
 
@@ -32,18 +33,18 @@ def open_reader(
     direct: bool = True,
     merging: Merging | None = None,
     depth: int | None = None,
-    aside: Aside | None = None,
+    executor: Executor | None = None,
 ) -> Reader:
     """The best reader this system can run. The plain one has no options.
 
     threads, direct, merging: those of PreadReader; depth: reads in flight, instead of what each reader takes by itself;
-    aside: has another thread do what can be done without Python.
+    executor: makes system calls on threads that need no Python.
     """
     if not hasattr(os, "preadv"):
         return PlainReader(files)
     if direct:  # the kernel reads by itself around the page cache only
         with suppress(OSError):
-            return AioReader(files, threads, direct, merging, DEPTH if depth is None else depth, aside)
+            return AioReader(files, threads, direct, merging, DEPTH if depth is None else depth, executor)
     return PreadReader(files, threads if depth is None else min(depth, MOST_THREADS), direct, merging)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_flash.engine.backends.numpy.kernels.attention import Activations, Attention
 from mlx_flash.engine.storage.checkpoint import Checkpoint
-from mlx_flash.engine.storage.pinned import load_tensors
+from mlx_flash.engine.storage.resident_tensors import load_tensors
 from mlx_flash.errors import UsageError
 from mlx_flash.models.prompt_cache import PromptCache
 from mlx_flash.models.specs.config_key_tables import OWN, OWN_MIXTURES

@@ -22,7 +22,7 @@ from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import BITS, GROUP_SIZES, ITEM_BYTES, WORD_BITS, Layout, Part, Quantisation
 from mlx_flash.engine.storage.extents import LayerExtents
 from mlx_flash.engine.storage.header import TensorInfo
-from mlx_flash.engine.storage.pinned import DTYPES, load_tensors
+from mlx_flash.engine.storage.resident_tensors import DTYPES, load_tensors
 from mlx_flash.errors import FormatError
 from mlx_flash.models.specs.mixtures import MixtureSpec, read_mixture
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import pytest
 pytest.importorskip("numba", reason="helpers live in compiled code")
 
 from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers  # noqa: E402
+
+from ..system.test_executor import GETPID, check_executor, needs_numbers  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -235,29 +236,29 @@ def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.Mon
     assert seen.tolist() == [1] * 30
 
 
-GETPID = {"x86_64": 39, "aarch64": 172}.get(platform.machine())
+@needs_numbers
+def test_the_thread_pool_is_an_executor() -> None:
+    pool = workers.Workers()
+    pool.count = 2
+    check_executor(pool)
+    call = pool.system_call(GETPID)
+    pool.count = 1
+    assert not call.start(0, 0, 0) and call.wait() == 0, "there is no other thread"
 
 
-@pytest.mark.skipif(sys.platform != "linux" or GETPID is None, reason="the call's number is not known here")
+@needs_numbers
 def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
-    crew, found, seen, turns = workers.Workers(), np.zeros(1, np.int64), np.zeros(9000, np.int64), np.array([100_000])
-    crew.count = 2
-    finish = crew.start(counting, 9000, seen, turns)  # half a millisecond each
+    pool, seen, turns = workers.Workers(), np.zeros(9000, np.int64), np.array([100_000])
+    pool.count = 2
+    finish = pool.start(counting, 9000, seen, turns)  # half a millisecond each
     while not seen.any():
         time.sleep(0.001)
-    call = crew.prepare_call(GETPID, (0, 0, 0), found)
-    assert call is not None and not found[0], "nothing happens before it is begun"
-    call.begin()
+    call = pool.system_call(GETPID)
+    assert call.start(0, 0, 0)
     end = time.monotonic() + 10
-    while not found[0] and time.monotonic() < end:
+    while not call.done() and time.monotonic() < end:
         time.sleep(0.001)
-    assert found[0] == os.getpid() and not seen.all(), "it waited until all tasks were done"
+    assert call.done() and not seen.all(), "it waited until all tasks were done"
     turns[0] = 0
-    call.finish()
     finish()
-    failing = crew.prepare_call(1_000_000, (0, 0, 0), found)
-    failing.begin()
-    failing.finish()
-    assert found[0] == -1
-    crew.count = 1
-    assert crew.prepare_call(GETPID, (0, 0, 0), found) is None
+    assert call.wait() == os.getpid()

@@ -1,4 +1,4 @@
-"""Reads that another thread submits: whatever it takes and whenever it comes, bytes are right and memory is safe."""
+"""Reads that an executor submits: whatever it takes and whenever it comes, bytes are right and memory is safe."""
 
 from __future__ import annotations
 
@@ -11,92 +11,92 @@ import time
 import numpy as np
 import pytest
 
-from mlx_flash.engine.storage import aio_reader as aio
 from mlx_flash.engine.storage.aio_reader import AioReader
+from mlx_flash.engine.system.executor import InlineExecutor
 from mlx_flash.errors import ReadError
 
-from .test_aio_reader import IDS, NOTHING, ROOT, check_drained, check_interrupts, contexts, file, submit, wide  # noqa: F401
-from .test_readers import HAS_AIO, page_aligned
+from .aio import IDS, ROOT, WatchedAio, check_drained, contexts, needs_aio, submit
+from .test_aio_interrupts import check_interrupts
+from .test_readers import NOTHING, page_aligned
 
-pytestmark = pytest.mark.skipif(not HAS_AIO, reason="this system has no asynchronous I/O")
+pytestmark = needs_aio
 QUEUES = [32, 100, 512]
 
 
-class Late:
-    """Nobody begins the call before it is asked for; `share` of the blocks are then taken."""
+class PartialExecutor(InlineExecutor):
+    """The kernel takes only this share of the reads, late; without any the call fails."""
 
-    def __init__(self, share: float = 1.0):
-        self.kernel, self.share, self.calls = aio.Kernel(), share, 0
+    def __init__(self, share):
+        super().__init__(deferred=True)
+        self.share, syscall = share, self.syscall
+        self.syscall = lambda number, context, count, pointers: (
+            syscall(number, context, int(count * share), pointers) if share else -1
+        )
 
-    def prepare_call(self, number, arguments, found):
-        self.calls += 1
-        return Call(self, arguments, found)
+
+class SlowExecutor(InlineExecutor):
+    """Each call is made by a thread of its own, after `act(k)` for the k-th call, from 1; at first after a while."""
+
+    def __init__(self, act=lambda k: time.sleep(0.001)):
+        super().__init__()
+        self.act, self.calls = act, 0
+
+    def system_call(self, number):
+        return SlowCall(self, number)
 
 
-class Call:
-    def __init__(self, aside, arguments, found):
-        self.aside, (self.context, self.count, self.pointers), self.found, self.begun = aside, arguments, found, False
+class SlowCall:
+    def __init__(self, executor, number):
+        self.executor, self.number = executor, number
+        self.thread, self.result = None, 0
 
-    def begin(self):
-        self.begun = True
-
-    def done(self):
-        self.finish()  # what another thread would have done by now
+    def start(self, *arguments):
+        self.executor.calls += 1
+        self.thread = threading.Thread(target=self.work, args=(self.executor.calls, arguments))
+        self.thread.start()
         return True
 
-    def finish(self):
-        if not self.begun:
-            return
-        self.begun = False
-        count, kernel = int(self.count * self.aside.share), self.aside.kernel
-        self.found[0] = -1  # not through what `Interrupt` watches: nothing interrupts compiled code
-        if count:
-            self.found[0] = kernel._call(kernel._numbers[1], self.context, count, self.pointers, None, None)
-
-
-class Slow(Late):
-    """A thread makes the call, after a while."""
-
-    after_s = 0.001
-
-    def prepare_call(self, number, arguments, found):
-        self.calls += 1
-        return Threaded(self, arguments, found)
-
-
-class Threaded(Call):
-    thread = None
-
-    def begin(self):
-        self.begun = True
-        self.thread = threading.Thread(target=self.work)
-        self.thread.start()
-
-    def work(self):
-        time.sleep(self.aside.after_s)
-        super().finish()
+    def work(self, k, arguments):
+        self.executor.act(k)
+        self.result = self.executor.syscall(self.number, *arguments)
 
     def done(self):
-        return not self.thread.is_alive()
+        return self.thread is None or not self.thread.is_alive()
 
-    def finish(self):
+    def wait(self):
         if self.thread is not None:
             self.thread.join()
+        return self.result
 
 
-class Nobody:
-    def prepare_call(self, number, arguments, found):
-        return None
+class NoExecutor(InlineExecutor):
+    """Has no thread to spare."""
+
+    def system_call(self, number):
+        call = super().system_call(number)
+        call.start = lambda *arguments: False
+        return call
 
 
-KINDS = {"late": Late, "slow": Slow, "half": lambda: Late(0.5), "none": lambda: Late(0), "nobody": Nobody}
+KINDS = {
+    "inline": InlineExecutor,
+    "late": lambda: InlineExecutor(deferred=True),
+    "slow": SlowExecutor,
+    "half": lambda: PartialExecutor(0.5),
+    "none": lambda: PartialExecutor(0),
+    "nobody": NoExecutor,
+}
+
+
+def open_wide(wide, executor, depth, aio=None):
+    return AioReader([wide[0]], merging=NOTHING, depth=depth, executor=executor, aio=aio)
 
 
 @pytest.mark.parametrize("depth", QUEUES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bytes_are_the_same(wide, kind, depth):  # noqa: F811
+def test_the_bytes_are_the_same(wide, kind, depth):
     slab, other = page_aligned(300, 16384), page_aligned(300, 16384)
-    with AioReader([wide[0]], merging=NOTHING, depth=depth, aside=KINDS[kind]()) as reader:
+    with open_wide(wide, KINDS[kind](), depth) as reader:
         for wait_for_first in (True, False):
             slab[:] = other[:] = 0
             first, second = submit(reader, slab), submit(reader, other, IDS[::-1])
@@ -110,13 +110,15 @@ def test_the_bytes_are_the_same(wide, kind, depth):  # noqa: F811
             while not polled.ended():
                 time.sleep(0.0005)
             assert polled.wait().reads == 1200
-            assert not reader._context.in_flight and reader._context._begun is None
+        slab[:] = other[:] = 0xA5
+        time.sleep(0.005)
+        assert (slab == 0xA5).all() and (other == 0xA5).all(), "written to after all had ended"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_requests_one_after_the_other(wide, kind):  # noqa: F811
+def test_small_requests_one_after_the_other(wide, kind):
     slabs = [page_aligned(30, 16384) for _ in range(6)]
-    with AioReader([wide[0]], merging=NOTHING, depth=4096, aside=KINDS[kind]()) as reader:
+    with open_wide(wide, KINDS[kind](), 4096) as reader:
         ids = [IDS[30 * k : 30 * (k + 1)] for k in range(len(slabs))]
         requests = [submit(reader, slab, chosen) for slab, chosen in zip(slabs, ids, strict=True)]
         for k in (3, 0, 5, 1, 2, 4):
@@ -124,40 +126,47 @@ def test_small_requests_one_after_the_other(wide, kind):  # noqa: F811
             np.testing.assert_array_equal(slabs[k], wide[1][ids[k]])
 
 
-def test_what_was_lost_is_read_again_when_nobody_submits_any_more(wide):  # noqa: F811
-    """As after an interrupt in a system call, while another thread is about to submit."""
-    slab, aside = page_aligned(300, 16384), Slow()
-    aside.after_s = 0.03
-    with AioReader([wide[0]], merging=NOTHING, depth=200, aside=aside) as reader:
+def test_a_request_is_submitted_by_the_executor(wide):
+    executor, aio = SlowExecutor(), WatchedAio()
+    with open_wide(wide, executor, 512, aio) as reader:
+        assert submit(reader, page_aligned(30, 16384), IDS[:30]).wait().reads == 120
+        assert executor.calls == 1 and not aio.asked
+
+
+def test_an_interrupt_while_another_thread_submits(wide):
+    """What was lost is read again once that thread is done."""
+    executor, aio = SlowExecutor(lambda k: time.sleep(0.03)), WatchedAio()
+    slab, other = page_aligned(30, 16384), page_aligned(200, 16384)
+    with open_wide(wide, executor, 4096, aio) as reader:
         for _ in range(3):
-            pending = submit(reader, slab)
-            reader._context.torn = True
-            assert pending.wait().reads == 1200
-            np.testing.assert_array_equal(slab, wide[1][IDS])
-            slab[:] = 0xA5
+            first, second = submit(reader, slab, IDS[:30]), submit(reader, other, IDS[30:230])
+            aio.interrupt_next("events")
+            with pytest.raises(KeyboardInterrupt):
+                first.wait()
+            assert second.wait().reads == 800 and first.wait().reads == 120
+            np.testing.assert_array_equal(slab, wide[1][IDS[:30]])
+            np.testing.assert_array_equal(other, wide[1][IDS[30:230]])
+            slab[:] = other[:] = 0xA5
             time.sleep(0.05)
-            assert (slab == 0xA5).all() and reader._context.in_flight == 0
+            assert (slab == 0xA5).all() and (other == 0xA5).all()
 
 
-def test_a_request_that_has_ended_waits_for_nobody_who_submits(wide):  # noqa: F811
-    aside = Slow()
-    with AioReader([wide[0]], merging=NOTHING, depth=512, aside=aside) as reader:
-        slab, other = page_aligned(300, 16384), page_aligned(300, 16384)
-        first = submit(reader, slab, IDS[:30])
-        while not first.ended():
-            time.sleep(0.001)
-        first = submit(reader, slab, IDS[:30])
-        reader._context.settle()
-        time.sleep(0.05)
-        second = submit(reader, other, IDS[30:60])
-        assert first.wait().reads == 120 and reader._context._begun is not None
-        assert second.wait().reads == 120 and aside.calls == 3
+def test_a_request_that_has_ended_does_not_wait_for_a_later_submission(wide):
+    go_on, in_time = threading.Event(), []
+    executor = SlowExecutor(lambda k: in_time.append(go_on.wait(5)) if k == 2 else None)
+    with open_wide(wide, executor, 512) as reader:
+        first = submit(reader, page_aligned(30, 16384), IDS[:30])
+        second = submit(reader, page_aligned(30, 16384), IDS[30:60])
+        time.sleep(0.05)  # the disk reads all of the first
+        assert first.wait().reads == 120 and executor.calls == 2
+        go_on.set()
+        assert second.wait().reads == 120 and in_time == [True]
 
 
-@pytest.mark.parametrize("kind", ["late", "slow"])
-def test_drain_and_close_wait_until_nobody_submits(wide, kind):  # noqa: F811
+@pytest.mark.parametrize("kind", ["inline", "late", "slow"])
+def test_drain_and_close_wait_until_nobody_submits(wide, kind):
     before = contexts()
-    with AioReader([wide[0]], depth=100, merging=NOTHING, aside=KINDS[kind]()) as reader:
+    with open_wide(wide, KINDS[kind](), 100) as reader:
         slab = page_aligned(300, 16384)
         pending = submit(reader, slab)
         check_drained(reader, slab, wide[1], pending)
@@ -165,7 +174,7 @@ def test_drain_and_close_wait_until_nobody_submits(wide, kind):  # noqa: F811
             pending.wait()
         submit(reader, slab)
     slab[:] = 0xA5
-    reader = AioReader([wide[0]], depth=100, merging=NOTHING, aside=KINDS[kind]())
+    reader = open_wide(wide, KINDS[kind](), 100)
     submit(reader, slab)
     del reader
     gc.collect()
@@ -174,27 +183,27 @@ def test_drain_and_close_wait_until_nobody_submits(wide, kind):  # noqa: F811
     assert (slab == 0xA5).all() and contexts() == before
 
 
-@pytest.mark.parametrize("kind", ["late", "slow", "half"])
-def test_an_interrupt_at_any_step(file, kind):  # noqa: F811
+@pytest.mark.parametrize("kind", ["inline", "late", "slow", "half"])
+def test_an_interrupt_at_any_step(file, kind):
     check_interrupts(file, 100, KINDS[kind]())
 
 
-def test_a_lost_context_is_replaced(wide):  # noqa: F811
-    with AioReader([wide[0]], merging=NOTHING, depth=64, aside=Late()) as reader:
+def test_a_lost_context_is_replaced(wide):
+    with open_wide(wide, InlineExecutor(deferred=True), 64, aio := WatchedAio()) as reader:
         slab = page_aligned(300, 16384)
         pending = submit(reader, slab)
-        assert reader._context.kernel.destroy(reader._context._name.value) == 0
+        assert aio.destroy(aio.context) == 0
         assert pending.wait().bytes == slab.nbytes
         np.testing.assert_array_equal(slab, wide[1][IDS])
 
 
 FORKING = """
 import os, sys
-from tests.engine.storage.test_aio_reader import *
+from tests.engine.storage.test_aio_interrupts import *
 from mlx_flash.engine.backends.numpy.kernels.thread_pool import Workers
-crew = Workers()
-crew.count = 2
-reader = AioReader([LayerFile(Path(sys.argv[1]), WIDE)], merging=NOTHING, depth=512, aside=crew)
+pool = Workers()
+pool.count = 2
+reader = AioReader([LayerFile(Path(sys.argv[1]), WIDE)], merging=NOTHING, depth=512, executor=pool)
 slab = page_aligned(300, 16384)
 submit(reader, slab).wait()
 whole = slab.copy()
@@ -239,7 +248,7 @@ print(interrupts > 5, wrong)
 """
 
 
-def test_kernels_threads_submit_also_when_interrupted_and_not_in_a_forked_child(wide):  # noqa: F811
+def test_kernels_threads_submit_also_when_interrupted_and_not_in_a_forked_child(wide):
     pytest.importorskip("numba", reason="helpers live in compiled code")
     command = [sys.executable, "-c", FORKING, str(wide[0].path), "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

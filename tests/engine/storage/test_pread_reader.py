@@ -15,17 +15,15 @@ from queue import SimpleQueue
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mlx_flash.engine.storage import pread_reader as pread
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part
 from mlx_flash.engine.storage.pread_reader import PreadReader
-from mlx_flash.engine.storage.read_plan import Merging, is_scan, pieces, segments
+from mlx_flash.engine.storage.read_plan import Merging, pieces, segments
 from mlx_flash.engine.storage.reader import ReadReport, Target
 from mlx_flash.errors import ReadError, UsageError
 
-from .test_readers import ALIGNED, NOTHING, READERS, check, make_file, page_aligned
+from .test_readers import ALIGNED, NOTHING, READERS, check, make_file, page_aligned, spans_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
 
@@ -44,36 +42,6 @@ class Calls:
             self.calls.append((offset, [len(buffer) for buffer in buffers]))
             number = len(self.calls)
         return self.real(fd, buffers, offset) if self.act is None else self.act(self, number, fd, buffers, offset)
-
-
-def spans_of(layout, *names):
-    return [(layout.offset(name), layout.part(name).nbytes, layout.part(name).nbytes, 0) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("skew", "offset", "nbytes", "aligned"),
-    [
-        (0, 0, 2048, True),
-        (0, 512, 1024, True),
-        (8, 0, 2048, False),
-        (0, 8, 512, False),
-        (0, 512, 1000, False),
-    ],
-)
-def test_which_pieces_are_aligned(skew, offset, nbytes, aligned):
-    """A read that is thought aligned and is not would fall back to the page cache, unnoticed."""
-    memory = page_aligned(1, 4 * 4096)[0][skew : skew + 3 * 4096].reshape(3, 4096)[:, :nbytes]
-    targets = [Target(offset, memory)]
-    found = segments(ALIGNED, np.array([7]), np.array([2]), targets)
-    assert pieces(found, targets, NOTHING, 512).aligned.tolist() == [aligned]
-
-
-def direct_alignment(path):
-    """What direct reads must be multiples of here; 1 where this file system has none."""
-    fd, align = pread._open_direct(path)
-    if fd >= 0:
-        os.close(fd)
-    return align
 
 
 def test_whole_runs_are_few_long_reads(tmp_path, monkeypatch):
@@ -103,46 +71,6 @@ def test_near_neighbours_are_one_read(tmp_path, monkeypatch):
         assert check(reader, 0, bundles, [12, 10, 11, 14], [5, 0, 2, 1], spans, 6).reads == 4
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    part=st.sampled_from([512, 2048, 6144]),
-    density=st.floats(0.001, 0.999),
-    names=st.sampled_from([["up", "down"], ["gate"], ["gate", "down"], ["gate", "up", "down"]]),
-    seed=st.integers(0, 99),
-)
-def test_no_request_reads_much_more_than_it_asks_for(part, density, names, seed):
-    """Bundles here and there: gaps are at most a tenth, however they lie; and every segment is read once."""
-    layout = Layout(tuple(Part(name, "uint8", part) for name in ("gate", "up", "down")), 900)
-    ids = np.flatnonzero(np.random.default_rng(seed).random(900) < density)
-    if not len(ids) or is_scan(ids):
-        return
-    targets = [Target(layout.offset(name), page_aligned(len(ids), part)) for name in names]
-    found = segments(layout, ids, np.arange(len(ids)), targets)
-    plan = pieces(found, targets, Merging(), 512)
-    asked = len(ids) * len(names) * part
-    assert asked <= (plan.end - plan.start).sum() <= 1.1 * asked
-    assert (plan.start[1:] >= plan.end[:-1]).all() and plan.first[-1] == len(found.offset)
-    read_in = np.searchsorted(plan.start, found.offset, side="right") - 1
-    np.testing.assert_array_equal(read_in, np.repeat(np.arange(len(plan.start)), np.diff(plan.first)))
-    assert (found.offset + found.nbytes <= plan.end[read_in]).all()
-
-
-def test_small_gaps_are_read_over_before_large_ones():
-    layout = Layout((Part("all", "uint8", 512),), 4000)
-    ids = np.sort([0, 3, *range(100, 1000, 50), 1005, 1007, 1009])  # gaps of 2, 96, 49, 54 and 1 bundles
-    targets = [Target(0, page_aligned(len(ids), 512))]
-    found = segments(layout, ids, np.arange(len(ids)), targets)
-
-    def merged(share):
-        plan = pieces(found, targets, Merging(8192, share), 512)
-        starts = set(((plan.start - DATA_START) // 512).tolist())
-        return sorted(set(ids.tolist()) - starts)
-
-    assert merged(0) == merged(0.99 / len(ids)) == []
-    assert merged(1 / len(ids)) == [1007] and merged(3.9 / len(ids)) == [1007, 1009]
-    assert merged(4 / len(ids)) == [3, 1007, 1009] and merged(9) == [3, 1007, 1009]
-
-
 def test_one_part_of_a_whole_layer_is_a_few_long_reads(tmp_path):
     file, bundles = make_file(tmp_path, ALIGNED)
     with PreadReader([file]) as reader:
@@ -164,7 +92,7 @@ def test_more_buffers_than_one_read_may_name(tmp_path, monkeypatch):
 def test_unaligned_extents_are_read_aligned(tmp_path, monkeypatch):
     layout = Layout((Part("a", "uint8", 700), Part("b", "uint8", 700)), 30)
     file, bundles = make_file(tmp_path, layout)
-    align = direct_alignment(file.path)
+    align = pread.OpenFile(file.path, True).align
     calls = Calls(monkeypatch)
     with PreadReader([file], merging=NOTHING) as reader:
         report = check(reader, 0, bundles, [20, 9], [0, 1], spans_of(layout, "b"), 2)

@@ -1,4 +1,4 @@
-"""Requests of one target, planned in a few steps: the same reads as the general way finds, or one for every bundle."""
+"""Which reads fetch a request; for one target, planned in a few steps, the same ones as the general way finds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from mlx_flash.engine.storage import read_plan as module
 from mlx_flash.engine.storage.aio_reader import AioReader
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part
-from mlx_flash.engine.storage.linux_aio import places
+from mlx_flash.engine.storage.control_blocks import places
 from mlx_flash.engine.storage.read_plan import FEW, Alike, Merging, Pieces, is_scan, pieces, plan_reads, segments
 from mlx_flash.engine.storage.reader import Target
 
-from .test_readers import HAS_AIO, check, make_file, page_aligned
+from .test_readers import ALIGNED, HAS_AIO, NOTHING, check, make_file, page_aligned
 
 COUNT = 400
 COLUMNS = ("offset", "target", "memory", "nbytes")
@@ -141,3 +141,61 @@ def test_the_bytes_are_those_of_the_bundles(tmp_path_factory, request_, merging,
     with AioReader([file], threads=2, merging=merging, depth=depth) as reader:
         report = check(reader, 0, bundles, ids, rows, [span], int(rows.max()) + 1)
     assert report.bytes >= len(set(ids.tolist())) * span[1]
+
+
+@pytest.mark.parametrize(
+    ("skew", "offset", "nbytes", "aligned"),
+    [
+        (0, 0, 2048, True),
+        (0, 512, 1024, True),
+        (8, 0, 2048, False),
+        (0, 8, 512, False),
+        (0, 512, 1000, False),
+    ],
+)
+def test_which_pieces_are_aligned(skew, offset, nbytes, aligned):
+    """A read that is thought aligned and is not would fall back to the page cache, unnoticed."""
+    memory = page_aligned(1, 4 * 4096)[0][skew : skew + 3 * 4096].reshape(3, 4096)[:, :nbytes]
+    targets = [Target(offset, memory)]
+    found = segments(ALIGNED, np.array([7]), np.array([2]), targets)
+    assert pieces(found, targets, NOTHING, 512).aligned.tolist() == [aligned]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    part=st.sampled_from([512, 2048, 6144]),
+    density=st.floats(0.001, 0.999),
+    names=st.sampled_from([["up", "down"], ["gate"], ["gate", "down"], ["gate", "up", "down"]]),
+    seed=st.integers(0, 99),
+)
+def test_no_request_reads_much_more_than_it_asks_for(part, density, names, seed):
+    """Bundles here and there: gaps are at most a tenth, however they lie; and every segment is read once."""
+    layout = Layout(tuple(Part(name, "uint8", part) for name in ("gate", "up", "down")), 900)
+    ids = np.flatnonzero(np.random.default_rng(seed).random(900) < density)
+    if not len(ids) or is_scan(ids):
+        return
+    targets = [Target(layout.offset(name), page_aligned(len(ids), part)) for name in names]
+    found = segments(layout, ids, np.arange(len(ids)), targets)
+    plan = pieces(found, targets, Merging(), 512)
+    asked = len(ids) * len(names) * part
+    assert asked <= (plan.end - plan.start).sum() <= 1.1 * asked
+    assert (plan.start[1:] >= plan.end[:-1]).all() and plan.first[-1] == len(found.offset)
+    read_in = np.searchsorted(plan.start, found.offset, side="right") - 1
+    np.testing.assert_array_equal(read_in, np.repeat(np.arange(len(plan.start)), np.diff(plan.first)))
+    assert (found.offset + found.nbytes <= plan.end[read_in]).all()
+
+
+def test_small_gaps_are_read_over_before_large_ones():
+    layout = Layout((Part("all", "uint8", 512),), 4000)
+    ids = np.sort([0, 3, *range(100, 1000, 50), 1005, 1007, 1009])  # gaps of 2, 96, 49, 54 and 1 bundles
+    targets = [Target(0, page_aligned(len(ids), 512))]
+    found = segments(layout, ids, np.arange(len(ids)), targets)
+
+    def merged(share):
+        plan = pieces(found, targets, Merging(8192, share), 512)
+        starts = set(((plan.start - DATA_START) // 512).tolist())
+        return sorted(set(ids.tolist()) - starts)
+
+    assert merged(0) == merged(0.99 / len(ids)) == []
+    assert merged(1 / len(ids)) == [1007] and merged(3.9 / len(ids)) == [1007, 1009]
+    assert merged(4 / len(ids)) == [3, 1007, 1009] and merged(9) == [3, 1007, 1009]

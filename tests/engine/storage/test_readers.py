@@ -70,6 +70,10 @@ def page_aligned(rows, width):
     return np.frombuffer(mmap.mmap(-1, max(1, rows * width)), np.uint8)[: rows * width].reshape(rows, width)
 
 
+def spans_of(layout, *names):
+    return [(layout.offset(name), layout.part(name).nbytes, layout.part(name).nbytes, 0) for name in names]
+
+
 @st.composite
 def requests(draw):
     """A layout, and a request on it: (layout, ids, rows, [(offset, nbytes, pitch, skew)], capacity)."""

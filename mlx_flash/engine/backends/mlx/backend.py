@@ -320,7 +320,7 @@ def cache_limit_bytes(dim: int) -> int:
 class MlxBackend:
     """Slabs in memory that MLX allocates, written through; passes on MLX's default device."""
 
-    name, compiles, aside, lazy = "mlx", False, None, True
+    name, compiles, executor, lazy = "mlx", False, None, True
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> MlxSlab:
         """Zeroed memory for `rows` bundles, these parts of each; rows may be 0. Hold it as long as its arrays."""

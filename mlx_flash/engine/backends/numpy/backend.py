@@ -20,8 +20,8 @@ from mlx_flash.engine.backends.numpy.kernels.attention import Activations, Atten
 from mlx_flash.engine.backends.numpy.kernels.base import Weights
 from mlx_flash.engine.storage.bundle import ALIGN, Layout
 from mlx_flash.engine.storage.bundle_weights import VIEWS, coded_rows
-from mlx_flash.engine.storage.pinned import anonymous
 from mlx_flash.engine.storage.reader import Target
+from mlx_flash.engine.system.memory import anonymous_memory
 
 from .decode_pass import BlockSums, DecodePass
 from .group_pass import GroupDecode, GroupPrefill
@@ -62,7 +62,7 @@ class NumpySlab:
         begin, length = _range(layout, parts)
         self.row_bytes = -(-length // ALIGN) * ALIGN
         self.nbytes = _pages(rows * self.row_bytes)
-        memory = anonymous(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
+        memory = anonymous_memory(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
         whole = len(parts) == len(layout.parts)
         self.targets = (Target(begin, memory if whole else memory[:, :length]),)
         self._views: dict[str, np.ndarray] = {}
@@ -92,7 +92,7 @@ class NumpyBackend:
 
     def __init__(self, numba: bool | None = None):
         self.kernels = kernels.load(numba)
-        self.compiles, self.aside = self.kernels.name == "numba", self.kernels.aside
+        self.compiles, self.executor = self.kernels.name == "numba", self.kernels.executor
         self.tiles = Tiles()
         self._sums = BlockSums()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
-from mlx_flash.engine.storage.reader import Aside
+from mlx_flash.engine.system.executor import Executor
 
 from .attention import Activations, Attention
 
@@ -31,8 +31,8 @@ class Kernels(Protocol):
     name: str
 
     @property
-    def aside(self) -> Aside | None:
-        """Threads that do what needs no Python, where the set has some."""
+    def executor(self) -> Executor | None:
+        """Makes system calls on threads that need no Python, if the set has such threads."""
 
     @property
     def threads(self) -> int:

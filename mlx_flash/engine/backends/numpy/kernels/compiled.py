@@ -89,7 +89,7 @@ class CompiledKernels:
         self._lock = threading.Lock()  # of _sums
 
     @property
-    def aside(self) -> Workers:
+    def executor(self) -> Workers:
         return self._workers
 
     @property

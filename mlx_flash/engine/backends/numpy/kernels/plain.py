@@ -21,7 +21,7 @@ ROWS = 256  # widened at a time
 class PlainKernels:
     """See `kernels.Kernels`."""
 
-    name, aside = "plain", None
+    name, executor = "plain", None
     threads = 1
 
     def dots(self, w: Weights, rows: np.ndarray | None, x: np.ndarray) -> np.ndarray:

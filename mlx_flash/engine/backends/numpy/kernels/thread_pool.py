@@ -138,8 +138,8 @@ class Job:
         self.begun = True
 
     def done(self) -> bool:
-        """Whether all is done, before anybody has called `finish`."""
-        return bool(self.board.jobs[self.place, DONE] >= self.tasks)
+        """Whether `finish` would return at once."""
+        return self.keep is None or bool(self.board.jobs[self.place, DONE] >= self.tasks)
 
     def finish(self) -> None:
         """Take part, and return when all is done; a second call does nothing."""
@@ -200,35 +200,61 @@ class Workers:
     def start(self, kernel: Callable[..., None], tasks: int, *arguments: Any, keep: Any = None) -> Callable[[], None]:
         """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
         which takes part and returns when all is done. keep: what else stays in memory until then."""
-        board, helpers = self._shared_board(), 0
+        board, helpers = self.shared_board(), 0
         if tasks > 1 and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
         job = Job(board, compiled.address_of(kernel), tasks, arguments, helpers, keep)
         job.begin()
         return job.finish
 
-    def prepare_call(self, number: int, arguments: tuple[int, int, int], found: np.ndarray) -> Job | None:
-        """See `storage.protocol.Aside`."""
-        board = self._shared_board()
-        helpers = board.hire(1) if self._count > 1 else 0
-        if not helpers:
-            return None
-        return Job(
-            board, compiled.address_of(compiled.system_call), 1, (number, *arguments, found), helpers, urgent=True
-        )
+    def system_call(self, number: int) -> ThreadCall:
+        """See `Executor.system_call`."""
+        return ThreadCall(self, number)
 
     def run_steps(self, steps: np.ndarray) -> None:
         """Do jobs one after the other, without Python between them; see `Steps`."""
-        board = self._shared_board()
+        board = self.shared_board()
         job = Job(board, 0, 0, (), 0, steps)
         helpers = board.hire(self._count - 1) if self._count > 1 else 0
         compiled.run_steps(job.at, steps.ctypes.data, len(steps), board.helpers_at, helpers)
         job.finish()
 
-    def _shared_board(self) -> Board:
+    def shared_board(self) -> Board:
         if Workers._board is None:
             Workers._board = Board()
         return Workers._board
+
+
+class ThreadCall:
+    """A system call that a helper makes; see `executor.SystemCall`."""
+
+    def __init__(self, workers: Workers, number: int):
+        self._workers, self._number = workers, number
+        self._result = np.zeros(1, np.int64)
+        self._result_at = int(self._result.ctypes.data)
+        self._job: Job | None = None  # known before it begins, so that an interrupt cannot lose it
+
+    def start(self, a: int, b: int, c: int) -> bool:
+        """See `SystemCall.start`."""
+        board = self._workers.shared_board()
+        helpers = board.hire(1) if self._workers.count > 1 else 0
+        if not helpers:
+            return False
+        arguments = self._number, a, b, c, self._result_at
+        kernel = compiled.address_of(compiled.system_call)
+        self._job = Job(board, kernel, 1, arguments, helpers, self._result, urgent=True)
+        self._job.begin()
+        return True
+
+    def done(self) -> bool:
+        """See `SystemCall.done`."""
+        return self._job is None or self._job.done()
+
+    def wait(self) -> int:
+        """See `SystemCall.wait`."""
+        if self._job is not None:
+            self._job.finish()
+        return int(self._result[0])
 
 
 class Steps:

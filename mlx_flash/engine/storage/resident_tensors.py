@@ -1,21 +1,18 @@
-"""Resident tensors in one block of anonymous memory, locked there where the system allows it.
+"""Reading the tensors that stay resident into one block of memory, which is locked if the system allows it.
 
-If the dense part is paged out, keeping it resident was in vain: so it is neither mapped nor left in the page cache.
+They are neither mapped nor left in the page cache: the system could page them out, and would hold them twice.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_flash.engine.system.memory import anonymous_memory, lock_memory
 from mlx_flash.errors import FormatError, ReadError
 
 from .header import TensorInfo
@@ -25,36 +22,14 @@ ALIGN = 64  # a cache line, and the widest vector load
 PIECE = 64 << 20
 
 
-def anonymous(nbytes: int) -> np.ndarray:
-    """Page-aligned zeroed bytes that belong to this process alone, in huge pages where the system has them: weights
-    are read in long rows, and looking up small pages takes as long as the rows."""
-    if not nbytes:
-        return np.empty(0, np.uint8)
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
-def lock_memory(array: np.ndarray) -> bool:
-    """Ask the system to keep this memory in RAM; False where it refuses (RLIMIT_MEMLOCK) or cannot."""
-    if sys.platform == "win32" or not array.nbytes:
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)) == 0
-
-
 def load_tensors(
     files: Mapping[str, tuple[Path, TensorInfo]],
     shapes: Mapping[str, tuple[int, ...]],
     wrap: Callable[[np.ndarray, str, tuple[int, ...]], Any],
 ) -> dict[str, Any]:
-    """Read the tensors named in `shapes` and give each to `wrap(bytes, dtype, shape)`.
+    """Read the tensors named in `shapes`; returns, by name, what `wrap(bytes, dtype, shape)` makes of each.
 
-    Raises FormatError for one that is missing, of another shape or dtype; ReadError when the disk fails.
+    Raises FormatError if a tensor is missing or has another shape or dtype, ReadError if the disk fails.
     """
     places, total = {}, 0
     for name, shape in shapes.items():
@@ -65,7 +40,7 @@ def load_tensors(
             raise FormatError(f"{path}: {name!r} is {info.dtype} {list(info.shape)}, the config asks for {list(shape)}")
         places[name] = total
         total += -(-info.nbytes // ALIGN) * ALIGN
-    memory = anonymous(total)
+    memory = anonymous_memory(total)
     lock_memory(memory)
     tensors = {}
     for name, at in places.items():

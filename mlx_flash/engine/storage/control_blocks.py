@@ -1,76 +1,19 @@
-"""Linux's own asynchronous I/O as the kernel has it: four system calls, and the records they take.
+"""The kernel's records for a plan's reads: where each piece goes in memory, and the control blocks of a submission.
 
-Knows addresses and numbers; what they mean, and what becomes of an interrupt, is `aio_reader.py`'s business.
+Knows read plans and the records of Linux's asynchronous I/O; makes no system call.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import platform
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from mlx_flash.engine.storage.read_plan import Alike, Pieces
-from mlx_flash.engine.storage.reader import Aside, Begun
+from mlx_flash.engine.system.linux_aio import CONTROL_BLOCK, PREAD, PREADV
 
-_NUMBERS = {"x86_64": (206, 209, 208, 207), "aarch64": (0, 2, 4, 1)}  # io_setup, io_submit, io_getevents, io_destroy
-_PREAD, _PREADV = 0, 7
+from .read_plan import Alike, Pieces
+
 _NONE = np.empty(0, np.int64)
-CONTROL_BLOCK = np.dtype(  # struct iocb, little-endian
-    [
-        ("data", "<i8"),
-        ("key", "<u4"),
-        ("rw_flags", "<u4"),
-        ("opcode", "<u2"),
-        ("priority", "<i2"),
-        ("fd", "<i4"),
-        ("buffer", "<u8"),
-        ("nbytes", "<u8"),
-        ("offset", "<i8"),
-        ("reserved", "<u8"),
-        ("flags", "<u4"),
-        ("eventfd", "<u4"),
-    ]
-)
-
-
-class Kernel:
-    """The four system calls. Each returns what the kernel does: a count, or a negative error number."""
-
-    def __init__(self) -> None:
-        numbers = _NUMBERS.get(platform.machine())
-        if sys.platform != "linux" or numbers is None or sys.maxsize < 1 << 32 or sys.byteorder != "little":
-            raise OSError(errno.ENOSYS, "no asynchronous I/O is known for this system")
-        self._numbers = numbers
-        long, pointer = ctypes.c_long, ctypes.c_void_p
-        kind = ctypes.CFUNCTYPE(long, long, ctypes.c_ulong, long, long, pointer, pointer, use_errno=True)
-        self._call = kind(("syscall", ctypes.CDLL(None)))
-
-    def _result(self, value: int) -> int:
-        return value if value >= 0 else -ctypes.get_errno()
-
-    def setup(self, events: int, context: ctypes.c_ulong) -> int:
-        """Make a context, its name in `context`, which must hold 0."""
-        return self._result(self._call(self._numbers[0], events, ctypes.addressof(context), 0, None, None))
-
-    def submit(self, context: int, count: int, pointers: int) -> int:
-        """Begin the reads of `count` control blocks, whose addresses are at `pointers`; returns how many were taken."""
-        return self._result(self._call(self._numbers[1], context, count, pointers, None, None))
-
-    def prepare_submit(self, aside: Aside, context: int, count: int, pointers: int, taken: np.ndarray) -> Begun | None:
-        """The same, by another thread; `taken` (1,) int64 tells how many, or -1."""
-        return aside.prepare_call(self._numbers[1], (context, count, pointers), taken)
-
-    def events(self, context: int, at_least: int, most: int, into: int) -> int:
-        """Wait for so many ended reads; memory at `into` takes data, block, result, 0 (int64) of each."""
-        return self._result(self._call(self._numbers[2], context, at_least, most, into, None))
-
-    def destroy(self, context: int) -> int:
-        """Return when nothing is in flight; the context is gone."""
-        return self._result(self._call(self._numbers[3], context, 0, 0, None, None))
 
 
 class Places(NamedTuple):
@@ -112,7 +55,7 @@ class Blocks:
             self._alike = 0
             nbytes[:count], opcode[:count] = places.nbytes[which], places.opcode[which]
         elif places.alike != self._alike:
-            nbytes[:], opcode[:] = places.alike, _PREAD
+            nbytes[:], opcode[:] = places.alike, PREAD
             self._alike = places.alike
 
 
@@ -137,6 +80,6 @@ def places(plan: Pieces, scrap: memoryview) -> Places:
     vectors[place[gaps] - 1, 0], vectors[place[gaps] - 1, 1] = np.frombuffer(scrap, np.uint8).ctypes.data, gap[gaps]
     last = np.cumsum(count[several])
     begin, end = place[last - count[several]], place[last - 1] + 1
-    opcode[several], size[several] = _PREADV, end - begin
+    opcode[several], size[several] = PREADV, end - begin
     buffer[several] = vectors.ctypes.data + begin * vectors.itemsize * 2
     return Places(buffer, size, opcode, 0, vectors)
