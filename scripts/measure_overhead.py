@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import mlx_flash
-from mlx_flash.engine.backends.base import BLOCK
+from mlx_flash.engine.backends.base import BLOCK, SEGMENTS
 from mlx_flash.engine.backends.numpy.backend import DTYPES
 from mlx_flash.engine.storage.reader import Target
 from mlx_flash.engine.storage.readers import open_reader
@@ -37,13 +37,17 @@ class PlainFFN:
         self.kernels, self.parts, self.activation = kernels, parts, activation
         count = len(parts["down"])
         self.ids, self.starts = np.arange(count), np.array([*range(0, count, BLOCK), count])
+        blocks = len(self.starts) - 1
+        self.segments = np.arange(blocks) * SEGMENTS // blocks
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        y = np.zeros_like(x)
+        y = np.empty_like(x)
         for token, out in zip(x, y, strict=True):
             gate, up, down = (self.parts[name] for name in ("gate", "up", "down"))
             h = self.kernels.neurons(gate, up, None, np.ascontiguousarray(token), acts=(self.activation, ""))
-            self.kernels.add_blocks([down], None, self.ids, h, self.starts, out)
+            sums = np.zeros((SEGMENTS, len(out)), np.float32)
+            self.kernels.add_blocks([down], None, self.ids, h, self.starts, self.segments, sums)
+            out[:] = self.kernels.total(sums, down)
         return y
 
 

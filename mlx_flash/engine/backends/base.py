@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,13 +16,36 @@ from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.engine.storage.reader import Target
 from mlx_flash.engine.system.executor import Executor
 
-# Sums run over fixed blocks of this many ids, ascending: the same bits at every budget and slot order (DESIGN 2).
+# An FFN's sum over its neurons is a fixed tree, so its bits depend on nothing but which neurons are in it (DESIGN 2).
+# Each block of BLOCK ids is summed by itself, ids ascending. A layer's blocks are cut into SEGMENTS runs, each of which
+# adds up its blocks, ascending, from zero. The segments' sums are added pairwise: `add_pairwise`.
 BLOCK = 256
+SEGMENTS = 8
 
 
 def block_of(layout: Layout) -> int:
     """Bundles of a layout that make up a block of BLOCK neurons."""
     return BLOCK // layout.neurons
+
+
+def block_segments(layout: Layout) -> np.ndarray:
+    """The segment of each of a layer's blocks, (blocks,) int64, ascending, read-only. The segments' lengths differ by
+    one block at most; where there are fewer blocks than segments, some segments are empty and their sums zero."""
+    return _segments(-(-layout.count // block_of(layout)))
+
+
+@cache
+def _segments(blocks: int) -> np.ndarray:
+    found = np.arange(blocks, dtype=np.int64) * SEGMENTS // blocks
+    found.flags.writeable = False  # every pass over such a layer gets this array
+    return found
+
+
+def add_pairwise(sums: Any) -> Any:
+    """((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) of the segments' sums (SEGMENTS, ...), a backend's array."""
+    while len(sums) > 1:
+        sums = sums[0::2] + sums[1::2]
+    return sums[0]
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,8 @@ class Slab(Protocol):
 
 
 class FFNPass(Protocol):
-    """One layer's FFN on one input. Terms are added in ascending id order; the order they became resident is free."""
+    """One layer's FFN on one input. Blocks are given in ascending order; the order in which bundles become resident
+    changes nothing."""
 
     def gate(self, slab: Slab) -> np.ndarray:
         """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not

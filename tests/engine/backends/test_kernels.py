@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_flash.engine.backends.base import BLOCK
+from mlx_flash.engine.backends.base import BLOCK, SEGMENTS
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
 from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers
 
@@ -73,9 +73,15 @@ def test_dots_are_the_products_in_float64_and_a_rows_bits_do_not_depend_on_its_c
         assert kernel.dots(apart[row : row + 1], None, x).tobytes() == got[row].tobytes()
 
 
-def blocks_of(ids: np.ndarray) -> np.ndarray:
-    edges = np.arange(ids[0] // BLOCK + 1, ids[-1] // BLOCK + 1) * BLOCK
-    return np.concatenate([[0], np.searchsorted(ids, edges), [len(ids)]])
+def blocks_of(ids: np.ndarray, count: int, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """Where each block of ascending ids begins and the last one ends; the segments of a layer of `count` neurons."""
+    blocks = -(-count // block)
+    starts = np.searchsorted(ids, np.arange(blocks) * block)
+    return np.append(starts, len(ids)), np.arange(blocks) * SEGMENTS // blocks
+
+
+def zeros(d: int) -> np.ndarray:
+    return np.zeros((SEGMENTS, d), np.float32)
 
 
 @both_sets
@@ -87,12 +93,14 @@ def test_a_sum_over_blocks_has_the_same_bits_wherever_the_rows_lie(
     rng, kernel = np.random.default_rng(seed), SETS[name]
     w, h = stored(random(rng, count, d), dtype), random(rng, count)
     h[rng.random(count) < 0.3] = 0
-    ids, zeros = np.arange(count), np.zeros(count, np.int64)
-    start = np.abs(random(rng, d))
+    ids, one = np.arange(count), np.zeros(count, np.int64)
+    start = np.abs(random(rng, SEGMENTS, d))
     y = start.copy()
-    kernel.add_blocks([w], zeros, ids, h, blocks_of(ids), y)
-    exact = start + wide(w).astype(np.float64).T @ h
-    assert np.all(np.abs(y - exact) <= 2e-6 * (start + np.abs(wide(w)).astype(np.float64).T @ np.abs(h)))
+    starts, segments = blocks_of(ids, count)
+    kernel.add_blocks([w], one, ids, h, starts, segments, y)
+    exact = start.sum(axis=0, dtype=np.float64) + wide(w).astype(np.float64).T @ h
+    size = start.sum(axis=0) + np.abs(wide(w)).astype(np.float64).T @ np.abs(h)
+    assert np.all(np.abs(kernel.total(y, w) - exact) <= 2e-6 * size)
 
     # Without the zeros, the rows shuffled over two slabs, in as many calls as there are blocks.
     kept = np.flatnonzero(h)
@@ -104,16 +112,17 @@ def test_a_sum_over_blocks_has_the_same_bits_wherever_the_rows_lie(
     for block in range(-(-count // BLOCK)):
         mine = kept[kept // BLOCK == block]
         rows, second = place[mine], (place[mine] >= split).astype(np.int64)
-        kernel.add_blocks(sources, second, rows - second * split, h[mine], np.array([0, len(mine)]), again)
+        edges, segment = np.array([0, len(mine)]), segments[block : block + 1]
+        kernel.add_blocks(sources, second, rows - second * split, h[mine], edges, segment, again)
     assert again.tobytes() == y.tobytes()
 
 
 def both_sums(kernel: kernels.Kernels, dtype: str, seed: int = 5) -> list[np.ndarray]:
     rng, d = np.random.default_rng(seed), 1000  # wide enough to be cut into columns too, at odd places
     w, x = stored(random(rng, 1000, d), dtype), random(rng, d)
-    h, y = kernel.dots(w, None, x), np.zeros(d, np.float32)
-    kernel.add_blocks([w], np.zeros(1000, np.int64), np.arange(1000), h, blocks_of(np.arange(1000)), y)
-    return [h, y]
+    h, y, ids = kernel.dots(w, None, x), zeros(d), np.arange(1000)
+    kernel.add_blocks([w], np.zeros(1000, np.int64), ids, h, *blocks_of(ids, 1000), y)
+    return [h, kernel.total(y, w)]
 
 
 @needs_numba
@@ -189,19 +198,20 @@ def test_blocks_that_wait_for_nothing_are_summed_at_once(name: str, dtype: str, 
     for threads in (1, 2, 5):
         kernel.threads = threads
         ids = np.flatnonzero(rng.random(count) < 0.3)
-        y, z, late = np.zeros(d, np.float32), np.zeros(d, np.float32), (ids // BLOCK == 1) | (ids // BLOCK == 3)
+        y, z, late = zeros(d), zeros(d), (ids // BLOCK == 1) | (ids // BLOCK == 3)
         h = kernel.neurons(first, second, ids, x, **options)
-        kernel.add_blocks([down], None, ids, h, blocks_of(ids), y)
-        begins = np.searchsorted(ids, np.arange(6) * BLOCK)
+        begins, segments = blocks_of(ids, count)
+        kernel.add_blocks([down], None, ids, h, begins, segments, y)
         spans = np.stack([begins[:-1], begins[1:]], 1)
         spans[[1, 3], 1] = spans[[1, 3], 0]
         sums = np.full((5, d), np.nan, np.float32)
-        finish = kernel.begin_neurons(first, second, ids, x, **options, down=down, spans=spans, sums=sums)
+        early = kernels.EarlySums(down, spans, sums)
+        finish = kernel.begin_neurons(first, second, ids, x, **options, early=early)
         assert finish().tobytes() == h.tobytes()
         starts, which = np.array([0, (ids[late] // BLOCK == 1).sum(), late.sum()]), np.array([1, 3])
-        kernel.add_blocks([down], None, ids[late], h[late], starts, z, (sums, which))
+        kernel.add_blocks([down], None, ids[late], h[late], starts, segments, z, (sums, which))
         assert z.tobytes() == y.tobytes()
-    kernel.add_blocks([down], None, ids[:0], h[:0], np.array([0]), z := np.zeros(d, np.float32), (sums, which[:0]))
+    kernel.add_blocks([down], None, ids[:0], h[:0], np.array([0]), segments, z := zeros(d), (sums, which[:0]))
     assert z.tobytes() == y.tobytes()
 
 
@@ -213,7 +223,13 @@ def test_numba_set_refuses_what_compiled_code_would_take_on_trust() -> None:
         with pytest.raises(IndexError, match="of 4"):
             kernel.dots(w, np.array(rows), x)
         with pytest.raises(IndexError, match=r"of \[4\]"):
-            kernel.add_blocks([w], np.array([0]), np.array(rows), x[:1], np.array([0, 1]), x.copy())
+            kernel.add_blocks([w], np.array([0]), np.array(rows), x[:1], np.array([0, 1]), np.array([0]), zeros(8))
+    for segments in ([SEGMENTS], [-1], [0, 1]):
+        with pytest.raises(ValueError, match="there are 8"):
+            kernel.add_blocks([w], None, np.array([0]), x[:1], np.array([0, 1]), np.array(segments), zeros(8))
+    for y in (zeros(8)[:7], zeros(8).astype(np.float64), zeros(16)[:, ::2]):
+        with pytest.raises(ValueError, match="contiguous fp32"):
+            kernel.add_blocks([w], None, np.array([0]), x[:1], np.array([0, 1]), np.array([0]), y)
     for bad in (w.astype(np.float64), np.ones((8, 4), np.float32).T):
         with pytest.raises(ValueError, match="contiguous"):
             kernel.dots(bad, None, x)
@@ -323,11 +339,10 @@ def test_neurons_and_dense_are_the_same_terms(name: str, dtype: str, gated: bool
     again = kernel.neurons(None, second, rows, x, given=given[rows], acts=(act, ""))
     assert again.tobytes() == h[rows].tobytes()
     for block in (256, 64):  # two numbers of tasks: by records, and in two steps
-        y, z = np.ones(d, np.float32), np.ones(d, np.float32)
-        assert kernel.dense(first, second, down, x, y, block, **options).tobytes() == h.tobytes()
-        kept = np.flatnonzero(h)
-        starts = np.concatenate([[0], np.searchsorted(kept, np.arange(block, count, block)), [len(kept)]])
-        kernel.add_blocks([down], None, kept, h[kept], starts, z)
+        y, z, kept = zeros(d), zeros(d), np.flatnonzero(h)
+        starts, segments = blocks_of(kept, count, block)
+        assert kernel.dense(first, second, down, x, y, block, segments, **options).tobytes() == h.tobytes()
+        kernel.add_blocks([down], None, kept, h[kept], starts, segments, z)
         assert y.tobytes() == z.tobytes()
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_flash.engine.backends.base import SEGMENTS
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows, quantise
 from mlx_flash.engine.numerics.casting import from_float32, to_float32
@@ -67,10 +68,10 @@ def test_products_equal_those_of_the_numbers(kernel_set: Any, bits: int, size: i
         near(kernel_set.dots(rows, chosen, x), numbers[chosen] @ x)
         lead, follow = np.maximum(numbers[chosen] @ x, 0), numbers[chosen] @ x
         near(kernel_set.neurons(rows, rows, chosen, x, acts=("relu", "")), lead * follow)
-        h, y = np.abs(rng.standard_normal(23)).astype(np.float32), rng.standard_normal(n).astype(np.float32)
-        wanted = y + h @ numbers[chosen]
-        kernel_set.add_blocks([rows], None, chosen, h, np.array([0, 6, 6, 23]), y)
-        near(y, wanted)
+        h, y = np.abs(rng.standard_normal(23)).astype(np.float32), np.zeros((SEGMENTS, n), np.float32)
+        for _ in range(2):  # one after the other, added up
+            kernel_set.add_blocks([rows], None, chosen, h, np.array([0, 6, 6, 23]), np.array([0, 2, 5]), y)
+        near(kernel_set.total(y, rows), 2 * h @ numbers[chosen])
 
 
 def near(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -92,10 +93,10 @@ def test_groups_of_neurons_equal_the_numbers(kernel_set: Any, bits: int, size: i
     wanted = np.maximum(numbers[0] @ x, 0) * (numbers[1] @ x)
     h = kernel_set.group_neurons(gate, up, chosen, x, acts=("relu", ""))
     near(h.reshape(-1), wanted)
-    y = rng.standard_normal(dim).astype(np.float32)
-    wanted = y + h.reshape(-1).astype(np.float64) @ numbers[2]
-    kernel_set.add_groups([down], np.zeros(3, np.int64), chosen, h, np.array([0, 2, 3]), y)
-    near(y, wanted)
+    y = np.zeros((SEGMENTS, dim), np.float32)
+    wanted = h.reshape(-1).astype(np.float64) @ numbers[2]
+    kernel_set.add_groups([down], np.zeros(3, np.int64), chosen, h, np.array([0, 2, 3]), np.array([1, 6]), y)
+    near(kernel_set.total(y, None), wanted)
 
 
 def test_the_same_bits_at_every_thread_count_and_place(kernel_set: Any) -> None:
@@ -103,24 +104,26 @@ def test_the_same_bits_at_every_thread_count_and_place(kernel_set: Any) -> None:
     rows = coded(weights(0, (600, n)), 4, 64, "bfloat16")
     x, h = rng.standard_normal(n).astype(np.float32), rng.standard_normal(600).astype(np.float32)
     edges, every, moved = np.array([0, 256, 512, 600]), np.arange(600), rng.permutation(600)
-    back, found = np.argsort(moved), []
+    segments, back, found = np.array([0, 2, 2]), np.argsort(moved), []
     for threads in (1, 2, 3):
         kernel_set.threads = threads
         for w, places in ((rows, every), (records(rows[moved]), back)):
-            y = np.ones(n, np.float32)
-            kernel_set.add_blocks([w], None, places, h, edges, y)
-            found.append(np.concatenate([kernel_set.dots(w, places, x), y]))
+            y = np.zeros((SEGMENTS, n), np.float32)
+            kernel_set.add_blocks([w], None, places, h, edges, segments, y)
+            found.append(np.concatenate([kernel_set.dots(w, places, x), kernel_set.total(y, w)]))
     kernel_set.threads = 1
-    y = np.ones(n, np.float32)
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):  # block by block, as they stream
-        kernel_set.add_blocks([rows], None, every[begin:end], h[begin:end], np.array([0, end - begin]), y)
-    found.append(np.concatenate([kernel_set.dots(rows, every, x), y]))
-    y = np.ones(n, np.float32)
-    scalars = kernel_set.dense(rows, rows, rows, x, y, 256, acts=("relu", ""))
-    again = np.ones(n, np.float32)
+    y = np.zeros((SEGMENTS, n), np.float32)
+    for block, (begin, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):  # one by one, as they stream
+        here = slice(begin, end)
+        edge, segment = np.array([0, end - begin]), segments[block : block + 1]
+        kernel_set.add_blocks([rows], None, every[here], h[here], edge, segment, y)
+    found.append(np.concatenate([kernel_set.dots(rows, every, x), kernel_set.total(y, rows)]))
+    y = np.zeros((SEGMENTS, n), np.float32)
+    scalars = kernel_set.dense(rows, rows, rows, x, y, 256, segments, acts=("relu", ""))
+    again = np.zeros((SEGMENTS, n), np.float32)
     fired = np.flatnonzero(scalars)
     starts = np.searchsorted(fired, [0, 256, 512, 600])
-    kernel_set.add_blocks([rows], None, fired, scalars[fired], starts, again)
+    kernel_set.add_blocks([rows], None, fired, scalars[fired], starts, segments, again)
     assert all(np.array_equal(each, found[0]) for each in found) and np.array_equal(y, again)
 
 
@@ -128,12 +131,13 @@ def test_bad_arguments_are_refused() -> None:
     pytest.importorskip("numba")
     numba = kernels.load(True)
     rows, x = coded(weights(0, (8, 64)), 4, 32, "float32"), np.zeros(64, np.float32)
+    y = np.zeros((SEGMENTS, 64), np.float32)
     for call in (
         lambda: numba.dots(rows, None, x[:32]),
         lambda: numba.dots(rows, None, x.astype(np.float64)),
         lambda: numba.dots(AffineRows(rows.codes[:, ::2], rows.scales[:, ::2], rows.biases[:, ::2], 4), None, x[:32]),
         lambda: numba.neurons(rows, coded(weights(0, (8, 64)), 8, 32, "float32"), None, x),
-        lambda: numba.add_blocks([rows], None, np.arange(8), np.zeros(8, np.float32), np.array([0, 8]), x[:32]),
+        lambda: numba.add_blocks([rows], None, np.arange(8), x[:8], np.array([0, 8]), np.array([0]), y[:, :32].copy()),
     ):
         with pytest.raises(ValueError):
             call()
@@ -141,7 +145,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(IndexError):
             numba.dots(rows, np.array(places), x)
         with pytest.raises(IndexError):
-            numba.add_blocks([rows], None, np.array(places), np.zeros(1, np.float32), np.array([0, 1]), x)
+            numba.add_blocks([rows], None, np.array(places), x[:1], np.array([0, 1]), np.array([0]), y)
 
 
 @settings(max_examples=60)

@@ -13,7 +13,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Predictor, Widths
+from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Predictor, Widths, block_segments
 from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout
 from mlx_flash.errors import ConfigError
 
@@ -30,6 +30,7 @@ from .slab import (
     is_run,
     padded,
     pieces,
+    runs,
     slab_bytes,
     window,
 )
@@ -63,7 +64,8 @@ class MlxPass:
         self._tokens: int = self._x.shape[1]
         self._one_token = self._tokens == 1
         self._down_rows = DOWN_ROWS if self._one_token and spec.layout.count >= MANY else BLOCK
-        self._sum = Sum()
+        self._sum, self._segments = Sum(), block_segments(spec.layout)
+        self._segment = 0  # of the terms that are being added
         self._next_id = 0
         self._lazy_bytes = 0
         self._gates: mx.array | None = None  # (1, T, count)
@@ -183,8 +185,13 @@ class MlxPass:
         ids = found[0].ids if len(found) == 1 else np.concatenate([each.ids for each in found])
         order = np.argsort(ids)
         self._follow(int(ids[order[0]]), int(ids[order[-1]]) + 1)
+        segments = self._segments[ids[order] // BLOCK]
+        self._enter(int(segments[0]))
         if len(found) == 1 and found[0].run and self._rest is None and order[0] == 0 and is_run(order):
-            self._add_run(found[0].scalars[..., : len(ids)], found[0].slab, int(found[0].rows[0]))
+            for begin, end in runs(segments):
+                self._enter(int(segments[begin]))
+                row = int(found[0].rows[0]) + begin
+                self._add_run(found[0].scalars[..., begin:end], found[0].slab, row, segments[begin:end])
             return
         starts = np.cumsum([0] + [each.scalars.shape[2] for each in found[:-1]])
         columns = np.concatenate([start + np.arange(len(each.ids)) for start, each in zip(starts, found, strict=True)])
@@ -192,7 +199,11 @@ class MlxPass:
         scalars = mx.take(scalars, mx.array(columns[order].astype(np.uint32)), axis=2)
         lagging = Lagging()
         for begin, end in pieces(len(ids), PIECE if self._one_token else BLOCK):
-            self._add_selected(scalars[..., begin:end], gather(found, order[begin:end]))
+            down = gather(found, order[begin:end])
+            for first, last in runs(segments[begin:end]):
+                self._enter(int(segments[begin + first]))
+                part = down if last - first == end - begin else down.rows(slice(first, last), 1)
+                self._add_selected(scalars[..., begin + first : begin + last], part)
             if end < len(ids) and self._one_token:
                 lagging.start(self._unfinished())
 
@@ -238,9 +249,16 @@ class MlxPass:
             raise ValueError(f"ids are added in ascending order: {first_id} came after {self._next_id - 1}")
         self._next_id = end_id
 
+    def _enter(self, segment: int) -> None:
+        """Terms of `segment` come next: the last group of the one before is summed as it is."""
+        if segment != self._segment:
+            self._add_rest()
+            self._segment = segment
+
     def _add_blocks(self, slab: MlxSlab, row: int, first_id: int, blocks: int, length: int) -> mx.array:
         """Add `blocks` times `length` ids that begin at `row`; returns their scalars (blocks, T, length)."""
         rows = blocks * length
+        segments = self._segments[first_id // BLOCK :][:blocks]
 
         def product(name: str) -> mx.array:
             return slab.view(name, row, blocks, length, across=True).product(self._x)
@@ -256,36 +274,41 @@ class MlxPass:
             scalars = self._lead(product(first), bias(first))
             if second is not None:
                 scalars = scalars * self._follows(product(second), bias(second))
+        self._add_rest()
+        self._segment = int(segments[-1])
         if self._one_token:
-            self._add_run(scalars.reshape(1, 1, rows), slab, row)
+            self._add_run(scalars.reshape(1, 1, rows), slab, row, np.repeat(segments, length))
             self._add_rest()
             return scalars
-        self._sum.add(slab.view("down", row, blocks, length).product(scalars))
+        self._sum.add(slab.view("down", row, blocks, length).product(scalars), segments)
         self._lazy_bytes += _block_bytes(self._x.shape[2], self._x.dtype.size, self._tokens)
         if self._lazy_bytes > LAZY_BYTES:
             self.settle()
         return scalars
 
-    def _add_run(self, scalars: mx.array, slab: MlxSlab, row: int) -> None:
-        """One token's h (1, 1, n) times the slab's rows row..: the groups of `_add_selected`, nothing is copied."""
+    def _add_run(self, scalars: mx.array, slab: MlxSlab, row: int, segments: np.ndarray) -> None:
+        """One token's h (1, 1, n) of these segments times the slab's rows row..: the groups of `_add_selected`, nothing
+        is copied."""
         count = scalars.shape[2]
         groups, whole = count // self._down_rows, count - count % self._down_rows
         if groups:
             left = scalars[..., :whole].reshape(groups, 1, -1)
-            self._sum.add(slab.view("down", row, groups, self._down_rows).product(left))
+            products = slab.view("down", row, groups, self._down_rows).product(left)
+            self._sum.add(products, segments[: whole : self._down_rows])
         if whole < count:
             self._rest = scalars[..., whole:], slab.view("down", row + whole, 1, count - whole)
             self._rest_in_place = True
 
     def _add_rest(self) -> None:
         if self._rest is not None:
-            self._sum.add(self._rest[1].product(self._rest[0]))
+            self._sum.add(self._rest[1].product(self._rest[0]), np.array([self._segment]))
             self._rest = None
 
     def _add_selected(self, scalars: mx.array, down: MlxRows) -> None:
         """h (1, T, n) times rows (1, n, d), by groups of so many consecutive selected ids; keeps what fills no group.
 
-        The groups run on through several `down`s, so they do not depend on how the ids were dealt out to them.
+        The groups of a segment run on through several `down`s, so they do not depend on how the ids were dealt out to
+        them.
         """
         if self._rest is not None:
             scalars = mx.concatenate([self._rest[0], scalars], axis=2)
@@ -296,7 +319,7 @@ class MlxPass:
         for group in range(0, groups, step):
             part = slice(group * rows, (group + step) * rows)
             left = scalars[..., part].reshape(self._tokens, step, rows).swapaxes(0, 1)
-            self._sum.add(down.rows(part, step).product(left))
+            self._sum.add(down.rows(part, step).product(left), np.full(step, self._segment))
         self._rest = (scalars[..., whole:], down.rows(slice(whole, None), 1)) if whole < count else None
         self._rest_in_place = False
 
@@ -362,7 +385,8 @@ class MlxBackend:
         """An upper bound of what a prefill of `chunk` tokens takes beyond weights, slabs and KV cache: temporaries
         as if fp32, and the freed buffers that MLX keeps. A decoding step's copies of selected rows are covered too."""
         dim, chunk, block = widths.dim, min(chunk, context), _block_bytes(widths.dim, 4, min(chunk, context))
-        ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + block)
+        # Twice a block: MLX works on two segments at once where one ends within what it was given.
+        ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + 2 * block) + 4 * (Sum.LIVE - 1) * chunk * dim
         fused = available() and widths.head_dim in FUSED_HEAD_DIMS
         item = ITEM_BYTES[layout.dtype]
         scores = 0 if fused else 2 * item * widths.heads * chunk * context

@@ -181,6 +181,12 @@ def pieces(count: int, step: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + step, count)
 
 
+def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and end of each run of equal values (n,), n > 0."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    yield from zip(edges, edges[1:], strict=False)
+
+
 class Lagging:
     """Evaluates arrays, two at once and no more: so many copies are alive, and the device is never left idle."""
 

@@ -25,7 +25,7 @@ from mlx_flash.engine.system.memory import anonymous_memory
 
 from .decode_pass import BlockSums, DecodePass
 from .group_pass import GroupDecode, GroupPrefill
-from .prefill_pass import TILE_COLUMNS, PrefillPass
+from .prefill_pass import TILE_COLUMNS, PrefillPass, SegmentTree
 from .prefill_pass import TILE_ROWS as PREFILL_ROWS
 from .tiles import Scratch, Tiles
 
@@ -247,7 +247,7 @@ class NumpyBackend:
         dim, tokens = widths.dim, min(chunk, context)
         wide = 4 * max(TILE_ROWS * max(dim, widths.qkv_rows), context * widths.head_dim)
         products = 4 * tokens * (PREFILL_ROWS + min(TILE_COLUMNS, dim) + context + 3 * widths.head_dim)
-        ffn = 4 * tokens * (2 * BLOCK + 2 * dim)
+        ffn = 4 * tokens * (2 * BLOCK + (1 + SegmentTree.LIVE) * dim)
         activations = 4 * tokens * (5 * dim + 5 * widths.qkv_rows) + 2 * tokens * tokens
         rotations = 8 * context * widths.head_dim
         return COUNTED_THREADS * (wide + products) + ffn + activations + rotations + (1 << 20)

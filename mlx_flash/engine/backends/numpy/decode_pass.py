@@ -6,13 +6,14 @@ Knows slabs only by `part(name)`; neither files nor residency.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Fired
-from mlx_flash.engine.backends.numpy.kernels.base import Kernels, Weights, add_dense, widen
+from mlx_flash.engine.backends.base import BLOCK, SEGMENTS, FFNSpec, Fired, block_segments
+from mlx_flash.engine.backends.numpy.kernels.base import EarlySums, Kernels, Weights, add_dense, widen
 
 _NO_IDS = np.empty(0, np.int64)
 
@@ -29,8 +30,8 @@ def _wide(w: Any) -> np.ndarray:
     return out
 
 
-class FFNInput:
-    """What both passes share: the spec, the input, the output so far."""
+class FFNInput(ABC):
+    """What the passes share: the spec, the input, and how the output is finished."""
 
     def __init__(self, spec: FFNSpec, x: np.ndarray):
         self.spec = spec
@@ -42,16 +43,21 @@ class FFNInput:
             None if (bias := spec.bias(part)) is None else _wide(bias) for part in (self.first, self.second)
         )
         self.x = np.ascontiguousarray(x, np.float32)
-        self.y = np.zeros(x.shape, np.float32)
+        self.segments = block_segments(spec.layout)
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027
         """Nothing is ever pending on a slab except what was given to `scalars` without `down`."""
+
+    @abstractmethod
+    def total(self) -> np.ndarray:
+        """The sum of all terms (T, d), in memory of its own."""
 
     def result(self) -> np.ndarray:
         """The FFN's output (T, d)."""
+        y = self.total()
         if self.spec.down_bias is not None:
-            self.y += _wide(self.spec.down_bias)
-        return self.y
+            y += _wide(self.spec.down_bias)
+        return y
 
 
 class BlockSums:
@@ -126,8 +132,10 @@ class DecodePass(FFNInput):
 
     def __init__(self, kernels: Kernels, spec: FFNSpec, x: np.ndarray, memory: BlockSums | None = None):
         super().__init__(spec, x)
-        self.kernels, self.x, self.out = kernels, self.x[0], self.y[0]
+        self.kernels, self.x = kernels, self.x[0]
+        self.sums = np.zeros((SEGMENTS, len(self.x)), np.float32)
         self.memory = memory or BlockSums()
+        self.summed: Weights | None = None  # some of the rows whose terms were added
         self.active: np.ndarray | None = None
         self.terms: list[Term] = []
         self._begun: BegunSums | None = None
@@ -154,10 +162,8 @@ class DecodePass(FFNInput):
         if late is None or not isinstance(down, np.ndarray) or len(late) * BLOCK > self.spec.layout.count:
             begun = self.kernels.begin_neurons(first, second, rows, self.x, **options)
         else:
-            sums, spans = self._begin_sums(ids, late)
-            begun = self.kernels.begin_neurons(
-                first, second, rows, self.x, **options, down=down, spans=spans, sums=sums
-            )
+            early = EarlySums(down, *self._begin_sums(ids, late))
+            begun = self.kernels.begin_neurons(first, second, rows, self.x, **options, early=early)
             self.memory.used_until(begun)
         term = Term(ids, down, rows, begun)
         self.terms.append(term)
@@ -176,7 +182,7 @@ class DecodePass(FFNInput):
         return found
 
     def _begin_sums(self, ids: np.ndarray, late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Memory for the sums of all blocks, and which of `ids` each consists of: none where it waits for late ones."""
+        """Which of `ids` each block's sum consists of, none where it waits for late ones, and memory for the sums."""
         first, end = int(ids[0]) // BLOCK, int(ids[-1]) // BLOCK + 1
         if len(late):
             first, end = min(first, int(late.min()) // BLOCK), max(end, int(late.max()) // BLOCK + 1)
@@ -184,8 +190,8 @@ class DecodePass(FFNInput):
         edges = ids.searchsorted(np.arange(first, end + 1) * BLOCK)
         spans = np.stack([edges[:-1], edges[1:]], 1)
         spans[lacking, 1] = spans[lacking, 0]
-        self._begun = BegunSums(first, lacking, self.memory.take(end - first, len(self.out)))
-        return self._begun.sums, spans
+        self._begun = BegunSums(first, lacking, self.memory.take(end - first, len(self.x)))
+        return spans, self._begun.sums
 
     def down(self) -> None:
         terms, self.terms = self.terms, []
@@ -201,29 +207,34 @@ class DecodePass(FFNInput):
         source, rows, h, ids = _in_order(terms)
         if begun is not None:
             edges, others = (begun.first + begun.lacking) * BLOCK, (begun.sums, begun.lacking)
+            segments = self.segments[begun.first : begun.first + len(begun.sums)]
         elif len(ids):
-            edges, others = np.arange(ids[0] // BLOCK, ids[-1] // BLOCK + 1) * BLOCK, None
+            first, end = ids[0] // BLOCK, ids[-1] // BLOCK + 1
+            edges, others, segments = np.arange(first, end) * BLOCK, None, self.segments[first:end]
         else:
             return
-        starts = np.append(ids.searchsorted(edges), len(ids))
-        self.kernels.add_blocks([term.down for term in terms], source, rows, h, starts, self.out, others)
+        starts, downs = np.append(ids.searchsorted(edges), len(ids)), [term.down for term in terms]
+        self.kernels.add_blocks(downs, source, rows, h, starts, segments, self.sums, others)
+        self.summed = downs[0]
 
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         check_whole_blocks(first_id, count, self.spec.layout.count)
+        here = slice(first_row, first_row + count)
+        self.summed = down = slab.part("down")[here]
+        sums = self.sums, BLOCK, self.segments[first_id // BLOCK : -(-(first_id + count) // BLOCK)]
         if self.second_bias is not None:
             ids, rows = np.arange(first_id, first_id + count), np.arange(first_row, first_row + count)
             scalars = self._with_second_bias(slab, ids, rows)
-            add_dense(self.kernels, slab.part("down")[first_row : first_row + count], scalars, self.out, BLOCK)
-            if h is not None:
-                h[0] = scalars
-            return
-        bias = None if self.bias is None else self.bias[first_id : first_id + count]
-        here = slice(first_row, first_row + count)
-        second = None if self.second is None else slab.part(self.second)[here]
-        first, down = slab.part(self.first)[here], slab.part("down")[here]
-        scalars = self.kernels.dense(first, second, down, self.x, self.out, BLOCK, **self._options(bias))
+            add_dense(self.kernels, down, scalars, *sums)
+        else:
+            bias = None if self.bias is None else self.bias[first_id : first_id + count]
+            first, second = slab.part(self.first)[here], None if self.second is None else slab.part(self.second)[here]
+            scalars = self.kernels.dense(first, second, down, self.x, *sums, **self._options(bias))
         if h is not None:
             h[0] = scalars
+
+    def total(self) -> np.ndarray:
+        return self.kernels.total(self.sums, self.summed)[None]
 
 
 def check_whole_blocks(first_id: int, count: int, total: int) -> None:

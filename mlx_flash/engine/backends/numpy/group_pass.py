@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import FFNSpec, block_of
+from mlx_flash.engine.backends.base import SEGMENTS, FFNSpec, block_of
 from mlx_flash.engine.backends.numpy.kernels.base import Kernels, activate
 from mlx_flash.engine.numerics.affine import AffineBundles
 
@@ -48,18 +48,12 @@ class GroupPrefill(PrefillPass):
 
     def down(self) -> None:
         terms, self.terms = self.terms, []
-        size, neurons = block_of(self.spec.layout), self.spec.layout.neurons
-        if not terms:
-            return
-        ids = np.concatenate([term[0] for term in terms])
-        parts = np.repeat(np.arange(len(terms)), [len(term[0]) for term in terms])
-        rows = np.concatenate([term[2] for term in terms])
-        for block in np.unique(ids // size):
-            # One product per group, in order: what else was selected must not change a sum.
-            for at in np.argsort(ids, kind="stable"):
-                if ids[at] // size == block:
-                    load = self._from(terms[parts[at]][1], rows[at : at + 1])
-                    self._add_block(int(ids[at]) * neurons, neurons, load)
+        size, count = block_of(self.spec.layout), self.spec.layout.count
+        present = [np.unique(term[0] // size) for term in terms]
+        for block in np.unique(np.concatenate(present)) if present else ():
+            begin, end = int(block) * size, min((int(block) + 1) * size, count)
+            neurons = self.spec.layout.neurons
+            self._add_block(begin * neurons, (end - begin) * neurons, self._selected(terms, begin))
 
     def _from(self, slab: Rows, bundles: np.ndarray) -> Load:
         neurons = self.spec.layout.neurons
@@ -70,13 +64,29 @@ class GroupPrefill(PrefillPass):
 
         return load
 
+    def _selected(self, terms: list[tuple[np.ndarray, Rows, np.ndarray]], first: int) -> Load:
+        """The groups of a block, which begins with group `first`, that were selected; zeros for the others."""
+        neurons = self.spec.layout.neurons
+
+        def load(name: str, rows: slice, columns: slice, out: np.ndarray) -> None:
+            out[...] = 0
+            begin, end = first + rows.start // neurons, first + -(-rows.stop // neurons)
+            for ids, slab, places in terms:
+                part: Any = slab.part(name)
+                for k in np.flatnonzero((ids >= begin) & (ids < end)):
+                    at = (ids[k] - begin) * neurons
+                    out[at : at + neurons] = part[places[k : k + 1]].widen(columns)
+
+        return load
+
 
 class GroupDecode(FFNInput):
     """One token."""
 
     def __init__(self, kernels: Kernels, spec: FFNSpec, x: np.ndarray):
         super().__init__(spec, x)
-        self.kernels, self.x, self.out = kernels, self.x[0], self.y[0]
+        self.kernels, self.x = kernels, self.x[0]
+        self.sums = np.zeros((SEGMENTS, len(self.x)), np.float32)
         self.terms: list[tuple[np.ndarray, Any, np.ndarray, np.ndarray]] = []  # ids, down, rows, h (n, neurons)
 
     def gate(self, slab: Rows) -> np.ndarray:
@@ -124,9 +134,13 @@ class GroupDecode(FFNInput):
         self, sources: list[AffineBundles], source: np.ndarray, rows: np.ndarray, h: np.ndarray, ids: np.ndarray
     ) -> None:
         size = block_of(self.spec.layout)
-        edges = np.arange(ids[0] // size + 1, ids[-1] // size + 1) * size
+        first, last = ids[0] // size, ids[-1] // size
+        edges = np.arange(first + 1, last + 1) * size
         starts = np.concatenate([[0], np.searchsorted(ids, edges), [len(ids)]])
-        self.kernels.add_groups(sources, source, rows, h, starts, self.out)
+        self.kernels.add_groups(sources, source, rows, h, starts, self.segments[first : last + 1], self.sums)
+
+    def total(self) -> np.ndarray:
+        return self.kernels.total(self.sums, None)[None]
 
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         _check_blocks(self.spec, first_id, count)

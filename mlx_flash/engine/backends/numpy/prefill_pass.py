@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import BLOCK, FFNSpec
+from mlx_flash.engine.backends.base import BLOCK, SEGMENTS, FFNSpec
 from mlx_flash.engine.backends.numpy.kernels.base import activate, widen
 
 from .decode_pass import FFNInput, Rows, check_whole_blocks
@@ -18,6 +18,40 @@ from .tiles import Scratch, Tiles
 
 TILE_ROWS, TILE_COLUMNS = 64, 512  # of gate and up, and of down, in one product
 Load = Callable[[str, slice, slice, np.ndarray], None]  # part, rows of the block, columns, where to
+Additions = list[tuple[np.ndarray, np.ndarray]]  # to each first array the second one, in this order
+
+
+class SegmentTree:
+    """The sums (T, d) of a prompt's segments, added pairwise as soon as both halves of a pair are complete: at most
+    LIVE of them are in memory at once. An empty segment has None in place of a sum."""
+
+    LIVE = 4
+
+    def __init__(self) -> None:
+        self.sum: np.ndarray | None = None  # of the segment under way
+        self._segment = 0
+        self._complete: list[np.ndarray | None] = []  # the parts of the tree left of it, ever smaller ones
+
+    def enter(self, segment: int) -> Additions:
+        """The next blocks are of `segment`; SEGMENTS: there are no more. The additions returned must be made now.
+        Raises ValueError for a segment before the one under way."""
+        if segment < self._segment:
+            raise ValueError(f"blocks are added in ascending order: segment {segment} came after {self._segment}")
+        additions: Additions = []
+        while self._segment < segment:
+            found, odd = self.sum, self._segment
+            while odd & 1:  # the right half of a pair
+                left = self._complete.pop()
+                if left is not None and found is not None:
+                    additions.append((left, found))
+                found, odd = found if left is None else left, odd >> 1
+            self._complete.append(found)
+            self.sum, self._segment = None, self._segment + 1
+        return additions
+
+    def root(self) -> np.ndarray | None:
+        """The sum of all segments, when SEGMENTS has been entered and the additions are made."""
+        return self._complete[0]
 
 
 class PrefillPass(FFNInput):
@@ -27,7 +61,7 @@ class PrefillPass(FFNInput):
 
     def __init__(self, tiles: Tiles, spec: FFNSpec, x: np.ndarray):
         super().__init__(spec, x)
-        self.tiles = tiles
+        self.tiles, self.tree = tiles, SegmentTree()
         self.active: np.ndarray | None = None
         self.terms: list[tuple[np.ndarray, Rows, np.ndarray]] = []  # ids, slab, rows
 
@@ -69,6 +103,10 @@ class PrefillPass(FFNInput):
         """Add the terms of ids first_id.. ; returns their scalars (T, count), in memory that is used again."""
         dim = self.x.shape[1]
         h = self.tiles.scratch.get("h", (len(self.x), count))
+        additions = self.tree.enter(int(self.segments[first_id // BLOCK]))
+        total, begins = self.tree.sum, self.tree.sum is None
+        if total is None:
+            total = self.tree.sum = np.empty(self.x.shape, np.float32)
 
         def neurons(scratch: Scratch, k: int) -> None:
             rows = slice(k * self.tile_rows, min((k + 1) * self.tile_rows, count))
@@ -91,11 +129,28 @@ class PrefillPass(FFNInput):
             mine = slice(k * TILE_COLUMNS, min((k + 1) * TILE_COLUMNS, dim))
             weights = scratch.get("wide", (count, mine.stop - mine.start))
             load("down", slice(0, count), mine, weights)
-            self.y[:, mine] += np.matmul(h, weights, out=scratch.get("sum", (len(h), mine.stop - mine.start)))
+            for left, right in additions:
+                left[:, mine] += right[:, mine]
+            if begins:
+                np.matmul(h, weights, out=total[:, mine])
+            else:
+                total[:, mine] += np.matmul(h, weights, out=scratch.get("sum", (len(h), mine.stop - mine.start)))
 
         self.tiles.each(-(-count // self.tile_rows), neurons)
         self.tiles.each(-(-dim // TILE_COLUMNS), columns)
         return h
+
+    def total(self) -> np.ndarray:
+        additions = self.tree.enter(SEGMENTS)
+
+        def rows(scratch: Scratch, k: int) -> None:
+            for left, right in additions:
+                left[k] += right[k]
+
+        if additions:
+            self.tiles.each(len(self.x), rows)
+        root = self.tree.root()
+        return np.zeros(self.x.shape, np.float32) if root is None else root
 
     def _product(self, scratch: Scratch, weights: np.ndarray) -> np.ndarray:  # (n, d) -> (T, n)
         return np.matmul(self.x, weights.T, out=scratch.get("product", (len(self.x), len(weights))))

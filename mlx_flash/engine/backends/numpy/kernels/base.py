@@ -7,6 +7,7 @@ that depends on nothing but the ids (DESIGN 2). Knows arrays, rows and blocks; n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -18,7 +19,16 @@ from mlx_flash.engine.system.executor import Executor
 from .attention import Activations, Attention
 
 Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
-NO_SPANS, NO_SUMS = np.empty((0, 2), np.int64), np.empty((0, 0), np.float32)
+
+
+@dataclass(frozen=True)
+class EarlySums:
+    """Blocks that are summed as soon as their scalars are computed: sums[b] (d,) becomes what `add_blocks` would add
+    for the scalars spans[b, 0] to spans[b, 1]. down (count, d); spans (blocks, 2) integers; sums (blocks, d) fp32."""
+
+    down: np.ndarray
+    spans: np.ndarray
+    sums: np.ndarray
 
 
 class Kernels(Protocol):
@@ -80,15 +90,10 @@ class Kernels(Protocol):
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
-        down: np.ndarray | None = None,
-        spans: np.ndarray = NO_SPANS,
-        sums: np.ndarray = NO_SUMS,
+        early: EarlySums | None = None,
     ) -> Callable[[], np.ndarray]:
-        """The same, begun: what is returned gives the result. The arguments must stay as they are until then.
-
-        With `down` (count, d), alike in dtype and strides, it also writes what `add_blocks` would have summed up for
-        the scalars spans[b, 0] to spans[b, 1]: sums[b] (d,) fp32. spans (blocks, 2) integers; sums (blocks, d) fp32.
-        """
+        """Start `neurons`; the function returned waits for the result and returns it. The arguments must stay as they
+        are until then. early: sums to compute as well, whose `down` has the dtype and strides of `first`."""
 
     def add_blocks(
         self,
@@ -97,16 +102,22 @@ class Kernels(Protocol):
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
         others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Add to y (d,) fp32, for each block b ascending, the sum over i in starts[b]..starts[b+1], ascending, of
-        `h[i] * sources[source[i]][rows[i]]`. A block's sum starts from zero.
+        """Add to y[segments[b]], for each block b ascending, the sum over i in starts[b]..starts[b+1], ascending, of
+        `h[i] * sources[source[i]][rows[i]]`. A block's sum starts from zero. `total` gives what y comes to.
 
         sources: weight arrays (., d); source (None: the first), rows (m,) integers; h (m,) fp32; starts (blocks + 1,)
-        integers. others: sums (n, d) of more blocks, from `begin_neurons`, and which of them are these blocks, whose
-        sums are replaced; all n are added.
+        and segments (blocks,) integers; y (SEGMENTS, d) fp32, zeros at first. others: sums (n, d) of more blocks, from
+        `begin_neurons`, and which of them are these blocks, whose sums are replaced; all n are added, and `segments`
+        is of all n.
         """
+
+    def total(self, y: np.ndarray, like: Weights | None) -> np.ndarray:
+        """The segments' sums y (SEGMENTS, d) added pairwise, (d,) fp32. like: any weights that were summed, None for
+        groups of neurons: a set may keep the columns of y in an order that suits them."""
 
     def dense(
         self,
@@ -116,13 +127,14 @@ class Kernels(Protocol):
         x: np.ndarray,
         y: np.ndarray,
         block: int,
+        segments: np.ndarray,
         *,
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
     ) -> np.ndarray:
-        """`neurons` of all rows, added to y (d,) by blocks of `block` rows; returns them, (count,) fp32. down
-        (count, d); the rest as there. The same bits as `neurons` and `add_blocks` give."""
+        """`neurons` of all rows, added to y as `add_blocks` does, by blocks of `block` rows; returns them, (count,)
+        fp32. down (count, d). The same bits as `neurons` and `add_blocks` give."""
 
     def group_neurons(
         self,
@@ -143,6 +155,7 @@ class Kernels(Protocol):
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
     ) -> None:
         """`add_blocks` of bundles of neurons, h (m, neurons): the sum of bundle i is that of its neurons."""
@@ -169,13 +182,14 @@ def load(numba: bool | None = None) -> Kernels:
     return kernels
 
 
-def add_dense(kernels: Kernels, down: Weights, h: np.ndarray, y: np.ndarray, block: int) -> None:
-    """Add h[i] down[i] of all rows to y, by blocks of `block` rows; those of zeros are not touched."""
+def add_dense(kernels: Kernels, down: Weights, h: np.ndarray, y: np.ndarray, block: int, segments: np.ndarray) -> None:
+    """Add h[i] down[i] of all rows to y, by blocks of `block` rows; the rows of zeros are not touched. See
+    `Kernels.add_blocks`."""
     rows = np.flatnonzero(h)
     if len(rows):
-        edges = np.arange(rows[0] // block + 1, rows[-1] // block + 1) * block
-        starts = np.concatenate([[0], np.searchsorted(rows, edges), [len(rows)]])
-        kernels.add_blocks([down], None, rows, h[rows], starts, y)
+        first, last = rows[0] // block, rows[-1] // block
+        starts = np.concatenate([[0], np.searchsorted(rows, np.arange(first + 1, last + 1) * block), [len(rows)]])
+        kernels.add_blocks([down], None, rows, h[rows], starts, segments[first : last + 1], y)
 
 
 def activate(name: str, values: np.ndarray) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.engine.numerics.affine import AffineRows
+from mlx_flash.engine.backends.base import SEGMENTS
+from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 
 from . import loops as compiled
 from .attention import Activations, Attention
 from .attention_compiled import attention_steps
-from .base import NO_SPANS, NO_SUMS, Weights, add_dense
+from .base import EarlySums, Weights, add_dense
 from .quantised import QuantisedKernels
 from .thread_pool import Steps, Workers
 from .vector_code import BFLOAT16, FLOAT16, FLOAT32, INT8
@@ -41,6 +42,14 @@ def _check_rows(*arrays: np.ndarray) -> None:
         apart = array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize
         if array.dtype not in KINDS or apart:
             raise ValueError(f"weights of {array.dtype}, strides {array.strides}: rows must be contiguous")
+
+
+def _check_alike(*parts: np.ndarray) -> None:
+    """Row i of all parts is at one distance from their beginnings, and of one length."""
+    _check_rows(*parts)
+    w = parts[0]
+    if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
+        raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
 
 
 def _check_input(x: np.ndarray, n: int) -> None:
@@ -69,11 +78,22 @@ def _check_sums(sums: np.ndarray, blocks: int, d: int) -> None:
         raise ValueError(f"sums {sums.dtype} {sums.shape} for {blocks} blocks of {d}; they must be contiguous fp32")
 
 
-def _checked_spans(spans: np.ndarray, count: int) -> np.ndarray:
-    """Spans (blocks, 2) as contiguous int64, all within 0..count."""
+def _checked_segments(segments: np.ndarray, blocks: int, y: np.ndarray) -> np.ndarray:
+    """The segment of each block as int64, where y has a row for it."""
+    _check_sums(y, SEGMENTS, y.shape[-1])
+    found = np.array(segments, np.int64)
+    if found.shape != (blocks,) or compiled.outside(found, SEGMENTS):
+        raise ValueError(f"segments {found} of {blocks} blocks; there are {SEGMENTS}")
+    return found
+
+
+def _checked_spans(early: EarlySums, count: int) -> np.ndarray:
+    """The spans as contiguous int64, all within 0..count."""
+    spans = early.spans
     begin, end = spans[:, 0], spans[:, 1]
     if (begin < 0).any() or (begin > end).any() or (end > count).any():
         raise ValueError(f"spans {spans.tolist()[:4]}... over {count} scalars")
+    _check_sums(early.sums, len(spans), early.down.shape[1])
     return np.ascontiguousarray(spans, np.int64)
 
 
@@ -156,10 +176,9 @@ class CompiledKernels:
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
-        down: np.ndarray | None = None,
-        spans: np.ndarray = NO_SPANS,
-        sums: np.ndarray = NO_SUMS,
+        early: EarlySums | None = None,
     ) -> Callable[[], np.ndarray]:
+        down = None if early is None else early.down
         parts = [part for part in (first, second, down) if part is not None]
         if not parts:
             assert given is not None
@@ -167,20 +186,17 @@ class CompiledKernels:
         if isinstance(parts[0], AffineRows):
             options: Any = {"given": given, "bias": bias, "acts": acts, "cutoff": cutoff}
             return self._quantised.begin_neurons(first, second, rows, x, **options)
-        _check_rows(*parts)
-        w, n = parts[0], len(x)
-        if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
-            raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
+        _check_alike(*parts)
+        w, n = parts[0], parts[0].shape[1]
         _check_input(x, n)
         chosen = _chosen(rows, len(w))
         h = np.empty(len(w) if rows is None else len(chosen), np.float32)
         if not len(h):
             return lambda: h
         _check_scalars(len(h), given, bias)
-        if down is not None:
-            _check_sums(sums, len(spans), n)
-            spans = _checked_spans(spans, len(h))
-        tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h)) + len(spans)
+        spans = 0 if early is None else _checked_spans(early, len(h))
+        blocks = 0 if early is None else len(early.spans)
+        tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h)) + blocks
         finish = self._workers.start(
             compiled.neurons,
             tasks,
@@ -199,10 +215,10 @@ class CompiledKernels:
             np.float32(cutoff),
             h,
             np.empty_like(h),
-            len(spans),
+            blocks,
             spans,
             0 if down is None else down,
-            sums,
+            0 if early is None else early.sums,
         )
 
         def result() -> np.ndarray:
@@ -218,23 +234,25 @@ class CompiledKernels:
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
         others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        blocks, d = len(starts) - 1, y.shape[1]
+        segments = _checked_segments(segments, blocks if others is None else len(others[0]), y)
         if isinstance(sources[0], AffineRows):
-            self._quantised.add_blocks(sources, source, rows, h, starts, y)
+            self._quantised.add_blocks(sources, source, rows, h, starts, segments, y)
             return
         _check_rows(*sources)
-        if len({w.dtype for w in sources}) != 1 or any(w.shape[1:] != y.shape for w in sources):
+        if len({w.dtype for w in sources}) != 1 or any(w.shape[1] != d for w in sources):
             raise ValueError(f"sources {[(w.dtype, w.shape) for w in sources]} for y {y.shape}")
         table = np.array([(_address(w), w.strides[0], len(w)) for w in sources], np.int64)
         which = _ALL if source is None else np.array(source, np.int64)
         rows, found = np.array(rows, np.int64), np.empty(len(rows), np.int64)
         if compiled.addresses(table, which, rows, found):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
-        blocks, d, itemsize = len(starts) - 1, len(y), sources[0].itemsize
         # Few blocks (one, when blocks are streamed) are cut into columns as well, 256 and more.
-        tasks = self._workers.tasks(len(rows) * d * itemsize, blocks * max(1, d // 256))
+        tasks = self._workers.tasks(len(rows) * d * sources[0].itemsize, blocks * max(1, d // 256))
         across = -(-tasks // max(1, blocks))
         with self._lock:
             sums, which = (self._blocks(blocks, d), np.arange(blocks)) if others is None else others
@@ -253,7 +271,13 @@ class CompiledKernels:
                 sums,
                 d,
             )
-            compiled.fold(sums, y)
+            compiled.fold(sums, segments, y)
+
+    def total(self, y: np.ndarray, like: Weights | None) -> np.ndarray:
+        _check_sums(y, SEGMENTS, y.shape[-1])
+        out = np.empty(y.shape[1], np.float32)
+        compiled.add_pairwise(y, out)
+        return self._quantised.in_order(out, like) if isinstance(like, AffineRows) else out
 
     def dense(
         self,
@@ -263,6 +287,7 @@ class CompiledKernels:
         x: np.ndarray,
         y: np.ndarray,
         block: int,
+        segments: np.ndarray,
         *,
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
@@ -273,18 +298,15 @@ class CompiledKernels:
             isinstance(first, AffineRows) or blocks < 2 * self.threads or down.strides != first.strides
         ):  # too few tasks, or no records
             h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
-            add_dense(self, down, h, y, block)
+            add_dense(self, down, h, y, block, segments)
             return h
-        parts = [part for part in (first, second, down) if part is not None]
-        _check_rows(*parts)
-        _check_input(x, first.shape[1])
-        if any(part.dtype != first.dtype or part.strides != first.strides for part in parts):
-            raise ValueError(f"parts {[(part.dtype, part.shape, part.strides) for part in parts]} differ")
-        if any(len(part) != len(first) for part in parts) or down.shape[1:] != y.shape:
-            raise ValueError(f"parts {[part.shape for part in parts]} for y {y.shape}")
-        h = np.empty(len(first), np.float32)
+        _check_alike(*[part for part in (first, second, down) if part is not None])
+        _check_input(x, y.shape[1])
+        if down.shape[1] != y.shape[1]:
+            raise ValueError(f"parts of {down.shape} for y {y.shape}")
+        segments, h = _checked_segments(segments, blocks, y), np.empty(len(first), np.float32)
         with self._lock:
-            sums = self._blocks(blocks, len(y))
+            sums = self._blocks(blocks, y.shape[1])
             self._workers.run(
                 compiled.records,
                 blocks,
@@ -304,7 +326,7 @@ class CompiledKernels:
                 h,
                 sums,
             )
-            compiled.fold(sums, y)
+            compiled.fold(sums, segments, y)
         return h
 
     def _blocks(self, blocks: int, d: int) -> np.ndarray:
@@ -316,8 +338,18 @@ class CompiledKernels:
     def group_neurons(self, *parts: Any, **options: Any) -> np.ndarray:
         return self._quantised.group_neurons(*parts, **options)
 
-    def add_groups(self, *arguments: Any) -> None:
-        self._quantised.add_groups(*arguments)
+    def add_groups(
+        self,
+        sources: Sequence[AffineBundles],
+        source: np.ndarray,
+        rows: np.ndarray,
+        h: np.ndarray,
+        starts: np.ndarray,
+        segments: np.ndarray,
+        y: np.ndarray,
+    ) -> None:
+        segments = _checked_segments(segments, len(starts) - 1, y)
+        self._quantised.add_groups(sources, source, rows, h, starts, segments, y)
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])

@@ -222,11 +222,20 @@ def tiles(p, task):  # type: ignore[no-untyped-def]
 
 
 @jit
-def fold(sums, y):  # type: ignore[no-untyped-def]
-    """y += sums[b], b ascending"""
+def fold(sums, segments, y):  # type: ignore[no-untyped-def]
+    """y[segments[b]] += sums[b], b ascending"""
     for block in range(len(sums)):
-        for j in range(len(y)):
-            y[j] += sums[block, j]
+        total = y[segments[block]]
+        for j in range(len(total)):
+            total[j] += sums[block, j]
+
+
+@jit
+def add_pairwise(y, out):  # type: ignore[no-untyped-def]
+    """out (d,) = the rows of y (8, d) added pairwise"""
+    for j in range(len(out)):
+        low = (y[0, j] + y[1, j]) + (y[2, j] + y[3, j])
+        out[j] = low + ((y[4, j] + y[5, j]) + (y[6, j] + y[7, j]))
 
 
 @jit

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_flash.engine.backends.base import add_pairwise
 from mlx_flash.engine.numerics.affine import AffineBundles
 
 from .attention import Activations, Attention
-from .base import NO_SPANS, NO_SUMS, Weights, activate, add_dense, widen
+from .base import EarlySums, Weights, activate, add_dense, widen
 
 ROWS = 256  # widened at a time
 
@@ -75,17 +76,15 @@ class PlainKernels:
     def begin_neurons(
         self,
         *parts: Any,
-        down: np.ndarray | None = None,
-        spans: np.ndarray = NO_SPANS,
-        sums: np.ndarray = NO_SUMS,
+        early: EarlySums | None = None,
         **options: Any,
     ) -> Callable[[], np.ndarray]:
         h = self.neurons(*parts, **options)
-        if down is not None:
+        if early is not None:
             rows = np.arange(len(h)) if parts[2] is None else parts[2]
-            for (begin, end), total in zip(spans, sums, strict=True):
+            for (begin, end), total in zip(early.spans, early.sums, strict=True):
                 kept = np.arange(begin, end)[h[begin:end] != 0]
-                _sum_rows([down], np.zeros(len(kept), np.int64), rows[kept], h[kept], total)
+                _sum_rows([early.down], np.zeros(len(kept), np.int64), rows[kept], h[kept], total)
         return lambda: h
 
     def add_blocks(
@@ -95,17 +94,22 @@ class PlainKernels:
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
         others: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         source = np.zeros(len(rows), np.int64) if source is None else source
         blocks = len(starts) - 1
-        sums, which = (np.empty((blocks, len(y)), np.float32), np.arange(blocks)) if others is None else others
+        sums, which = (np.empty((blocks, y.shape[1]), np.float32), np.arange(blocks)) if others is None else others
         for block, into in enumerate(which):
             here = slice(starts[block], starts[block + 1])
             _sum_rows(sources, source[here], rows[here], h[here], sums[into])
-        for total in sums:
-            y += total
+        for segment, found in zip(segments, sums, strict=True):
+            y[segment] += found
+
+    def total(self, y: np.ndarray, like: Weights | None) -> np.ndarray:
+        found: np.ndarray = add_pairwise(y)
+        return found
 
     def dense(
         self,
@@ -115,13 +119,14 @@ class PlainKernels:
         x: np.ndarray,
         y: np.ndarray,
         block: int,
+        segments: np.ndarray,
         *,
         bias: np.ndarray | None = None,
         acts: tuple[str, str] = ("", ""),
         cutoff: float = 0.0,
     ) -> np.ndarray:
         h = self.neurons(first, second, None, x, bias=bias, acts=acts, cutoff=cutoff)
-        add_dense(self, down, h, y, block)
+        add_dense(self, down, h, y, block, segments)
         return h
 
     def group_neurons(
@@ -151,14 +156,15 @@ class PlainKernels:
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
     ) -> None:
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
-            total = np.zeros_like(y)
+        for begin, end, segment in zip(starts[:-1], starts[1:], segments, strict=True):
+            total = np.zeros_like(y[0])
             for at in range(begin, end):
                 neurons = sources[source[at]][rows[at] : rows[at] + 1].widen()
                 total += np.einsum("i,ij->j", h[at], neurons)
-            y += total
+            y[segment] += total
 
     def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         mean = np.mean(np.square(x), axis=-1, keepdims=True)

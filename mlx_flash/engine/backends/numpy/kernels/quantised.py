@@ -198,17 +198,19 @@ class QuantisedKernels:
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
     ) -> None:
+        """As there; the columns of y are in the order of vectors of codes: see `in_order`."""
         form = self._described(sources[0])[0]
-        if any(not form.same(w) for w in sources) or y.shape != (form.n,):
+        if any(not form.same(w) for w in sources) or y.shape[1] != form.n:
             raise ValueError(f"sources {[(w.bits, w.shape, w.scales.dtype) for w in sources]} for y {y.shape}")
         found, _ = _found(sources, source, rows)
         blocks = len(starts) - 1
         units = max(1, form.words // form.unit_words)
         tasks = self._workers.tasks(len(found[0]) * 4 * form.words, blocks * units)
         across = min(units, -(-tasks // blocks))
-        sums, total = np.empty((blocks, form.n), np.float32), np.empty(form.n, np.float32)
+        sums = np.empty((blocks, form.n), np.float32)
         self._workers.run(
             compiled.tiles,
             blocks * across,
@@ -227,9 +229,13 @@ class QuantisedKernels:
             np.empty((blocks * across, ROWS + 1, form.groups), np.float32),
             sums,
         )
-        compiled.spread(y, compiled.LANES, form.per_word, form.rest, False, total)
-        plain.fold(sums, total)
-        compiled.spread(total, compiled.LANES, form.per_word, form.rest, True, y)
+        plain.fold(sums, segments, y)
+
+    def in_order(self, values: np.ndarray, like: AffineRows) -> np.ndarray:
+        """values (n,) whose columns are as `add_blocks` leaves them, in the order of the columns of `like`."""
+        form, out = self._described(like)[0], np.empty(len(values), np.float32)
+        compiled.spread(values, compiled.LANES, form.per_word, form.rest, True, out)
+        return out
 
     def group_neurons(
         self,
@@ -257,12 +263,13 @@ class QuantisedKernels:
         rows: np.ndarray,
         h: np.ndarray,
         starts: np.ndarray,
+        segments: np.ndarray,
         y: np.ndarray,
     ) -> None:
         one = _one(sources[0])
         form, d = _Form(one), sources[0].codes.shape[1]
         shapes = [(w.bits, w.codes.shape[1:], w.scales.dtype) for w in sources]
-        if len(set(shapes)) != 1 or y.shape != (d,) or d % compiled.LANES or form.groups != 1 or h.shape[1] != form.n:
+        if len(set(shapes)) != 1 or y.shape[1] != d or d % compiled.LANES or form.groups != 1 or h.shape[1] != form.n:
             raise ValueError(f"sources {shapes} for h {h.shape} and y {y.shape}")
         found, inner = _found(sources, source, rows)
         width = max(compiled.LANES, form.words)
@@ -293,7 +300,7 @@ class QuantisedKernels:
             np.empty((blocks * across, d), np.float32),
             sums,
         )
-        plain.fold(sums, y)
+        plain.fold(sums, segments, y)
 
 
 def _one(w: AffineBundles) -> AffineRows:
