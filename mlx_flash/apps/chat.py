@@ -1,7 +1,7 @@
-"""`mlx_flash chat`: a conversation at the terminal, on any backend.
+"""A conversation with a loaded model at the terminal, on any backend.
 
-Owns what was said and what of it still fits the context. With a chat template a message and its reply are turns of
-user and assistant; without one the text simply goes on.
+Owns the turns, and which of them still fit the context. With a chat template a message and its reply are turns of user
+and assistant; without one each message continues the text.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from mlx_flash.models.prompt_cache import PromptCache
 from mlx_flash.models.text.tokenizer import encode_chat
 from mlx_flash.runtime.generation import GenerationResponse, prompt_to_ids, stream_generate
 
-ROOM = 4  # a reply has room for a quarter of the context at least, before old turns are forgotten for it
+REPLY_SHARE = 4  # a reply has room for a quarter of the context; the oldest turns are forgotten to make it
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a reply"
 Say = Callable[[str], None]
+ReadLine = Callable[[str], str]
 
 
 @dataclass
 class Turn:
-    """What was said, and the reply to it; why the reply ended: stop, length, context, interrupted."""
+    """A message and the reply to it. finish_reason: stop, length, context or interrupted."""
 
     prompt: str
     reply: str = ""
@@ -55,20 +56,20 @@ class Chat:
     def reset(self) -> None:
         self.turns: list[Turn] = []
         self.forgotten = 0
-        self._kept = PromptCache()
+        self.prompt_cache = PromptCache()
 
     def ask(self, text: str) -> Iterator[GenerationResponse]:
-        """Yield the reply to `text`, step by step. What was said until it is abandoned or interrupted stays; after an
-        error nothing of this turn does.
+        """Yield the reply to `text`, step by step. A reply that is abandoned or interrupted stays as far as it came;
+        after an error the turn is removed.
 
         Raises UsageError for a text that is too long on its own, ReadError.
         """
         turn = Turn(text)
         self.turns.append(turn)
         try:
-            ids = self._prompt()
+            ids = self._fitting_ids()
             steps = stream_generate(
-                self.model, self.tokenizer, ids, max_tokens=self.max_tokens, kept=self._kept, **self.sampling
+                self.model, self.tokenizer, ids, max_tokens=self.max_tokens, kept=self.prompt_cache, **self.sampling
             )
             with contextlib.closing(steps):  # type: ignore[type-var]
                 for response in steps:
@@ -82,12 +83,12 @@ class Chat:
                 self.turns.pop()
             raise
 
-    def _prompt(self) -> list[int]:
+    def _fitting_ids(self) -> list[int]:
         """Ids of the conversation. The oldest turns are forgotten until it fits, with room for a reply."""
-        room = self.context - min(self.max_tokens, self.context // ROOM)
+        room = self.context - min(self.max_tokens, self.context // REPLY_SHARE)
         before = self.forgotten
         while True:
-            ids = self._ids(self.turns[self.forgotten :])
+            ids = self.prompt_ids(self.turns[self.forgotten :])
             last = self.forgotten + 1 >= len(self.turns)
             if len(ids) <= (self.context if last else room):
                 return ids
@@ -97,7 +98,8 @@ class Chat:
                                  "start with a larger --max-context")  # fmt: skip
             self.forgotten += 1
 
-    def _ids(self, turns: list[Turn]) -> list[int]:
+    def prompt_ids(self, turns: list[Turn]) -> list[int]:
+        """Ids of these turns, up to where the reply to the last one begins."""
         if not self.template:
             return prompt_to_ids(self.tokenizer, "".join(turn.prompt + turn.reply for turn in turns))
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -107,8 +109,8 @@ class Chat:
 
 
 def read_line(prompt: str) -> str:
-    """A line from the terminal, with Python's line editing; without a prompt where nobody sees it. Raises EOFError at
-    the end, UsageError for what is not text."""
+    """A line from the terminal, with Python's line editing; the prompt is shown only there. Raises EOFError at the end
+    of the input, UsageError for a line that is not UTF-8."""
     if sys.stdin is None:
         raise EOFError
     try:
@@ -126,15 +128,15 @@ def read_line(prompt: str) -> str:
     return line.rstrip("\r\n")
 
 
-def talk(chat: Chat, say: Say, write: Say) -> bool:
-    """Read, answer and print until the user leaves; whether that was by an interrupt.
+def talk(chat: Chat, say: Say, write: Say, read: ReadLine = read_line) -> bool:
+    """Read, answer and print until the user leaves; returns whether the user left by Ctrl-C.
 
-    say: for notices; write: for the pieces of replies
+    say: prints notices; write: prints the pieces of replies; read: gives a line, raises as `read_line`
     """
-    interrupted = False  # at the prompt, just before
+    interrupted = False  # the last thing typed at the prompt was Ctrl-C
     while True:
         try:
-            line = read_line("> ")
+            line = read("> ")
             if line in ("/exit", "/quit"):
                 return False
             if line == "/reset":
@@ -157,7 +159,7 @@ def talk(chat: Chat, say: Say, write: Say) -> bool:
 
 
 def answer(chat: Chat, text: str, say: Say, write: Say) -> None:
-    """One turn: the reply's pieces as they come, then what there is to say about it."""
+    """One turn: writes the reply piece by piece, then says why it ended where that is not plain."""
     forgotten, begun = chat.forgotten, False
     try:
         for response in chat.ask(text):

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 
 import mlx_flash
 from mlx_flash import cli
-from mlx_flash.apps import chat as chat_module
 from mlx_flash.apps.chat import Chat, answer, talk
 from mlx_flash.errors import ReadError, UsageError
 from mlx_flash.models.prompt_cache import PromptCache
@@ -93,7 +92,7 @@ def test_a_chat_with_a_template(open_model: Any) -> None:
     assert [turn.finish_reason for turn in chat.turns] == ["length"] * 3
     count = len(loaded.tokenizer.encode(prompts[-1], add_special_tokens=False))
     assert 20 < ran < 20 + count // 2  # not the whole conversation again
-    held = chat._kept.ids
+    held = chat.prompt_cache.ids
     assert held[:count] == loaded.tokenizer.encode(prompts[-1], add_special_tokens=False) and len(held) == count + 19
     assert replies == [loaded.alone(prompt, 20, encode=False) for prompt in prompts] and all(replies)
     # Another reply on the same model came between: the cache that was kept may be void.
@@ -113,7 +112,7 @@ def test_without_a_template_the_text_goes_on(open_model: Any) -> None:
         ran = loaded.ran - before
         text = texts[-1] + replies[-1]
     count = len(loaded.tokenizer.encode(texts[-1]))
-    assert ran < 16 + count // 2 and len(chat._kept.ids) == count + 15
+    assert ran < 16 + count // 2 and len(chat.prompt_cache.ids) == count + 15
     assert replies == [loaded.alone(text, 16) for text in texts]
     with pytest.raises(UsageError, match="system prompt needs a chat template"):
         Chat(loaded.model, loaded.tokenizer, system="Be brief.")
@@ -125,7 +124,7 @@ def test_the_conversation_stays_within_the_context(open_model: Any) -> None:
     said: list[str] = []
     for text in ("Once upon a time there was a girl", "She had a dog", "The dog was big"):
         answer(chat, text, said.append, lambda piece: None)
-        count = len(chat._ids(chat.turns[chat.forgotten :]))
+        count = len(chat.prompt_ids(chat.turns[chat.forgotten :]))
         assert count <= 100
     assert chat.forgotten == 2 and any("the oldest 2 of 3 turns are forgotten" in each for each in said)
     assert chat.turns[-1].reply == loaded.alone("user: The dog was big\nassistant:", 60, encode=False)
@@ -210,7 +209,8 @@ def test_what_is_kept_is_cut_where_prompts_part() -> None:
     ]  # fmt: skip
 
 
-def lines(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
+def typed(*found: Any) -> Callable[[str], str]:
+    """Reads these lines, or raises what is an error among them, then the end of the input."""
     waiting = list(found)
 
     def read(prompt: str) -> str:
@@ -219,18 +219,17 @@ def lines(monkeypatch: pytest.MonkeyPatch, *found: Any) -> None:
             raise value
         return str(value)
 
-    monkeypatch.setattr(chat_module, "read_line", read)
+    return read
 
 
-def test_commands_and_interrupts_at_the_prompt(open_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_interrupts_at_the_prompt(open_model: Any) -> None:
     loaded = open_model(False)
     chat = Chat(loaded.model, loaded.tokenizer, max_tokens=3)
     said: list[str] = []
     written: list[str] = []
 
     def run(*found: Any) -> bool:
-        lines(monkeypatch, *found)
-        return talk(chat, said.append, written.append)
+        return talk(chat, said.append, written.append, typed(*found))
 
     assert run("Once", "", "/help", KeyboardInterrupt(), " upon", UsageError("not text"), "/exit", "never") is False
     assert [turn.prompt for turn in chat.turns] == ["Once", " upon"] and "UsageError: not text" in said
@@ -243,8 +242,8 @@ def test_commands_and_interrupts_at_the_prompt(open_model: Any, monkeypatch: pyt
 def test_the_command(paths: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "mlx_flash.cli", "chat", "--model", str(paths[False]), "--backend", "numpy"]
     command += ["--max-tokens", "8"]
-    typed = b"Once upon a time\n a\xff\n\n She\n/reset\nOnce upon a time\n/exit\nnever\n"
-    done = subprocess.run(command, input=typed, capture_output=True)
+    lines = b"Once upon a time\n a\xff\n\n She\n/reset\nOnce upon a time\n/exit\nnever\n"
+    done = subprocess.run(command, input=lines, capture_output=True)
     assert done.returncode == 0 and b"UsageError: this line is not UTF-8" in done.stderr, done.stderr
     texts = done.stdout.decode().split("\n")
     done = subprocess.run([*command, "--json"], input=b"Once upon a time\n She", capture_output=True)

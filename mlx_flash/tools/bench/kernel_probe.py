@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -37,6 +37,14 @@ PROMPT_TOKENS = 256
 LAYERS, TOKENS = 16, 200
 IDLE = 0.8  # share of its threads' time in which a program runs, at least, on a quiet machine
 Work = Callable[[], float]  # does some, returns how much (bytes, operations)
+
+
+class Clock(Protocol):
+    """The module `time`, or a fake one."""
+
+    def perf_counter(self) -> float: ...
+
+    def process_time(self) -> float: ...
 
 
 def big_memory() -> np.ndarray:
@@ -183,15 +191,15 @@ def measure_works(works: Mapping[str, Work], seconds: float, rounds: int) -> dic
 class Busy:
     """Work of `threads` threads, watched for whether they had a processor each."""
 
-    def __init__(self, work: Work, threads: int):
-        self.work, self.threads = work, threads
+    def __init__(self, work: Work, threads: int, clock: Clock = time):
+        self.work, self.threads, self.clock = work, threads, clock
         self.wall_s = self.cpu_s = 0.0
 
     def __call__(self) -> float:
-        cpu, begin = time.process_time(), time.perf_counter()
+        cpu, begin = self.clock.process_time(), self.clock.perf_counter()
         done = self.work()
-        self.wall_s += time.perf_counter() - begin
-        self.cpu_s += time.process_time() - cpu
+        self.wall_s += self.clock.perf_counter() - begin
+        self.cpu_s += self.clock.process_time() - cpu
         return done
 
     def tell(self, announce: Callable[[str], None]) -> None:

@@ -34,6 +34,8 @@ from mlx_flash.engine.storage.writer import check_free_space, lock_folder, remov
 from mlx_flash.errors import SpaceError, UsageError
 from mlx_flash.runtime.machine import ReadRate
 
+from .kernel_probe import Clock
+
 NAME = "mlx_flash-probe"
 FILE_BYTES, LEAST_FILE_BYTES = 1 << 30, 1 << 26
 ROUNDS = 5
@@ -229,11 +231,14 @@ def _requests(kind: Kind, size: int, count: int) -> list[np.ndarray]:
 
 
 class Reading:
-    """The project's reader `name` at work on a file: a contestant. Its readers are kept, one for each depth, as it may
-    take the kernel 30 ms to end one. A context manager."""
+    """Measures the project's reader `name` on a file. Opened readers are kept, one for each depth, as the system may
+    take 30 ms to end one. A context manager. open_kind, clock: for tests."""
 
-    def __init__(self, file: Path, name: str):
-        self.file, self.name = file, name
+    def __init__(
+        self, file: Path, name: str, *, open_kind: Callable[[Kind], Reader] | None = None, clock: Clock = time
+    ):
+        self.file, self.name, self.clock = file, name, clock
+        self._open = open_kind or self._open_own
         self.sizes = sorted({*SIZES, *BUFFERED_SIZES, SCAN_BUNDLE})  # a bundle size is a layer to the reader
         self.layers = [LayerFile(file, _layout(file, size)) for size in self.sizes]
         self._readers: dict[tuple[int, bool, bool], Reader] = {}
@@ -267,9 +272,9 @@ class Reading:
             _drop(self.file)
         done = reads = 0
         under_way: list[Pending] = []
-        cpu, begin = time.process_time(), time.perf_counter()
+        cpu, begin = self.clock.process_time(), self.clock.perf_counter()
         while True:
-            more = (not done or time.perf_counter() - begin < seconds) and (kind.direct or done < len(asked))
+            more = (not done or self.clock.perf_counter() - begin < seconds) and (kind.direct or done < len(asked))
             if more and len(under_way) < UNDER_WAY:
                 slab = targets[done % UNDER_WAY]
                 under_way.append(reader.submit(layer, asked[done % len(asked)], rows, slab))
@@ -278,8 +283,8 @@ class Reading:
                 reads += under_way.pop(0).wait().reads
             else:
                 break
-        took = time.perf_counter() - begin
-        return done * size * nbytes / took, (time.process_time() - cpu) / reads
+        took = self.clock.perf_counter() - begin
+        return done * size * nbytes / took, (self.clock.process_time() - cpu) / reads
 
     def _reader(self, kind: Kind) -> Reader:
         key = kind.depth, kind.scattered, kind.direct
@@ -287,7 +292,7 @@ class Reading:
             self._readers[key] = self._open(kind)
         return self._readers[key]
 
-    def _open(self, kind: Kind) -> Reader:
+    def _open_own(self, kind: Kind) -> Reader:
         merging = Merging(share=0) if kind.scattered else Merging(piece_bytes=SCAN_BYTES)
         if self.name == "PlainReader":
             return PlainReader(self.layers)

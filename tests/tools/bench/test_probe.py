@@ -17,9 +17,7 @@ import pytest
 from mlx_flash.engine.storage.reader import ReadReport
 from mlx_flash.errors import SpaceError, UsageError
 from mlx_flash.runtime.machine import ReadRate, load_machine, save_machine
-from mlx_flash.tools.bench import kernel_probe as probe_kernels
-from mlx_flash.tools.bench import machine_probe as module
-from mlx_flash.tools.bench import read_probe as probe_reads
+from mlx_flash.tools.bench import kernel_probe, machine_probe, read_probe
 from mlx_flash.tools.bench.machine_probe import machine_rows, print_machine, probe
 from mlx_flash.tools.bench.read_probe import Kind, Reading, fio_rates, kinds, measure_reads, probe_file
 
@@ -31,16 +29,16 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of the probe, on little memory."""
     for name, value in dict(MEMORY_BYTES=MIB, LEAST_BYTES=MIB, DIM=96, SELECTED=20, RANK=8, LAYERS=2).items():
-        monkeypatch.setattr(probe_kernels, name, value)
-    for mod in (module, probe_kernels, probe_reads):
+        monkeypatch.setattr(kernel_probe, name, value)
+    for mod in (machine_probe, kernel_probe, read_probe):
         if hasattr(mod, "ROUNDS"):
             monkeypatch.setattr(mod, "ROUNDS", 2)
-    monkeypatch.setattr(probe_reads, "IN_FLIGHT_BYTES", 4 * MIB)
-    monkeypatch.setattr(probe_reads, "SIZES", (1536, 5120))
-    monkeypatch.setattr(probe_reads, "DEPTHS", (1, 256))
-    monkeypatch.setattr(probe_reads, "BUFFERED_SIZES", (5120,))
-    monkeypatch.setattr(probe_reads, "SCAN_SIZE", 64)
-    monkeypatch.setattr(module, "FILE_BYTES", 4 * MIB)
+    monkeypatch.setattr(read_probe, "IN_FLIGHT_BYTES", 4 * MIB)
+    monkeypatch.setattr(read_probe, "SIZES", (1536, 5120))
+    monkeypatch.setattr(read_probe, "DEPTHS", (1, 256))
+    monkeypatch.setattr(read_probe, "BUFFERED_SIZES", (5120,))
+    monkeypatch.setattr(read_probe, "SCAN_SIZE", 64)
+    monkeypatch.setattr(machine_probe, "FILE_BYTES", 4 * MIB)
 
 
 def test_a_whole_probe(
@@ -121,15 +119,11 @@ class FakePending:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_rate_is_bytes_over_time_and_cpu_is_per_read(
-    direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rate_is_bytes_over_time_and_cpu_is_per_read(direct: bool, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(MIB))
     clock, kind = FakeClock(), Kind(1536, 8, True, direct)
     reader = FakeReader(clock, 1536)
-    monkeypatch.setattr(probe_reads, "time", clock)
-    monkeypatch.setattr(Reading, "_open", lambda self, kind: reader)
-    with Reading(tmp_path / "file", "AioReader") as reading:
+    with Reading(tmp_path / "file", "AioReader", open_kind=lambda kind: reader, clock=clock) as reading:
         rate, cpu_s = reading(kind, 1.0)
     assert reader.closed
     assert rate == pytest.approx(64 * 1536 / 0.010) and cpu_s == pytest.approx(0.002 / 64)
@@ -178,14 +172,14 @@ def test_what_cannot_be_measured_is_left_out_and_said() -> None:
 @linux
 def test_whether_the_page_cache_was_emptied_is_seen(tmp_path: Path) -> None:
     with probe_file(tmp_path, 4 * MIB) as file:
-        if not probe_reads.goes_around(file):
+        if not read_probe.goes_around(file):
             pytest.skip("the tests' folder lies in memory")
         file.read_bytes()
-        assert probe_reads.can_drop(file)
+        assert read_probe.can_drop(file)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probe_reads, "_drop", lambda file: None)
+            patch.setattr(read_probe, "_drop", lambda file: None)
             file.read_bytes()
-            assert not probe_reads.can_drop(file)
+            assert not read_probe.can_drop(file)
 
 
 # The file, and what may go wrong.
@@ -218,7 +212,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_disk_with_less_room_gets_a_smaller_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1_000_000_000))
-    assert probe_reads._file_bytes(Path("."), 1 << 30) == 500_000_000 >> 20 << 20
+    assert read_probe._file_bytes(Path("."), 1 << 30) == 500_000_000 >> 20 << 20
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +232,7 @@ def test_ctrl_c_leaves_nothing(step: str, tmp_path: Path, small: None, monkeypat
         raise KeyboardInterrupt
 
     for other in ("measure_reads", "kernel_rates", "layer_seconds"):
-        monkeypatch.setattr(module, other, interrupt if other == step else lambda *arguments: defaultdict(tuple))
+        monkeypatch.setattr(machine_probe, other, interrupt if other == step else lambda *arguments: defaultdict(tuple))
     with pytest.raises(KeyboardInterrupt):
         probe(tmp_path, 0.1)
     assert list(tmp_path.iterdir()) == []
@@ -246,10 +240,10 @@ def test_ctrl_c_leaves_nothing(step: str, tmp_path: Path, small: None, monkeypat
 
 @linux
 def test_what_a_killed_probe_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / f".{probe_reads.NAME}.partial-99999999"
+    left = tmp_path / f".{read_probe.NAME}.partial-99999999"
     left.mkdir()
     (left / "reads.bin").write_bytes(b"x")
-    other = tmp_path / f".{probe_reads.NAME}.partial-note"
+    other = tmp_path / f".{read_probe.NAME}.partial-note"
     other.mkdir()
     with probe_file(tmp_path, MIB) as file:
         assert not left.exists() and file.exists()
@@ -260,16 +254,15 @@ def test_what_a_killed_probe_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cpu_s", "noticed"), [(0.2, False), (0.17, False), (0.15, True)])
-def test_a_busy_machine_is_noticed(cpu_s: float, noticed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_is_noticed(cpu_s: float, noticed: bool) -> None:
     clock, told = FakeClock(), list[str]()
-    monkeypatch.setattr(probe_kernels, "time", clock)
 
     def work() -> float:
         clock.now += 0.1
         clock.cpu += cpu_s
         return 7.0
 
-    busy = probe_kernels.Busy(work, 2)
+    busy = kernel_probe.Busy(work, 2, clock)
     assert busy() == busy() == 7.0
     busy.tell(told.append)
     assert len(told) == noticed and all("75 % of 2 processors" in text for text in told)
@@ -295,9 +288,9 @@ def test_beside_fio(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
     told: list[str] = []
     answer = json.dumps({"jobs": [ANSWER]})
     fake_fio(tmp_path, monkeypatch, f"echo \"$@\" >> {tmp_path}/calls; echo note: some text; echo '{answer}'")
-    monkeypatch.setattr(probe_reads, "FIO_ROUNDS", 1)
+    monkeypatch.setattr(read_probe, "FIO_ROUNDS", 1)
     with probe_file(tmp_path, 4 * MIB) as file:
-        if not probe_reads.goes_around(file):
+        if not read_probe.goes_around(file):
             pytest.skip("the tests' folder lies in memory")
         pairs = fio_rates(file, 0.01, told.append)
         calls = (tmp_path / "calls").read_text().splitlines()
@@ -317,7 +310,7 @@ def test_fio_that_fails(script: str, tmp_path: Path, small: None, monkeypatch: p
     told: list[str] = []
     fake_fio(tmp_path, monkeypatch, script)
     with probe_file(tmp_path, MIB) as file:
-        if not probe_reads.goes_around(file):
+        if not read_probe.goes_around(file):
             pytest.skip("the tests' folder lies in memory")
         assert fio_rates(file, 0.01, told.append) is None
     assert len(told) == 1 and "fio failed" in told[0] and ("broken" in told[0]) == ("broken" in script)
