@@ -23,7 +23,7 @@ from mlx_flash.models.specs.families import ModelSpec
 from mlx_flash.models.specs.source import Source, find_folder
 
 from .options import RelufyConfig
-from .relufication_run import RelufyRun, tensor_names
+from .relufication_run import SAVE_S, RelufyRun, tensor_names
 
 SAVED_BYTES = 24  # per weight: the copy and AdamW's two means in fp32, and the file that replaces them
 
@@ -37,6 +37,7 @@ def relufy(
     revision: str | None = None,
     resume: bool = True,
     progress: bool = False,
+    save_every_s: float = SAVE_S,
     **settings: Any,
 ) -> dict[str, Any]:
     """Write to `out` the checkpoint `hf_path` (folder or repository id) with ReLU or FATReLU in place of SiLU.
@@ -45,6 +46,7 @@ def relufy(
         temperature 1
     settings: those of RelufyConfig, over `config`
     resume: go on from `.{out}.relufy.pt`, which an unfinished run leaves beside `out`; False: begin anew
+    save_every_s: seconds between saves of the unfinished run; 0: after every step
 
     Returns nats per token, perplexity, zeros and KL divergence on held-out text of the `original`, of the copy just
     after the activation is `replaced`, and `recovered`, rounded as it is written ("ReLU Strikes Back", section 4;
@@ -65,7 +67,7 @@ def relufy(
         infos = [source.tensors[name].info for name in tensor_names(spec)]
         needed = sum(info.nbytes + SAVED_BYTES * math.prod(info.shape) for info in infos)
         check_free_space(out.absolute().parent, needed)
-        run = RelufyRun(source, spec, chosen, context, out, progress)
+        run = RelufyRun(source, spec, chosen, context, out, progress, save_every_s)
         run.begin(data, resume)
         run.learn()
         return run.write()

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -50,14 +51,21 @@ class RelufyRun:
     """One relufication, from the original's weights to the folder that comes out."""
 
     def __init__(
-        self, source: Source, spec: ModelSpec, config: RelufyConfig, context: int, out: Path, progress: bool
+        self,
+        source: Source,
+        spec: ModelSpec,
+        config: RelufyConfig,
+        context: int,
+        out: Path,
+        progress: bool,
+        save_every_s: float = SAVE_S,
     ) -> None:
         import torch
 
         from . import torch_decoder
 
         self.source, self.spec, self.config, self.context, self.out = source, spec, config, context, out
-        self.torch, self.progress = torch, progress
+        self.torch, self.progress, self.save_every_s = torch, progress, save_every_s
         self.saved = out.absolute().with_name(f".{out.name}.relufy.pt")
         self.device = torch.device(_best_device(torch) if config.device == "auto" else config.device)
         kind = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
@@ -137,7 +145,7 @@ class RelufyRun:
         parts = [self.state["ids"]] if "ids" in self.state else []
         done, size = sum(map(len, parts)), WRITTEN_AT_ONCE * self.config.batch
         with self._bar("text", count, done) as bar:
-            saving = _Clock()
+            timer = SaveTimer(self.save_every_s)
             while done < count:
                 now = min(size, count - done)
                 generator = self.torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + done)
@@ -146,22 +154,19 @@ class RelufyRun:
                 done += now
                 bar.update(now)
                 self.state["ids"] = self.torch.cat(parts)
-                if saving.due():
-                    self._save()
+                timer.save_when_due(self._save)
         return self.state["ids"].numpy()
 
     def learn(self) -> None:
-        """The steps that are left; the state is saved about every minute."""
-        config, saving = self.config, _Clock()
+        """The steps that are left; the state is saved every `save_every_s` seconds."""
+        config, timer = self.config, SaveTimer(self.save_every_s)
         with self._bar("relufy", config.steps, self.run.step_number) as bar:
             while self.run.step_number < config.steps:
                 picked = pick(self.run.step_number * config.batch, config.batch, len(self.train), config.seed)
                 kl, zeros = self.run.step(self.train[self.torch.from_numpy(picked).to(self.device)])
                 bar.set_postfix(kl=f"{kl:.4f}", zeros=f"{zeros:.3f}", refresh=False)
                 bar.update()
-                if saving.due():
-                    self._save(self.run.state())
-                    saving.done()
+                timer.save_when_due(lambda: self._save(self.run.state()))
 
     def write(self) -> dict[str, Any]:
         """The folder, whole or not at all; returns the report."""
@@ -238,19 +243,20 @@ class RelufyRun:
         return dict(state)
 
 
-class _Clock:
-    """Says when to save: after a minute, and never more than a twentieth of the time."""
+class SaveTimer:
+    """Saves every `every_s` seconds, or less often where saving would take more than a twentieth of the time; 0: each
+    time it is asked."""
 
-    def __init__(self) -> None:
-        self.last, self.cost = time.monotonic(), 0.0
+    def __init__(self, every_s: float) -> None:
+        self.every_s, self.last, self.cost = every_s, time.monotonic(), 0.0
 
-    def due(self) -> bool:
-        self.begun = time.monotonic()
-        return self.begun - self.last >= max(SAVE_S, 20 * self.cost)
-
-    def done(self) -> None:
+    def save_when_due(self, save: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        if self.every_s and begin - self.last < max(self.every_s, 20 * self.cost):
+            return
+        save()
         self.last = time.monotonic()
-        self.cost = self.last - self.begun
+        self.cost = self.last - begin
 
 
 def _best_device(torch: Any) -> str:

@@ -16,9 +16,7 @@ from mlx_flash import cli
 from mlx_flash.engine.storage import writer
 from mlx_flash.errors import SpaceError
 from mlx_flash.runtime.loading import plan_run
-from mlx_flash.tools.bench import bench_report, random_checkpoint, read_probe
-from mlx_flash.tools.bench import machine_probe as probe
-from mlx_flash.tools.bench import measuring as bench_run
+from mlx_flash.tools.bench import bench_report, machine_probe, measuring, random_checkpoint, read_probe
 from mlx_flash.tools.bench.bench_report import COLUMNS
 from mlx_flash.tools.bench.timeline import (
     PHASES,
@@ -38,7 +36,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def keep_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests, and whoever else works here, need it."""
-    monkeypatch.setattr(bench_run, "drop_page_cache", lambda: False)
+    monkeypatch.setattr(measuring, "drop_page_cache", lambda: False)
 
 
 @pytest.fixture
@@ -56,8 +54,8 @@ def test_a_checkpoint_is_measured(
 ) -> None:
     monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "load_machine", lambda path: machine())
     demands: list[Any] = []
-    predict = bench_run.predict
-    monkeypatch.setattr(bench_run, "predict", lambda *known: demands.append(known[1]) or predict(*known))
+    predict = measuring.predict
+    monkeypatch.setattr(measuring, "predict", lambda *known: demands.append(known[1]) or predict(*known))
     wanted = ("--model", flash, "--select", "predictor", "--backend", "numpy", "--slots", 0.3)
     wanted += ("--max-context", 64, "--trace", "synthetic", "--tokens", 2, "--warm", 1, "--prompt", 4)
     picture = tmp_path / "where.png"
@@ -118,7 +116,7 @@ def test_a_cards_folder_goes_however_it_ends(
         there.extend(path.name for path in (tmp_path / "work").iterdir())
         raise error
 
-    monkeypatch.setattr(bench_run, "run_bench", stop)
+    monkeypatch.setattr(measuring, "run_bench", stop)
     status, _ = run(capsys, "--card", card, "--work", tmp_path / "work", "--tokens", 1, "--backend", "numpy")
     assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert len(there) == 1 and list((tmp_path / "work").iterdir()) == []
@@ -165,7 +163,7 @@ def test_bad_input(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench_run, "run_bench", lambda *_, **__: pytest.fail("measures"))
+    monkeypatch.setattr(measuring, "run_bench", lambda *_, **__: pytest.fail("measures"))
     monkeypatch.chdir(tmp_path)
     status, result = run(capsys, "--model", flash, "--backend", "numpy", "--select", "predictor", *more)
     assert status == 2 and result["error"]["type"] == kind
@@ -189,7 +187,7 @@ def test_the_probe_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     found = machine()
     probe_file = read_probe.probe_file
     monkeypatch.setattr(read_probe, "probe_file", lambda folder, progress: probe_file(folder, 1 << 20, progress))
-    monkeypatch.setattr(probe, "probe", lambda folder, **_: found)
+    monkeypatch.setattr(machine_probe, "probe", lambda folder, **_: found)
     monkeypatch.setattr(read_probe, "fio_rates", lambda file, **_: [(found.reads[0], found.reads[1])])
     status, result = run(capsys, "--probe", "--csv", tmp_path / "probe.csv")
     assert status == 0 and Path(result["path"]).is_file() and result["machine"]["device"] == "disk"

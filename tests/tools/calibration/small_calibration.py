@@ -11,8 +11,7 @@ import pytest
 import mlx_flash
 from mlx_flash.engine.storage.calibration import Calibration, load_calibration
 from mlx_flash.engine.storage.checkpoint import Checkpoint, verify
-from mlx_flash.tools.calibration import calibrator as tuning
-from mlx_flash.tools.calibration import predictor_fit
+from mlx_flash.tools.calibration import calibrator, predictor_fit
 
 TOKENS = 600
 
@@ -28,15 +27,15 @@ def make_text(path: Path, characters: int, seed: int = 0) -> Path:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """What a real model needs takes too long here."""
-    patch.setattr(tuning, "MIN_TOKENS", 400)
-    patch.setattr(tuning, "SCORED_TOKENS", 6)
+    patch.setattr(calibrator, "MIN_TOKENS", 400)
+    patch.setattr(calibrator, "SCORED_TOKENS", 6)
     patch.setattr(predictor_fit, "LEAST_TOKENS", 200)
     patch.setattr(predictor_fit, "LEAST_STEPS", 8)
 
 
 def run(path: Path, text: Path, **options: Any) -> dict[str, Any]:
     options = {"tokens": TOKENS, "loss_windows": 1, "backend": "numpy"} | options
-    return tuning.calibrate(path, [text], **options)
+    return calibrator.calibrate(path, [text], **options)
 
 
 def stored(path: Path) -> Calibration:

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.engine.storage import calibration as store
+from mlx_flash.engine.storage import calibration as calibration_file
 from mlx_flash.engine.storage.calibration import load_calibration
 from mlx_flash.engine.storage.checkpoint import Checkpoint, verify
-from mlx_flash.tools.calibration import calibrator as tuning
-from mlx_flash.tools.calibration import predictor_training as training
+from mlx_flash.tools.calibration import calibrator, predictor_training
 from mlx_flash.tools.calibration.neuron_statistics import SPARSITIES
 from tests.tiny import make_tiny
 from tests.tools.calibration.small_calibration import (
@@ -39,7 +38,7 @@ def test_a_relu_model_gets_statistics_predictors_and_losses(uninterrupted: Path)
     summary = found.summary
     assert summary["lead"] in ("gate", "up") and summary["sparsities"] == list(SPARSITIES)
     assert summary["tokens"] == TOKENS // 512 * 512 + 512  # whole windows
-    assert set(summary["losses"]) == set(tuning.LOSSY)
+    assert set(summary["losses"]) == set(calibrator.LOSSY)
     assert all(loss["tokens"] == 6 for loss in summary["losses"].values())
     for layer in found.layers:
         assert 0.2 < layer.rate.mean() < 0.8 and layer.figures["zeros"] == pytest.approx(
@@ -64,13 +63,13 @@ def test_predictors_stay_within_five_percent_where_they_would_like_more(
 ) -> None:
     path = shutil.copytree(relu, tmp_path / "copy")
     limit: list[int] = []
-    choose = training.choose_ranks
+    choose = predictor_training.choose_ranks
 
     def watched(*args: Any, budget_bytes: int, **options: Any) -> Any:
         limit.append(budget_bytes)
         return choose(*args, budget_bytes=budget_bytes, **options)
 
-    monkeypatch.setattr(training, "choose_ranks", watched)
+    monkeypatch.setattr(predictor_training, "choose_ranks", watched)
     found = run(path, text, loss_windows=0)
     steps = 4 * len(found["layers"])  # beside a, b and the bias there is a step per layer
     assert limit[0] + steps <= 0.05 * found["predictor_bytes"] / found["predictor_share"]
@@ -100,7 +99,7 @@ def test_threshold_drops_the_share_it_is_told(silu: Path, text: Path, tmp_path: 
     path = shutil.copytree(silu, tmp_path / "copy")
     run(path, text, loss_windows=0)
     found = stored(path)
-    store.attach(Checkpoint.open(path), replace(found, summary={**found.summary, "lead": lead}))
+    calibration_file.attach(Checkpoint.open(path), replace(found, summary={**found.summary, "lead": lead}))
     neurons = sum(len(layer.rate) for layer in found.layers)
     for share in (0.3, 0.72):
         config = mlx_flash.FlashConfig(backend="numpy", select=f"threshold:{share}")
@@ -143,7 +142,7 @@ def test_convert_takes_a_shipped_calibration_along(
     uninterrupted: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = shutil.copytree(folder / "llama-relu", tmp_path / "hf")
-    shutil.copyfile(calibration_files(uninterrupted)[0], source / store.SHIPPED)
+    shutil.copyfile(calibration_files(uninterrupted)[0], source / calibration_file.SHIPPED)
     out = mlx_flash.convert(source, tmp_path / "same", dtype="bfloat16")
     same(out, uninterrupted)
     assert "left out" not in capsys.readouterr().err
@@ -152,6 +151,6 @@ def test_convert_takes_a_shipped_calibration_along(
     assert "left out" in capsys.readouterr().err
     assert load_calibration(Checkpoint.open(other)) is None and not calibration_files(other)
     verify(other)
-    (source / store.SHIPPED).write_bytes(b"no such thing")
+    (source / calibration_file.SHIPPED).write_bytes(b"no such thing")
     broken = mlx_flash.convert(source, tmp_path / "broken", dtype="bfloat16")
     assert "left out" in capsys.readouterr().err and not calibration_files(broken)

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 import mlx_flash
-from mlx_flash.engine.storage import calibration as store
+from mlx_flash.engine.storage import calibration as calibration_file
 from mlx_flash.engine.storage.calibration import load_calibration
 from mlx_flash.engine.storage.checkpoint import Checkpoint, verify
 from mlx_flash.engine.storage.writer import lock_folder
-from mlx_flash.tools.calibration import calibrator as tuning
-from mlx_flash.tools.calibration import predictor_training as training
+from mlx_flash.tools.calibration import calibrator, predictor_training
 from mlx_flash.tools.calibration.neuron_statistics import SPARSITIES
 from tests.calibrated import calibrate_by_hand
 from tests.tools.calibration.small_calibration import (
@@ -39,16 +38,16 @@ class Interrupt(Exception):
 
 
 STEPS: dict[str, tuple[Any, str, int]] = {  # where to raise, and at which call
-    "capture": (tuning.FfnInputs, "save", 1),
-    "statistics": (tuning, "sample_statistics", 2),
-    "firing": (tuning, "firing", 3),
-    "sketch": (training, "sketch_layer", 2),
-    "train": (training, "train_layer", 2),
-    "choose price": (training, "choose_price", 1),
-    "look-ahead": (tuning, "look_ahead", 3),
-    "attach": (tuning, "attach", 1),
-    "losses": (tuning, "measure", 2),
-    "second attach": (tuning, "attach", 2),
+    "capture": (calibrator.FfnInputs, "save", 1),
+    "statistics": (calibrator, "sample_statistics", 2),
+    "firing": (calibrator, "firing", 3),
+    "sketch": (predictor_training, "sketch_layer", 2),
+    "train": (predictor_training, "train_layer", 2),
+    "choose price": (predictor_training, "choose_price", 1),
+    "look-ahead": (calibrator, "look_ahead", 3),
+    "attach": (calibrator, "attach", 1),
+    "losses": (calibrator, "measure", 2),
+    "second attach": (calibrator, "attach", 2),
 }
 
 
@@ -107,18 +106,18 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(
 def test_a_capture_goes_on_where_it_stopped(
     relu: Path, text: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_flash.tools.calibration import ffn_inputs as capture
+    from mlx_flash.tools.calibration import ffn_inputs
 
-    monkeypatch.setattr(capture, "SAVE_EVERY", 1)
+    monkeypatch.setattr(ffn_inputs, "SAVE_EVERY", 1)
     path = shutil.copytree(relu, tmp_path / "copy")
-    forced = capture.Run.forced
+    forced = ffn_inputs.Run.forced
     with monkeypatch.context() as patch:
-        patch.setattr(capture.Run, "forced", Calls(forced, 2))
+        patch.setattr(ffn_inputs.Run, "forced", Calls(forced, 2))
         with pytest.raises(Interrupt):
             run(path, text)
     calls = Calls(forced, None)
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "Run", type("Counted", (capture.Run,), {"forced": calls}))
+        patch.setattr(ffn_inputs, "Run", type("Counted", (ffn_inputs.Run,), {"forced": calls}))
         run(path, text)
     assert calls.count == 1, "the first of two windows ran again"
     same(path, uninterrupted)
@@ -136,7 +135,7 @@ def test_what_is_made_from_something_else_is_not_taken(
     if change == "backend":
         pytest.importorskip("mlx_lm")
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "attach", Calls(tuning.attach, 1))
+        patch.setattr(calibrator, "attach", Calls(calibrator.attach, 1))
         with pytest.raises(Interrupt):
             run(path, other if change == "text" else text, **options)
     run(path, text)
@@ -163,9 +162,9 @@ def test_a_disk_that_is_full_leaves_the_old_one(relu: Path, tmp_path: Path, name
         before = stored(path).summary
         new = replace(new, summary={**new.summary, "n": at})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store.os, name, failing(getattr(os, name), at, calls))
+            patch.setattr(calibration_file.os, name, failing(getattr(os, name), at, calls))
             try:
-                store.attach(Checkpoint.open(path), new)
+                calibration_file.attach(Checkpoint.open(path), new)
                 passed = True
             except mlx_flash.SpaceError as error:
                 assert str(path) in str(error)

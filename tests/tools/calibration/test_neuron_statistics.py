@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_flash.tools.calibration import neuron_statistics as statistics
+from mlx_flash.tools.calibration import neuron_statistics
 from mlx_flash.tools.calibration.neuron_statistics import SPARSITIES, FfnWeights
 
 
@@ -23,10 +23,12 @@ def test_statistics_are_those_of_plain_loops() -> None:
         a = np.maximum(g, 0) if activation == "relu" else g / (1 + np.exp(-g))
         h = a * u
         outputs = h**2 * (down.astype(np.float64) ** 2).sum(axis=1)
-        found = statistics.sample_statistics(x, weights)
-        np.testing.assert_allclose(statistics.energy(x, weights), outputs.mean(axis=0), rtol=1e-4)
+        found = neuron_statistics.sample_statistics(x, weights)
+        np.testing.assert_allclose(neuron_statistics.energy(x, weights), outputs.mean(axis=0), rtol=1e-4)
         later = [t for t in range(tokens) if t not in (0, 17)]
-        np.testing.assert_allclose(statistics.energy(x, weights, [0, 17]), outputs[later].mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose(
+            neuron_statistics.energy(x, weights, [0, 17]), outputs[later].mean(axis=0), rtol=1e-4
+        )
         for name, lead in (("gate", np.abs(a)), ("up", np.abs(u))):
             np.testing.assert_allclose(found.cutoffs[name], np.quantile(lead, SPARSITIES), rtol=1e-3, atol=1e-6)
             cut = np.quantile(lead, 0.5)
@@ -40,9 +42,9 @@ def test_statistics_are_those_of_plain_loops() -> None:
         assert found.neurons_for_99_percent == pytest.approx(np.mean(needed), abs=1e-6)
 
     fires = wide @ gate.T > 0
-    packed = statistics.firing(x, FfnWeights(gate, up, down, None, "relu"))
+    packed = neuron_statistics.firing(x, FfnWeights(gate, up, down, None, "relu"))
     assert (np.unpackbits(packed, axis=1)[:, :count] == fires).all()
-    np.testing.assert_allclose(statistics.rates(packed, count), fires.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(neuron_statistics.rates(packed, count), fires.mean(axis=0), rtol=1e-6)
 
 
 @settings(max_examples=40)
@@ -55,8 +57,8 @@ def test_gaps_and_curves_are_those_of_plain_loops(tokens: int, count: int, densi
         for before, after in zip(used, used[1:], strict=False):
             histogram[after - before] += 1
     packed = np.packbits(fires, axis=1)
-    assert (statistics.gaps(packed, count) == histogram).all()
-    curve = statistics.miss_curve(histogram)
+    assert (neuron_statistics.gaps(packed, count) == histogram).all()
+    curve = neuron_statistics.miss_curve(histogram)
     windows = [0] + [1 << k for k in range(20) if 1 << k < tokens and (2 << k) <= tokens]
     for row, k in enumerate(windows):
         # A use's bundle is held for k tokens, or until its next use takes over; of the last uses nothing is known.
@@ -75,8 +77,8 @@ def test_a_layer_in_which_nothing_fires_has_figures_too() -> None:
         np.ones((5, 4), np.float32), np.ones((5, 4), np.float32), np.ones((5, 4), np.float32), None, "relu"
     )
     with np.errstate(all="raise"):
-        found = statistics.sample_statistics(-np.ones((300, 4), np.float16), dead)
-        energy = statistics.energy(-np.ones((300, 4), np.float16), dead)
+        found = neuron_statistics.sample_statistics(-np.ones((300, 4), np.float16), dead)
+        energy = neuron_statistics.energy(-np.ones((300, 4), np.float16), dead)
     assert not energy.any() and found.neurons_for_99_percent <= 1
     assert all(np.isfinite(value) for value in found.lost.values())
 
@@ -85,8 +87,8 @@ def test_bias_and_cutoff_decide_what_fires() -> None:
     x = np.array([[1.0], [2.0], [3.0]], np.float16)
     ones = np.ones((1, 1), np.float32)
     fatrelu = FfnWeights(ones, ones, ones, None, "relu", cutoff=2.0)
-    assert np.unpackbits(statistics.firing(x, fatrelu), axis=1)[:, 0].tolist() == [0, 0, 1]
+    assert np.unpackbits(neuron_statistics.firing(x, fatrelu), axis=1)[:, 0].tolist() == [0, 0, 1]
     biased = FfnWeights(ones, None, ones, np.array([-1.5], np.float32), "relu")
-    assert np.unpackbits(statistics.firing(x, biased), axis=1)[:, 0].tolist() == [0, 1, 1]
+    assert np.unpackbits(neuron_statistics.firing(x, biased), axis=1)[:, 0].tolist() == [0, 1, 1]
     assert (x @ ones.T + fatrelu.offset > 0).ravel().tolist() == [False, False, True]
     assert (x @ ones.T + biased.offset > 0).ravel().tolist() == [False, True, True]

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import mlx_flash
 from mlx_flash import cli
-from mlx_flash.engine.storage import calibration as store
+from mlx_flash.engine.storage import calibration as calibration_file
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration, encode, load_calibration, model_identity
 from mlx_flash.engine.storage.checkpoint import Checkpoint
-from mlx_flash.tools.calibration import calibrator as tuning
+from mlx_flash.tools.calibration import calibrator
 from tests.calibrated import made_up_layer
 from tests.tools.calibration.small_calibration import (
     TOKENS,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def plant(path: Path, data: bytes) -> Path:
     """Make `data` the calibration that a checkpoint names."""
-    name = store.file_name(data)
+    name = calibration_file.file_name(data)
     (path / name).write_bytes(data)
     config = json.loads((path / "config.json").read_text())
     config["flash"]["files"][name] = {"bytes": len(data), "sha256": "0" * 64}
@@ -117,7 +117,7 @@ def test_one_wrong_byte_never_ends_in_a_traceback(relu: Path, at: float, value: 
     dim = checkpoint.layouts[0].parts[0].length
     counts = tuple(layout.count for layout in checkpoint.layouts)
     try:
-        found = store.read_calibration(file, dim, counts, model_identity(checkpoint.files))
+        found = calibration_file.read_calibration(file, dim, counts, model_identity(checkpoint.files))
     except mlx_flash.FormatError as error:
         assert file.name in str(error)
     else:
@@ -219,6 +219,6 @@ def test_a_tokenizer_of_another_model_is_refused(
     relu: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shutil.copytree(relu, tmp_path / "copy")
-    monkeypatch.setattr(tuning, "encode_text", lambda tokenizer, text: ([256], [300] * 600))
+    monkeypatch.setattr(calibrator, "encode_text", lambda tokenizer, text: ([256], [300] * 600))
     with pytest.raises(mlx_flash.UsageError, match="id 300, the model has 300"):
         run(path, text)

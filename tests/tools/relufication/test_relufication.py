@@ -20,14 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mlx_flash
-from mlx_flash.apps.commands import relufy as command
+from mlx_flash.apps.commands import relufy as relufy_command
 from mlx_flash.engine.storage.header import read_header
 from mlx_flash.errors import FlashError, FormatError, UsageError
 from mlx_flash.models.text.tokenizer import load_tokenizer
 from mlx_flash.tools.random_model import make_random
-from mlx_flash.tools.relufication import relufication_run as relufy_run
-from mlx_flash.tools.relufication import token_rows as texts
-from mlx_flash.tools.relufication import torch_decoder
+from mlx_flash.tools.relufication import relufication_run, token_rows, torch_decoder
 from mlx_flash.tools.relufication.distillation import Distillation, evaluate
 from mlx_flash.tools.relufication.options import RelufyConfig
 from mlx_flash.tools.relufication.relufication import relufy
@@ -116,10 +114,8 @@ def test_an_interrupted_run_leaves_nothing_that_loads_and_goes_on_bit_for_bit(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_tiny("llama", tmp_path)
-    settings = QUICK | {"target_sparsity": 0.8, "hidden_weight": 0.1}
+    settings = QUICK | {"target_sparsity": 0.8, "hidden_weight": 0.1, "save_every_s": 0}
     whole = relufy(source, tmp_path / "whole", **settings)
-    monkeypatch.setattr(relufy_run, "SAVE_S", 0.0)
-    monkeypatch.setattr(relufy_run._Clock, "due", lambda clock: setattr(clock, "begun", 0.0) or True)
     made: list[int] = []
 
     def fail_at(calls: int, owner: Any, name: str) -> None:
@@ -163,7 +159,7 @@ def test_a_write_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(relufy_run.os, "rename", full)
+    monkeypatch.setattr(relufication_run.os, "rename", full)
     with pytest.raises(FlashError, match="no room"):
         relufy(source, tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.partial*"))
@@ -178,15 +174,15 @@ def test_every_epoch_sees_every_row_once() -> None:
 
 
 def test_no_more_of_a_text_is_read_than_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "PIECE_BYTES", 100)
+    monkeypatch.setattr(token_rows, "PIECE_BYTES", 100)
     text = tmp_path / "text.txt"
     text.write_bytes(b"a line of words\n" * 20_000 + b"\xff")
     tokenizer = load_tokenizer(make_tiny("llama", tmp_path))
-    rows = texts.read_rows(text, tokenizer, 256, 300, 10, 17)
+    rows = token_rows.read_rows(text, tokenizer, 256, 300, 10, 17)
     assert rows.shape == (10, 17) and (rows[:, 0] == 256).all()
     assert [tokenizer.decode(row[1:].tolist()) for row in rows] == ["a line of words\n"] * 10
     with pytest.raises(UsageError, match="not UTF-8"):
-        texts.read_rows(text, tokenizer, 256, 300, 30_000, 17)
+        token_rows.read_rows(text, tokenizer, 256, 300, 30_000, 17)
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
@@ -254,13 +250,13 @@ def test_without_torch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_setting_has_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
-    command.add_arguments(parser)
+    relufy_command.add_arguments(parser)
     args = parser.parse_args(["--hf-path", "x", "--out", "y"])
     assert RelufyConfig(**{field.name: getattr(args, field.name) for field in fields(RelufyConfig)}) == RelufyConfig()
     options = [word for name, value in QUICK.items() for word in (f"--{name}", str(value))]
     source, out = make_tiny("llama", tmp_path), tmp_path / "out"
     args = parser.parse_args(["--hf-path", str(source), "--out", str(out), *options])
-    report = command.run(args)
+    report = relufy_command.run(args)
     printed = capsys.readouterr().out
     assert f"{report['recovered']['nats_per_token']:.4f}" in printed and str(out) in printed
     assert json.loads(json.dumps(report)) == report
