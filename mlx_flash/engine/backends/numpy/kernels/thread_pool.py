@@ -1,9 +1,9 @@
-"""Threads that help with one kernel call: whoever is awake takes the next task, and nobody waits for a thread that
-has not begun.
+"""The thread pool of the compiled kernels: a call is cut into tasks, and each thread that is awake takes the next one.
 
-Helpers live in compiled code and never touch Python's interpreter, which whoever called the kernel needs meanwhile.
-Not Numba's own pool: its calls end when every thread has shown up, which takes milliseconds where another process
-holds a core; and it aborts the process, or spins, where readers' threads work beside it. Knows no arithmetic.
+The helper threads run compiled code only and never hold Python's interpreter lock, so the caller can run Python
+meanwhile. Numba's own pool is not used: its calls end only when every thread has taken part, which takes milliseconds
+if another process holds a core; and it aborts the process, or spins, if readers' threads work beside it. Knows no
+arithmetic.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from struct import Struct
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,11 +23,14 @@ import numpy as np
 from mlx_flash.engine.system.cores import default_threads
 
 from . import thread_pool_loops as compiled
-from .thread_pool_loops import DONE, END, HELPER_ITEMS, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
+from .thread_pool_loops import DONE, END, HELPER_ITEMS, ITEM, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
 
-TASK_BYTES = 1 << 16  # less work than this for each of two threads is done before the second is awake
-TASKS_PER_THREAD = 8  # so that a thread that is held up does not hold up the rest
+TASK_BYTES = 1 << 16  # with less work for each of two threads, the first is done before the second is awake
+TASKS_PER_THREAD = 8  # so that one slow thread does not delay the rest
 MOST_HELPERS = 63
+JOB_BYTES = JOB_ITEMS * ITEM
+PACK_INTO = [Struct(f"{count}q").pack_into for count in range(JOB_ITEMS - PARAMETERS)]
+URGENT_PLACES, PLACES = range(JOBS), range(1, JOBS)
 
 
 def pages(items: int) -> np.ndarray:
@@ -37,15 +41,17 @@ def pages(items: int) -> np.ndarray:
 
 
 class Board:
-    """Where jobs are put up, and the helpers' places: one for all, never freed, as helpers look at it at any time."""
+    """The shared memory through which callers give jobs to helpers. A process has one board for all pools, and never
+    frees it: helpers look at it at any time."""
 
     def __init__(self) -> None:
         self.jobs = pages(JOBS * JOB_ITEMS).reshape(JOBS, JOB_ITEMS)
         self.helpers = pages(MOST_HELPERS * HELPER_ITEMS).reshape(MOST_HELPERS, HELPER_ITEMS)
         self.at, self.helpers_at = int(self.jobs.ctypes.data), int(self.helpers.ctypes.data)
+        self.items = self.jobs.reshape(-1).data  # written to in a fraction of the array's time
         self.open: dict[int, Job] = {}  # by place, oldest first: a place is free if it is not in here
         # A garbage collection may finish a forgotten job while this thread holds the lock.
-        self._places = threading.RLock()
+        self._lock = threading.RLock()
         self._started = 0
         self._threads: list[threading.Thread] = []
         atexit.register(self.dismiss)
@@ -54,25 +60,28 @@ class Board:
     def take(self, job: Job, urgent: bool) -> None:
         """Give a job a free place. An urgent job gets the first place, which helpers look at between any two tasks, if
         that is free. If none is free, wait for a job that has begun, or drop one that was forgotten."""
+        places = URGENT_PLACES if urgent else PLACES
         while True:
-            with self._places:
-                for place in range(0 if urgent else 1, JOBS):
+            with self._lock:
+                for place in places:
                     if place not in self.open:
-                        job.place, job.at = place, self.at + place * self.jobs.strides[0]
-                        self.jobs[place, DONE] = job.tasks  # so that `finish` does nothing until the job begins
+                        job.place, job.at = place, self.at + place * JOB_BYTES
+                        self.items[place * JOB_ITEMS + DONE] = (
+                            job.tasks
+                        )  # so that `finish` does nothing until the job begins
                         self.open[place] = job
                         return
             self._finish_one()
 
     def release(self, job: Job) -> None:
         """Free a job's place. Does nothing if that was done before and another job has the place by now."""
-        with self._places:
+        with self._lock:
             if self.open.get(job.place) is job:
-                self.open.pop(job.place, None)
+                del self.open[job.place]
 
     def _finish_one(self) -> None:
-        """Finish the oldest job that is begun, or else one that was forgotten before it was: by this thread, or by one
-        that has ended. Another thread's may be about to begin, or run steps."""
+        """Finish the oldest job that has begun. If there is none, finish one that was forgotten before it began: one of
+        this thread, or of a thread that has ended. A job of another thread may be about to begin, or run steps."""
         jobs = list(self.open.values())
         threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         for job in [job for job in jobs if job.begun] or [job for job in jobs if job.thread not in threads]:
@@ -81,9 +90,10 @@ class Board:
         time.sleep(0)
 
     def hire(self, count: int) -> int:
-        """See to it that so many helpers live; returns how many do: none where the system has no pipes to sleep on."""
+        """Start helpers until there are `count`; returns how many of them there are. None can be started on a system
+        without pipes, on which helpers sleep."""
         if count > self._started and os.name == "posix":
-            with self._hiring, suppress(OSError, RuntimeError):  # no more pipes or threads: fewer helpers
+            with self._hiring, suppress(OSError, RuntimeError):  # no more pipes or threads to be had: fewer helpers
                 while self._started < min(count, MOST_HELPERS):
                     mine = self.helpers[self._started]
                     mine[1], mine[2] = os.pipe()
@@ -97,7 +107,7 @@ class Board:
         return min(count, self._started)
 
     def dismiss(self) -> None:
-        """End the helpers, at the end of the process: one that is awake would run code that is no longer there."""
+        """End the helpers at the end of the process, which frees the code that they run."""
         for mine in self.helpers[: len(self._threads)]:
             mine[END] = 1
             with suppress(OSError):
@@ -107,9 +117,10 @@ class Board:
 
 
 class Job:
-    """A call's kernel and arguments, put up on the board. Arrays stay in memory while a helper may use them.
+    """One call of a kernel: its arguments on the board, and its arrays, which are kept while a helper may use them.
 
-    helpers: how many are woken; urgent: helpers take it before the next task of what they are at
+    helpers: how many are woken
+    urgent: helpers take it before the next task of any other job
     """
 
     keep: tuple[Any, ...] | None
@@ -129,24 +140,24 @@ class Job:
         self.board, self.tasks, self.helpers, self.keep = board, tasks, helpers, (arguments, keep)
         self.thread, self.begun = threading.get_ident(), False
         board.take(self, urgent)
-        items = (kernel, tasks, *map(as_item, arguments))
-        board.jobs[self.place, PARAMETERS : PARAMETERS + len(items)] = items
+        at = self.place * JOB_BYTES + PARAMETERS * ITEM
+        PACK_INTO[2 + len(arguments)](board.items, at, kernel, tasks, *map(as_item, arguments))
 
     def begin(self) -> None:
-        """Until here `finish` does nothing; now helpers take tasks."""
+        """Let helpers take tasks. Before this `finish` does nothing."""
         compiled.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
         self.begun = True
 
     def done(self) -> bool:
         """Whether `finish` would return at once."""
-        return self.keep is None or bool(self.board.jobs[self.place, DONE] >= self.tasks)
+        return self.keep is None or self.board.items[self.place * JOB_ITEMS + DONE] >= self.tasks
 
     def finish(self) -> None:
-        """Take part, and return when all is done; a second call does nothing."""
+        """Do tasks until none is left, and return when all are done; a second call does nothing."""
         try:
             self._finish()
         except BaseException:
-            self._finish()  # on Ctrl-C too: helpers would go on with arrays that the caller uses again
+            self._finish()  # after Ctrl-C too: helpers would go on with arrays that the caller uses again
             raise
 
     def _finish(self) -> None:
@@ -157,7 +168,7 @@ class Job:
 
 
 def as_item(argument: Any) -> int:
-    """A number, or an array's address, as a kernel gets it."""
+    """An argument as the int64 that a kernel receives: a number, or an array's address."""
     if isinstance(argument, np.ndarray):
         if argument.flags.carray and argument.size:
             return ctypes.addressof(ctypes.c_char.from_buffer(argument.data))  # in a third of the time
@@ -169,8 +180,8 @@ def as_item(argument: Any) -> int:
 
 
 class Workers:
-    """`count` threads, the calling one among them. Helpers are started when they are first needed; they never end, so
-    all Workers of a process share them."""
+    """A pool of `count` threads, the calling one included. Helpers are started when first needed, never end, and are
+    shared by all pools of the process."""
 
     _board: ClassVar[Board | None] = None
 
@@ -188,18 +199,18 @@ class Workers:
         self._count = count
 
     def tasks(self, nbytes: int, most: int) -> int:
-        """Into how many tasks to cut work on so many bytes: at most `most`, 1 where help would come too late."""
+        """How many tasks to cut work on `nbytes` into: at most `most`, and 1 if helpers would wake up too late."""
         if self._count == 1:
             return 1
         return max(1, min(most, nbytes // TASK_BYTES, self._count * TASKS_PER_THREAD))
 
     def run(self, kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
-        """Do tasks 0..tasks-1 of a kernel made by `task_kernel`; arguments are integers, np.float32 and arrays."""
+        """Do tasks 0..tasks-1 of a kernel marked by `task_kernel`. arguments: integers, np.float32 and arrays."""
         self.start(kernel, tasks, *arguments)()
 
     def start(self, kernel: Callable[..., None], tasks: int, *arguments: Any, keep: Any = None) -> Callable[[], None]:
-        """The same, begun: helpers work on it while the caller does something else, until it calls what is returned,
-        which takes part and returns when all is done. keep: what else stays in memory until then."""
+        """Start the same on the helpers. The function that is returned takes part and returns when all tasks are done;
+        it must be called. keep: objects to keep alive until then."""
         board, helpers = self.shared_board(), 0
         if tasks > 1 and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
@@ -212,7 +223,7 @@ class Workers:
         return ThreadCall(self, number)
 
     def run_steps(self, steps: np.ndarray) -> None:
-        """Do jobs one after the other, without Python between them; see `Steps`."""
+        """Do kernel calls one after the other, without Python between them; see `Steps`."""
         board = self.shared_board()
         job = Job(board, 0, 0, (), 0, steps)
         helpers = board.hire(self._count - 1) if self._count > 1 else 0
@@ -258,8 +269,8 @@ class ThreadCall:
 
 
 class Steps:
-    """Kernels to be called one after the other, again and again, with the same arguments: what changes is in memory
-    that they name."""
+    """A list of kernel calls that is run again and again with the same arguments, without Python between the calls.
+    Only the contents of the arrays change."""
 
     def __init__(self, workers: Workers):
         self.workers = workers
@@ -268,15 +279,15 @@ class Steps:
         self._table = np.empty((0, STEP_ITEMS), np.int64)
 
     def add(self, kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
-        """One more, in so many tasks."""
+        """Add a call, cut into `tasks` tasks."""
         self._steps.append((kernel, tasks, *arguments))  # keeps the arrays in memory
 
     def keep(self, *what: Any) -> None:
-        """These stay in memory too."""
+        """Keep these objects alive too."""
         self._kept += what
 
     def run(self) -> None:
-        """Do them all."""
+        """Do all calls, in order."""
         if len(self._table) < len(self._steps):
             table = np.zeros((len(self._steps), STEP_ITEMS), np.int64)
             for row, (kernel, tasks, *arguments) in zip(table, self._steps, strict=True):

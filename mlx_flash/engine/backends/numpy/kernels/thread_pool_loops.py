@@ -1,8 +1,8 @@
-"""The compiled half of `workers`: jobs on a board in shared memory, and threads that take tasks from them.
+"""The compiled half of `thread_pool`: jobs on a board in shared memory, and the loops that take tasks from them.
 
-A job's place on the board is used again and again, and helpers look at it at any time. So a thread reads what the job
-is only once it holds a ticket, and there are no tickets unless all else is written; whoever put the job up returns only
-when every ticket's task is done. Importing compiles nothing.
+A job's place on the board is used again and again, and helpers look at it at any time. So a thread reads a job's kernel
+and arguments only when it holds a ticket, and tickets are given out only when all else has been written; the caller
+returns only when the task of every ticket is done. Importing compiles nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mlx_flash.engine.numerics.compile_cache import built_on, cached, compiled
 from . import vector_code
 from .vector_code import fetch_add
 
-# A job's place, in items of 8 bytes: tickets left and tasks done, in lines of their own as all threads write to them,
-# then the kernel's address, the number of tasks and the kernel's arguments.
+# A job's place, in items of 8 bytes: tickets left and tasks done, each in a cache line of its own as all threads write
+# to them; then the kernel's address, the number of tasks and the kernel's arguments.
 JOBS, JOB_ITEMS, DONE, PARAMETERS = 16, 64, 8, 16
-STEP_ITEMS = 32  # the same without the first line, for what is done one after the other
-# A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, room for what it reads, whether it is
-# to end.
+STEP_ITEMS = 32  # of one call in `Steps`: kernel, tasks and arguments
+# A helper's place: whether it sleeps, the two ends of the pipe that it sleeps on, room for the byte that wakes it,
+# whether it is to end.
 HELPER_ITEMS, END = 8, 4
 ITEM = 8  # bytes
-PATIENCE = 20000  # times that a thread asks whether the others are done: some 100 microseconds
-# Times that a helper looks for the next job before it sleeps, some 600 microseconds in all: waking it takes 50 to 300.
-# All but the first looks give the core away first, if another process wants it.
+PATIENCE = 20000  # times that `finish` looks whether the others are done: about 100 microseconds
+# Times that a helper looks for the next job before it sleeps, about 600 microseconds in all: waking it takes 50 to 300.
+# After the first ALONE looks it yields the core before each look.
 VIGIL, ALONE = 1500, 300
 
 
@@ -40,14 +40,14 @@ _INT = ir.IntType(64)
 
 
 def jit(function: Any) -> Any:
-    """`compiled`, and anew where what lies below has changed."""
+    """`compiled`, whose cache on disk is also renewed when this file or `vector_code` changes."""
     function.__qualname__ += f"-{BUILT_ON}"
     return compiled(function)
 
 
 def task_kernel(function: Any) -> Any:
-    """Marks a kernel: `kernel(p, task)` does one task; at address p lie the number of tasks and the call's arguments,
-    all int64. Compiled when first used."""
+    """Mark a function as a kernel: `kernel(p, task)` does one task. At address p are the number of tasks and the call's
+    arguments, all int64. Compiled when first used."""
     function.__qualname__ += f"-{BUILT_ON}"
     return function
 
@@ -105,7 +105,7 @@ def _load(typing: Any, address: Any) -> Any:
 
 @intrinsic
 def _exchange(typing: Any, address: Any, value: Any) -> Any:
-    """Write the int64 at an address; returns what was there before."""
+    """Write the int64 at an address; returns the old value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = builder.inttoptr(arguments[0], _INT.as_pointer())
@@ -150,7 +150,7 @@ _read, _write = _system_call("read"), _system_call("write")
 
 @intrinsic
 def _give_way(typing: Any) -> Any:
-    """Let another thread have this one's core, if one waits for it."""
+    """Yield the core to another thread that waits for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
@@ -173,7 +173,7 @@ def _by_number(typing: Any, number: Any, a: Any, b: Any, c: Any) -> Any:
 
 @jit
 def _take(job):  # type: ignore[no-untyped-def]
-    """Do one task of the job at this place; whether there was one."""
+    """Do one task of the job at this place; returns whether there was one."""
     ticket = fetch_add(job, -1) if _load(job) > 0 else 0
     if ticket <= 0:
         return False
@@ -185,7 +185,7 @@ def _take(job):  # type: ignore[no-untyped-def]
 
 @jit
 def wait_for_tasks(parameters, count):  # type: ignore[no-untyped-def]
-    """Within a task: return when so many of the job's tasks are done. Those were taken earlier, by threads at work."""
+    """Within a task: return when `count` of the job's tasks are done. They were taken earlier, so all are under way."""
     while _load(parameters - (PARAMETERS + 1 - DONE) * ITEM) < count:
         pass
 
@@ -203,7 +203,7 @@ def begin(job, tasks, helpers, count):  # type: ignore[no-untyped-def]
 
 @jit
 def finish(job, tasks):  # type: ignore[no-untyped-def]
-    """Take part; whether all is done, which is waited for only for a while."""
+    """Do tasks until none is left, then wait a while for the others; returns whether all tasks are done."""
     while _take(job):
         pass
     asked = 0
@@ -214,8 +214,8 @@ def finish(job, tasks):  # type: ignore[no-untyped-def]
 
 @jit
 def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def]
-    """Do `count` jobs one after the other, at this place: each is its kernel, the number of its tasks and its
-    arguments, STEP_ITEMS in all."""
+    """Do `count` calls one after the other at this place. Each takes STEP_ITEMS: its kernel, the number of its tasks
+    and its arguments."""
     place = integers(job + PARAMETERS * ITEM, STEP_ITEMS)
     for k in range(count):
         at = steps + k * STEP_ITEMS * ITEM
@@ -231,14 +231,14 @@ def run_steps(job, steps, count, helpers, awake):  # type: ignore[no-untyped-def
 
 @jit
 def serve(board, place):  # type: ignore[no-untyped-def]
-    """A helper's life: do what is on the board, sleep when there is nothing, until it is told to end."""
+    """What a helper thread runs: do tasks of the board's jobs, sleep when there are none, until told to end."""
     idle = 0
     while not _load(place + END * ITEM):
         found = False
         for i in range(JOBS):
             while _take(board + i * JOB_ITEMS * ITEM):
                 found = True
-                _take(board)  # the first place is for what is urgent
+                _take(board)  # the first place is for urgent jobs
         if found:
             if idle > VIGIL:
                 _exchange(place, 0)
@@ -248,7 +248,7 @@ def serve(board, place):  # type: ignore[no-untyped-def]
                 _give_way()
             idle += 1
         elif idle == VIGIL:
-            _exchange(place, 1)  # and look once more, as a job may have come before this was seen
+            _exchange(place, 1)  # and look once more: a job may have begun before the caller could see this
             idle += 1
         else:
             _read(integers(place, 3)[1], place + 3 * ITEM, ITEM)
@@ -258,6 +258,6 @@ def serve(board, place):  # type: ignore[no-untyped-def]
 
 @task_kernel
 def system_call(p, task):  # type: ignore[no-untyped-def]
-    """The item at `found` = what the system call gives; -1 where it fails."""
+    """Make a system call. Arguments: its number, its three arguments, the address for its result, -1 if it fails."""
     v = integers(p, 6)
     integers(v[5], 1)[0] = _by_number(v[1], v[2], v[3], v[4])
