@@ -69,6 +69,7 @@ from mlx_flash.tools.text_windows import (
     read_text,
     spread_evenly,
 )
+from mlx_flash.tools.trace_recording import record_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = ROOT.parent / "shared" / "data" / "stories" / "held"
@@ -209,7 +210,7 @@ def record(model: Any, tokenizer: Any, texts: Sequence[Path], tokens: int) -> li
             trace.append([])
         trace[-1].append(np.array(ids))
 
-    model.flash.shared.recorder = note
+    record_ids(model.flash, note)
     for window in spread_evenly(found, tokens):
         for _ in model.flash.forced(model, window.prompt, window.scored):
             pass

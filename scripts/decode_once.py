@@ -13,23 +13,14 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import mlx_flash
-from mlx_flash.tools.bench.trace_replay import Replay
+from mlx_flash.tools.bench.trace_replay import Replay, replay_trace
 from mlx_flash.tools.trace import Trace, read_route_csv
-
-
-def replay_trace(model: Any, path: str, recall: float, precision: float) -> None:
-    """Let the trace name the neurons, and count what it names as fired."""
-    replay = Replay(Trace.load(path), recall, precision)
-    model.flash.shared.override, model.flash.shared.override_guess = replay.ids, replay.guess
-    for layer in model.layers:
-        layer.ffn.decode_spec = replace(layer.ffn.decode_spec, activation="silu")
 
 
 def follow_routes(model: Any, path: str) -> None:
@@ -89,7 +80,7 @@ def main() -> None:
     model, _ = mlx_flash.load(args.model, config)
     load_s = time.perf_counter() - begin
     if args.trace:
-        replay_trace(model, args.trace, args.recall, args.precision)
+        replay_trace(model, Replay(Trace.load(args.trace), args.recall, args.precision))
     if args.routes:
         follow_routes(model, args.routes)
     run = model.flash

@@ -185,7 +185,9 @@ class Run(BaseRun):
         spec, layout = self.plan.spec, self.plan.checkpoint.layouts[layer]
         cutoff = spec.layers[layer].cutoff
         ffn = FFNSpec(layout, spec.kernel_activation, spec.gated, up_bias, down_bias, cutoff, gate_bias=gate_bias)
-        return self.factory.make(layer, ffn)
+        selector = self.factory.make(layer, ffn)
+        self.selectors.append(selector)
+        return selector
 
 
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:

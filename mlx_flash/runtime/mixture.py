@@ -14,12 +14,12 @@ from typing import Any
 
 from mlx_flash.config import FlashConfig, Selection, parse_selection
 from mlx_flash.engine.backends.base import Backend
+from mlx_flash.engine.residency.expert_staging import ExpertStaging
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.staging import BlockStream
 from mlx_flash.engine.selection.context import SharedContext
-from mlx_flash.engine.selection.expert_look_ahead import ExpertLookAhead
-from mlx_flash.engine.selection.look_ahead import GUESS_SHARE
-from mlx_flash.engine.selection.router import RouterSelector, Staging
+from mlx_flash.engine.selection.look_ahead import GUESS_SHARE, ExpertLookAhead
+from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.engine.storage.readers import open_reader
 from mlx_flash.errors import BackendError, FormatError, UsageError
@@ -145,7 +145,7 @@ class ExpertRun(BaseRun):
     def __init__(self, plan: ExpertPlan):
         costs, opened = plan.costs, plan.opened
         rows = costs.staging_rows(plan.memory.staging_blocks)
-        self._staging = {kind: Staging(opened.slab(costs.kinds.index(kind), n), n) for kind, n in rows.items()}
+        self._staging = {kind: ExpertStaging(opened.slab(costs.kinds.index(kind), n), n) for kind, n in rows.items()}
         reader = open_reader(opened.extents, **plan.tuning.reader_options)
         super().__init__(plan, SharedContext(plan.backend, reader, BlockStream([]), Stats()))
         mode = plan.look_ahead
@@ -157,7 +157,9 @@ class ExpertRun(BaseRun):
         capacity, count = plan.memory.capacities[layer], plan.costs.counts[layer]
         slab, staging = plan.opened.slab(layer, capacity), self._staging.get(plan.costs.kinds[layer])
         look_ahead = self.look_ahead if capacity < count else None
-        return RouterSelector(layer, self.shared, Residency(count, capacity), slab, staging, look_ahead)
+        selector = RouterSelector(layer, self.shared, Residency(count, capacity), slab, staging, look_ahead)
+        self.selectors.append(selector)
+        return selector
 
 
 def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -> ExpertPlan:

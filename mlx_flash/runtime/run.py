@@ -69,10 +69,12 @@ def decide_context(wanted: int | None, most: int, limit: ContextLimit | None) ->
 
 
 class BaseRun:
-    """A loaded model's plan, counters and reader; `model.flash` is one. `close` gives its files and threads back."""
+    """A loaded model's plan, counters, reader and selectors (of the layers that have one, in order); `model.flash` is
+    one. `close` gives its files and threads back."""
 
     def __init__(self, plan: Any, shared: SharedContext):
         self.plan, self.shared, self.stats = plan, shared, shared.stats
+        self.selectors: list[Any] = []
 
     @contextmanager
     def phase(self, decoding: bool) -> Iterator[None]:

@@ -182,6 +182,10 @@ class Recorder:
 
     def __init__(self, counts: Sequence[int]):
         self.counts = tuple(counts)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin another trace."""
         self._ids: list[list[np.ndarray]] = [[] for _ in self.counts]
 
     def __call__(self, layer: int, ids: np.ndarray) -> None:

@@ -355,7 +355,7 @@ def test_look_ahead_changes_no_bit(models: Models, backend: str, select: str) ->
 
 def with_guesses(model: Any, guess: Callable[[int], np.ndarray]) -> None:
     """Replace what look-ahead expects of each layer by `guess(layer)` (count,) logits."""
-    ahead = model.flash.factory._look_ahead
+    ahead = model.flash.selectors[0].look_ahead
     ahead.predictors = [lambda x, layer=layer: partial(guess, layer) for layer in range(len(ahead.predictors))]
     ahead.margins = [0.0] * len(ahead.predictors)
 
@@ -368,9 +368,11 @@ def test_guesses_of_every_quality_change_no_bit(models: Models, backend: str, mo
     asked = [[np.flatnonzero(rng.random(n) < 0.2).astype(np.int32) for n in counts] for _ in range(TOKENS)]
     at = {"step": -1}
 
-    def override(layer: int) -> np.ndarray:
+    def wanted(layer: int) -> np.ndarray:
         at["step"] += layer == 0
-        return asked[at["step"] % TOKENS][layer]
+        logits = np.full(counts[layer], -1.0, np.float32)
+        logits[asked[at["step"] % TOKENS][layer]] = 1.0
+        return logits
 
     def guess(layer: int) -> np.ndarray:
         truth = np.full(counts[layer], -1.0, np.float32)
@@ -383,7 +385,8 @@ def test_guesses_of_every_quality_change_no_bit(models: Models, backend: str, mo
         at["step"] = -1
         partly = three_budgets(path, backend, "predictor")[1]
         model = load(path, backend, partly, "predictor", look_ahead=look_ahead)
-        model.flash.shared.override = override
+        for selector in model.flash.selectors:
+            selector.predict = lambda x, layer=selector.layer: partial(wanted, layer)
         # From memory: a read from disk may not have ended when its bundles are due, and is then given up.
         files = [(f.layout, stored_bundles(f)) for f in model.flash.plan.checkpoint.layer_files]
         model.flash.shared.reader = MemoryReader(files)
@@ -411,7 +414,7 @@ def test_a_trial_that_ends_either_way_changes_no_bit(
         monkeypatch.setattr(lookahead, name, value)
     memory = three_budgets(path, backend, "predictor")[1]
     model = load(path, backend, memory, "predictor", look_ahead="auto")
-    trial, seen = model.flash.factory._look_ahead.trial, []
+    trial, seen = model.flash.selectors[0].look_ahead.trial, []
     token = trial.token
     monkeypatch.setattr(trial, "token", lambda seconds: (token(seconds), seen.append((trial.on, trial._kept))))
     got = reply(model, 17, 12)

@@ -1,8 +1,8 @@
-"""What the selectors of one model share: reader, staging, counters, and which part of a reply is under way."""
+"""What the selectors of one model share: backend, reader, staging, counters, and the state of the current reply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,22 +33,18 @@ class Selector(Interruptible, Protocol):
 class SharedContext:
     """What the layers of one model have in common: one reader, one ring of staging slabs, one set of counters.
 
-    decoding: whether the tokens that come are decoded ones; None: one token at a time means decoding, which is all
-    that can be known when mlx-lm's own loop runs the model. reply: counts the replies begun.
-    recorder: called with (layer, ids) for every decoding step's ids; override: replaces a predictor's ids, and
-    override_guess what is guessed of the layer ahead.
+    decoding: whether the current tokens are decoded ones, not a prompt's; None: unknown, as when mlx-lm's own loop runs
+    the model. A single token then counts as decoded.
+    reply: how many replies have begun.
     """
 
     backend: Backend
     reader: Reader
     stream: BlockStream
     stats: Stats
-    unfinished: Interruptible | None = None  # whose call is under way, or was when it was interrupted
+    unfinished: Interruptible | None = None  # the selector whose call is under way, or was cut short
     decoding: bool | None = None
     reply: int = 0
-    recorder: Callable[[int, np.ndarray], None] | None = None
-    override: Callable[[int], np.ndarray] | None = None
-    override_guess: Callable[[int], np.ndarray] | None = None
     _scalars: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
     def is_decode(self, x: Any) -> bool:
@@ -72,15 +68,17 @@ class SharedContext:
         self.unfinished = selector
 
     def end(self) -> None:
+        """The call that `begin` began has succeeded."""
         self.unfinished = None
 
     def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """Begin to read bundles `ids` (n,) into `rows` (n,) of the targets; the bytes are counted when it has ended."""
         if not len(ids):
             return Done()
         return Counted(self.reader.submit(layer, ids, rows, targets), self.stats)
 
     def fetch(self, request: Request, slab: Slab) -> Pending:
-        """Fill a staging slab: row k holds bundle ids[k]."""
+        """Begin to fill a staging slab: row k gets bundle ids[k]."""
         return self.read(request.layer, request.ids, np.arange(len(request.ids)), slab.targets)
 
 

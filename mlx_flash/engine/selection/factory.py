@@ -20,10 +20,13 @@ from mlx_flash.errors import FormatError, UsageError
 
 from .all import AllSelector
 from .context import Selector, SharedContext
+from .gate import GateSelector
 from .look_ahead import LookAhead
+from .predictor import PredictorSelector
 from .prompt import PromptSelector
-from .selectors import GateSelector, PredictorSelector, StaticSelector, ThresholdSelector
-from .sparse import slot_parts, top
+from .sparse import LayerSetup, slot_parts
+from .static import StaticSelector
+from .threshold import ThresholdSelector
 
 EXACT = ("all", "gate")
 
@@ -114,21 +117,21 @@ class SelectorFactory:
         calibrated = self.calibration.layers[layer].rate if self.calibration and name in ("gate", "predictor") else None
         compiled = self.shared.backend.compiles
         residency = Residency(spec.layout.count, self.capacities[layer], self._policy, calibrated, compiled)
+        setup = LayerSetup(layer, spec, self.shared, residency, self._look_ahead)
         if name == "gate":
-            return GateSelector(layer, spec, self.shared, residency, self._look_ahead)
+            return GateSelector(setup)
         if name == "prompt":
             assert fraction is not None
             prior = self.calibration.layers[layer].energy if self.calibration else None
-            return PromptSelector(layer, spec, self.shared, residency, fraction, prior, self.reselect)
+            return PromptSelector(setup, fraction, prior, self.reselect)
         assert self.calibration is not None
         if name == "predictor":
-            return PredictorSelector(layer, spec, self.shared, residency, self._predictor(layer), self._look_ahead)
+            return PredictorSelector(setup, self._predictor(layer))
         assert fraction is not None
         if name == "static":
-            ids = top(self.calibration.layers[layer].energy, fraction)
-            return StaticSelector(layer, spec, self.shared, residency, ids)
+            return StaticSelector(setup, fraction, self.calibration.layers[layer].energy)
         lead = str(self.calibration.summary["lead"])
-        return ThresholdSelector(layer, spec, self.shared, residency, lead, self._cutoff(layer, lead, fraction))
+        return ThresholdSelector(setup, lead, self._cutoff(layer, lead, fraction))
 
     def _predictor(self, layer: int) -> Predictor:
         assert self.calibration is not None

@@ -1,7 +1,8 @@
-"""Look-ahead: reads for layer l+1 begin while layer l computes, from what layer l's input says of layer l+1's neurons.
+"""Look-ahead: while layer l computes, the bundles that layer l+1 will probably need are prefetched.
 
-A guess only prefetches, into the slots of what its layer needs least: what it gets wrong costs time, never output
-(DESIGN 9). Guesses are capped, and left out where tokens take no less time with them.
+A guess is made from layer l's input, by layer l+1's predictor or router. It only prefetches, into the slots that its
+layer needs least: a wrong guess costs time and never changes the output (DESIGN 9). Guesses are capped, and stop where
+tokens take no less time with them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mlx_flash.engine.backends.base import Predictor
-from mlx_flash.engine.residency.slots import Residency
+from mlx_flash.engine.residency.slot_loader import SlotLoader
 
 from .context import SharedContext
 
@@ -26,7 +28,8 @@ GAIN = 0.98  # guesses stay while a token takes at most this share of the time i
 
 
 class Trial:
-    """Whether guesses pay: times tokens with and without them, in turn, and keeps what is faster for a while."""
+    """Measures whether guesses pay: times tokens with and without them, in turn, and keeps the faster way for a
+    while."""
 
     def __init__(self) -> None:
         self.on = True
@@ -34,7 +37,7 @@ class Trial:
         self._kept = 0
 
     def token(self, seconds: float) -> None:
-        """A token took so long, with `on` as it was; `on` is then what the next one is to do."""
+        """Record how long a token took with `on` as it was; sets `on` for the next token."""
         if self._kept:
             self._kept -= 1
             return
@@ -47,26 +50,10 @@ class Trial:
             self.on = not self.on
 
 
-class Foreseen(Protocol):
-    """One layer, whose bundles may be read ahead."""
-
-    layer: int
-    residency: Residency
-
-    def read_ahead(self, ids: np.ndarray) -> int:
-        """Begin to read those of `ids` (n,), ascending, that are missing; returns how many."""
-
-    def ahead_ended(self) -> bool:
-        """Whether all that is being read ahead has come; reads that wait for their turn go on."""
-
-    def forget_ahead(self) -> None:
-        """What was being read ahead may not have come."""
-
-
 class LookAhead:
     """Guesses for all layers of a model, each made while the layer before computes.
 
-    predictors[l]: for layer l; margins[l]: a guess's logit is above it
+    predictors[l]: for layer l; margins[l]: a bundle is guessed where its logit is above it
     mode: "auto" (times itself) or "on"
     """
 
@@ -80,38 +67,34 @@ class LookAhead:
         self.shared, self.predictors, self.margins = shared, predictors, margins
         self.trial = Trial() if mode == "auto" else None
         # Weakly: a cycle would keep their slabs in memory after the model is dropped.
-        self.layers: dict[int, weakref.ref[Foreseen]] = {}
-        self._last: weakref.ref[Foreseen] | None = None  # whose bundles were guessed last
+        self.layers: dict[int, weakref.ref[SlotLoader]] = {}
+        self._last: weakref.ref[SlotLoader] | None = None  # of the layer that was guessed last
         self._begin = 0.0
         self._begun: Callable[[], np.ndarray] | None = None  # logits of the layer that is guessed next
 
-    def add(self, selector: Foreseen) -> None:
-        """A layer whose bundles may be guessed."""
-        self.layers[selector.layer] = weakref.ref(selector)
+    def add(self, loader: SlotLoader) -> None:
+        """Register the slots of a layer that may be guessed."""
+        self.layers[loader.layer] = weakref.ref(loader)
 
-    @property
-    def on(self) -> bool:
-        return self.trial is None or self.trial.on
-
-    def wanted(self, layer: int) -> Foreseen | None:
-        """The layer, where guesses of it are to be made now."""
+    def target(self, layer: int) -> SlotLoader | None:
+        """The layer's slots if guesses of it are to be made now, else None."""
         found = self.layers.get(layer)
-        return found() if found is not None and self.on else None
+        return found() if found is not None and (self.trial is None or self.trial.on) else None
 
     def forget(self) -> None:
-        """Reads were drained: slots that were being filled ahead hold unknown bytes."""
+        """The reader was drained: slots that were being filled hold unknown bytes."""
         self._begun = None
         for found in self.layers.values():
-            if (selector := found()) is not None:
-                selector.forget_ahead()
+            if (loader := found()) is not None:
+                loader.forget_prefetches()
 
     def prepare(self, layer: int, x: Any) -> None:
-        """Begin to compute what `guess` will need, if it is called with the same."""
-        self._begun = self.predictors[layer](x) if self.wanted(layer) is not None else None
+        """Begin to compute the logits that `guess` will need, if it is called with the same arguments."""
+        self._begun = self.predictors[layer](x) if self.target(layer) is not None else None
 
     def guess(self, layer: int, x: Any) -> None:
-        """After the reads of the layer before were begun: begin those that `layer` will probably need. x None: nothing
-        is known of it, the token is timed only."""
+        """After the reads of the layer before have begun: prefetch what `layer` will probably need. x None: nothing is
+        known of it, the token is timed only."""
         if layer - 1 == min(self.layers):
             self._begin = time.perf_counter()
         if layer - 1 == max(self.layers):
@@ -119,33 +102,58 @@ class LookAhead:
                 self.trial.token(time.perf_counter() - self._begin)
             self._begin = 0.0
         begun, self._begun = self._begun, None
-        selector = None if x is None else self.wanted(layer)
-        if selector is None:
+        loader = None if x is None else self.target(layer)
+        if loader is None:
             return
         logits = begun or self.predictors[layer](x)
-        likely = self._likely(selector, logits())
+        likely = self._likely(loader, logits())
         if len(likely):
-            self.shared.stats.guessed += selector.read_ahead(likely)
+            self.shared.stats.guessed += loader.prefetch(likely)
             self._last = self.layers[layer]
 
-    def go_on(self) -> None:
-        """While a layer computes: what did not fit the disk's queue when it was guessed is begun."""
-        if self._last is not None and (selector := self._last()) is not None:
-            selector.ahead_ended()
+    def advance(self) -> None:
+        """While a layer computes: start the prefetches that did not fit the disk's queue at first."""
+        if self._last is not None and (loader := self._last()) is not None:
+            loader.advance()
 
-    def named(self, layer: int, logits: np.ndarray) -> np.ndarray:
-        """Ids that logits (count,) name, ascending."""
+    def guessed_ids(self, layer: int, logits: np.ndarray) -> np.ndarray:
+        """The ids that logits (count,) predict, ascending."""
         return np.flatnonzero(logits > self.margins[layer])
 
-    def _likely(self, selector: Foreseen, logits: np.ndarray) -> np.ndarray:
-        """Ids that the layer will probably ask for, ascending: those that are resident, so that they stay, and as many
-        of the others as may take the place of resident ones."""
-        layer, residency = selector.layer, selector.residency
-        override = self.shared.override_guess
-        likely = self.named(layer, logits) if override is None else override(layer)
+    def _likely(self, loader: SlotLoader, logits: np.ndarray) -> np.ndarray:
+        """Ids that the layer will probably ask for, ascending: the resident ones, so that they stay, and as many of the
+        others as may take the place of resident ones."""
+        residency = loader.residency
+        likely = self.guessed_ids(loader.layer, logits)
         missing = np.flatnonzero(residency.slot_of[likely] < 0)
         most = residency.capacity // GUESS_SHARE
         if len(missing) > most:
             least = np.argsort(-logits[likely[missing]], kind="stable")[most:]
             likely = np.delete(likely, missing[least])
         return likely
+
+
+class ExpertLookAhead(LookAhead):
+    """Guesses for layers of experts: the next layer's router, applied to this layer's input, predicts its choice.
+
+    top_k[l]: how many experts are guessed at most; mode: "auto" (times itself) or "on". A layer is guessed if `learn`
+    was called for it and it has at least GUESS_SHARE slots.
+    """
+
+    def __init__(self, shared: SharedContext, top_k: Sequence[int], mode: str = "auto"):
+        self._routers: dict[int, Predictor] = {}
+        super().__init__(shared, self._routers, (), mode)
+        self.top_k = top_k
+
+    def learn(self, layer: int, predict: Callable[[Any], np.ndarray]) -> None:
+        """Register a layer's router. predict: x, as it is handed to `guess`, -> logits (count,) in host memory."""
+        self._routers[layer] = lambda x: partial(predict, x)
+
+    def target(self, layer: int) -> SlotLoader | None:
+        """See `LookAhead.target`."""
+        found = super().target(layer) if layer in self._routers else None
+        return found if found is not None and found.residency.capacity >= GUESS_SHARE else None
+
+    def guessed_ids(self, layer: int, logits: np.ndarray) -> np.ndarray:
+        """The ids of the largest logits (count,), ascending."""
+        return np.sort(np.argsort(-logits, kind="stable")[: self.top_k[layer]])

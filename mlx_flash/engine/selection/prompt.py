@@ -1,4 +1,7 @@
-"""Per-prompt selection: which neurons serve a whole reply is learnt while its prompt streams through, exactly."""
+"""The selector `prompt`: chooses the neurons of a whole reply while its prompt is computed (GRIFFIN, arXiv 2404.01365).
+
+The prompt itself is computed exactly. Loses quality; `calibrate` measures how much.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import FFNPass, FFNSpec, Slab
-from mlx_flash.engine.residency.slab_copy import copy_rows
-from mlx_flash.engine.residency.slots import Residency
+from mlx_flash.engine.backends.base import FFNPass, Slab
 from mlx_flash.engine.residency.staging import Request
-from mlx_flash.engine.storage.reader import Done, Pending
 
-from .context import SharedContext, blocks
-from .sparse import SparseSelector, part_rows, top
+from .context import blocks
+from .sparse import LayerSetup, SparseSelector, part_rows, top
 
 
 class PromptSelector(SparseSelector):
@@ -32,22 +32,15 @@ class PromptSelector(SparseSelector):
     RESELECT_TOKENS = 32
 
     def __init__(
-        self,
-        layer: int,
-        spec: FFNSpec,
-        shared: SharedContext,
-        residency: Residency,
-        fraction: float,
-        prior: np.ndarray | None = None,
-        reselect: int | None = None,
+        self, setup: LayerSetup, fraction: float, prior: np.ndarray | None = None, reselect: int | None = None
     ):
-        super().__init__(layer, spec, shared, residency)
+        super().__init__(setup)
         self.fraction, self.reselect = fraction, reselect
         every = self.count * self.neurons  # what is summed up is so per neuron
         self.prior = np.zeros(every) if prior is None else self.PRIOR_TOKENS * prior.astype(np.float64)
         self.down_squares = np.full(every, -1.0)
-        self.compensates = spec.activation != "relu"
-        self.reply, self.decoded = shared.reply, 0
+        self.compensates = self.spec.activation != "relu"
+        self.reply, self.decoded = self.shared.reply, 0
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
@@ -84,22 +77,16 @@ class PromptSelector(SparseSelector):
         assert self.ids is not None
         per_block = [self.ids[(self.ids >= f) & (self.ids < f + n)] for f, n in blocks(0, self.count, self.block)]
         requests = [Request(self.layer, ids) for ids in per_block if len(ids)]
-        self.shared.stream.start(requests, self._fetch_chosen)
+        self.shared.stream.start(requests, self._fetch_block)
         total = np.zeros_like(self.output)
         for request in requests:
             _, staging = self.shared.stream.take()
             scalars = self.scalars.reshape(self.count, self.neurons)[request.ids].reshape(-1)
             total += scalars @ part_rows(staging, self.spec.layout, "down", len(request.ids))
-            self._place(request.ids, np.ones((1, len(request.ids)), bool), staging, np.arange(len(request.ids)))
+            rows = np.arange(len(request.ids))
+            self.loader.warm(request.ids, np.ones((1, len(rows)), bool), staging, rows)
             self.shared.stream.release(staging)
         return total
-
-    def _fetch_chosen(self, request: Request, staging: Slab) -> Pending:
-        slots = self.residency.slot_of[request.ids]
-        if (slots < 0).any():
-            return self.shared.fetch(request, staging)
-        copy_rows(self.slab.targets, slots, staging.targets, np.arange(len(slots)))
-        return Done()
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
         """Known only when the whole prompt has been seen."""

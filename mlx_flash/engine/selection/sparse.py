@@ -1,20 +1,21 @@
-"""The step that all selectors share which name bundles token by token: find them in slots or read them, and sum.
+"""The decoding step of all selectors that name neurons per token: find their bundles in slots or read them, and sum.
 
-A token's output depends on the ids alone, never on what is resident (DESIGN 2). A prompt activates almost every
-neuron, so it streams whole blocks, exactly, and warms the slots on the way (DESIGN 9).
+A token's output depends on the ids alone, never on what is resident (DESIGN 2). A prompt activates almost every neuron,
+so it streams whole blocks, exactly, and fills the slots on the way (DESIGN 9).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mlx_flash.engine.backends.base import FFNPass, FFNSpec, Fired, Slab, block_of
 from mlx_flash.engine.residency.slab_copy import clip_targets, copy_rows
+from mlx_flash.engine.residency.slot_loader import SlotLoader
 from mlx_flash.engine.residency.slots import Residency, SlotPlan
 from mlx_flash.engine.residency.staging import Request
 from mlx_flash.engine.storage.bundle import Layout
@@ -23,63 +24,57 @@ from mlx_flash.engine.storage.reader import Done, Pending, Target
 
 from .context import SharedContext, blocks, is_decode
 from .look_ahead import LookAhead
-from .overflow import overflow_spans
-
-AHEAD = 2  # steps that a lazy backend may leave uncomputed while nothing is read: mlx-lm's loop is one ahead
 
 
-class Ahead(NamedTuple):
-    """What is being read before it was asked for, into slots that count as filled. mask (capacity + 1,) bool: these
-    slots; its last item is for those that have none, -1."""
+@dataclass(frozen=True)
+class LayerSetup:
+    """What the selector of one layer is made from. look_ahead: prefetches for this layer and the next one, or None."""
 
-    slots: np.ndarray
-    mask: np.ndarray
-    pending: Pending
+    layer: int
+    spec: FFNSpec
+    shared: SharedContext
+    residency: Residency
+    look_ahead: LookAhead | None = None
 
 
 class SparseSelector(ABC):
-    """One layer: `slots` hold `parts` of `capacity` bundles; `fixed`, if any, holds the leading part of all of them.
+    """One layer: `loader` holds some bundles in slots; `fixed`, if any, holds the leading part of all of them.
 
-    decode_spec: what decoding computes, where that is not what the prompt computes.
+    fixed: the part's name; decode_spec: what decoding computes, where that is not what a prompt computes.
     """
 
     exact = False
 
-    def __init__(
-        self,
-        layer: int,
-        spec: FFNSpec,
-        shared: SharedContext,
-        residency: Residency,
-        look_ahead: LookAhead | None = None,
-        fixed: str | None = None,
-        decode_spec: FFNSpec | None = None,
-    ):
-        self.layer, self.spec, self.shared = layer, spec, shared
-        self.decode_spec = decode_spec or spec
-        self.residency, self.look_ahead = residency, look_ahead
-        self.count, self.neurons, self.block = spec.layout.count, spec.layout.neurons, block_of(spec.layout)
-        layout = spec.layout
-        self.fixed = shared.backend.slab(layout, self.count, layout.parts_of(fixed)) if fixed else None
+    def __init__(self, setup: LayerSetup, fixed: str | None = None, decode_spec: FFNSpec | None = None):
+        self.layer, self.spec, self.shared = setup.layer, setup.spec, setup.shared
+        self.look_ahead, self.decode_spec = setup.look_ahead, decode_spec or setup.spec
+        layout, backend = setup.spec.layout, setup.shared.backend
+        self.count, self.neurons, self.block = layout.count, layout.neurons, block_of(layout)
+        self.fixed = backend.slab(layout, self.count, layout.parts_of(fixed)) if fixed else None
         self.skipped_bytes = layout.matrix_bytes(fixed) if fixed and fixed == layout.matrices[0] else 0
-        self.slab = shared.backend.slab(layout, residency.capacity, slot_parts(layout, fixed))
-        self.loaded = False
-        self._ahead: Ahead | None = None
-        self._unsettled: deque[FFNPass] = deque()  # the last decoding steps, which may still be reading slots
-        if look_ahead is not None:
-            look_ahead.add(self)
+        self.loaded = False  # whether `fixed` has been read
+        self.slab = backend.slab(layout, setup.residency.capacity, slot_parts(layout, fixed))
+        self.loader = SlotLoader(self.layer, setup.residency, self.slab, self.shared)
+        if self.look_ahead is not None:
+            self.look_ahead.add(self.loader)
+
+    @property
+    def residency(self) -> Residency:
+        """Which bundle is in which slot."""
+        return self.loader.residency
 
     @abstractmethod
     def choose(self, x: Any, work: FFNPass) -> np.ndarray:
         """The ids that a decoding step computes, ascending (n,)."""
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
-        """What a prompt's block tells of what decoding will use, (T, n) bool; h: the scalars of the neurons of ids
-        first.. , (T, n * neurons)."""
+        """Which ids from `first` on decoding would have used for each token of a prompt, (T, n) bool; h: the scalars of
+        their neurons, (T, n * neurons)."""
         return h != 0
 
     def prompt_block(self, first: int, h: np.ndarray, staging: Slab) -> None:  # noqa: B027
-        """A block of a prompt's chunk: scalars (T, n) of the neurons of ids first.. , in rows 0.. of `staging`."""
+        """Learn from a block of a prompt's chunk: scalars (T, n) of the neurons of ids first.. , in rows 0.. of
+        `staging`."""
 
     def __call__(self, x: Any) -> Any:
         self.shared.begin(self)
@@ -92,116 +87,63 @@ class SparseSelector(ABC):
         return result
 
     def is_decode(self, x: Any) -> bool:
+        """Whether the tokens of x (..., T, d) are computed from the chosen ids alone."""
         return is_decode(x) if self.exact else self.shared.is_decode(x)
 
     def forget(self) -> None:
         """The slots hold unknown bytes."""
-        self.residency.reset()
-        self._ahead = None
+        self.loader.forget()
         if self.look_ahead is not None:
             self.look_ahead.forget()
 
-    def read_ahead(self, ids: np.ndarray) -> int:
-        """Begin to read those of `ids` (n,), ascending, that are missing; returns how many. None that is resident
-        gives way."""
-        self._finish_ahead()
-        plan = self.residency.plan(ids)
-        if not len(plan.loads):
-            return 0
-        slots, mask = plan.slots[plan.loads], np.zeros(self.residency.capacity + 1, bool)
-        mask[slots] = True
-        self._ahead = Ahead(slots, mask, Done())  # whatever interrupts this: `forget_ahead` then knows of it
-        self._settle()  # what they hold may not have been used yet
-        self.residency.evict(plan)
-        self._ahead = Ahead(slots, mask, self.shared.read(self.layer, ids[plan.loads], slots, self.slab.targets))
-        self.residency.place(plan)
-        return len(slots)
-
-    def ahead_ended(self) -> bool:
-        """Whether all that is being read ahead has come; reads that wait for their turn go on."""
-        return self._ahead is not None and self._ahead.pending.ended()
-
-    def forget_ahead(self) -> None:
-        """What was being read ahead may not have come."""
-        if self._ahead is not None:
-            self.residency.reset()
-            self._ahead = None
-
-    def _finish_ahead(self) -> None:
-        """Wait for what is being read ahead. A read that failed is raised here, needed or not: the call is cut short,
-        and the slots are forgotten."""
-        if self._ahead is not None:
-            self._ahead.pending.wait()
-            self._ahead = None
-
     def _decode(self, x: Any) -> Any:
-        shared = self.shared
-        work = shared.backend.ffn(self.decode_spec, x)
+        loader, stats = self.loader, self.shared.stats
+        work = self.shared.backend.ffn(self.decode_spec, x)
         ids = self.choose(x, work)
+        right = 0
         if self.look_ahead is not None:
             self.look_ahead.prepare(self.layer + 1, x)
-        right = self._guessed_right(ids)
-        if self.ahead_ended():
-            self._finish_ahead()
-        plan = self.residency.plan(ids, keep=None if self._ahead is None else self._ahead.slots)
-        if shared.recorder is not None:
-            shared.recorder(self.layer, plan.ids)
-        shared.stats.hits += len(plan.hits) - right
-        shared.stats.misses += len(plan.ids) - len(plan.hits) + right
+            right = loader.count_arriving(ids)
+            stats.guessed_right += right
+            loader.land_ended()
+        plan = loader.plan(ids)
+        stats.hits += len(plan.hits) - right
+        stats.misses += len(plan.ids) - len(plan.hits) + right
         used = self._add(work, plan, x)
-        self.residency.commit(plan, used)
-        self._unsettled.append(work)
-        self._settle(AHEAD)
+        loader.residency.commit(plan, used)
+        loader.add_step([work])
         return work.result()
-
-    def _guessed_right(self, ids: np.ndarray) -> int:
-        """How many of `ids` are being read ahead, which is counted."""
-        if self._ahead is None:
-            return 0
-        right = int(self._ahead.mask[self.residency.slot_of[ids]].sum())
-        self.shared.stats.guessed_right += right
-        return right
-
-    def _settle(self, but: int = 0) -> None:
-        """Wait until the decoding steps before the last `but` no longer need their slots. A lazy backend may not have
-        computed them, if the caller feeds known tokens: those need nothing that this layer gave the ones before."""
-        while len(self._unsettled) > but:
-            self._unsettled[0].settle()
-            self._unsettled.popleft()
 
     def _add(self, work: FFNPass, plan: SlotPlan, x: Any) -> np.ndarray | None:
         """Add the terms of the step's ids; returns which of them fired, where the backend knows."""
-        ids, slots = plan.ids, plan.slots
-        if len(plan.loads):
-            self._settle()  # what they hold may not have been used yet
-        self.residency.evict(plan)
-        here, late = plan.hits, plan.loads
-        if self._ahead is not None:
-            coming = self._ahead.mask[slots[here]]
-            here, late = here[~coming], np.concatenate([here[coming], late])
-        if len(plan.overflow):
-            return self._add_spans(work, plan)
+        ids, slots, loader = plan.ids, plan.slots, self.loader
+        loader.make_room(plan)
         # Hits are computed while misses are read, and while what follows is planned: h_i needs no other neuron, and
         # a block's sum none of another block.
-        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
+        pending = loader.read(plan, plan.loads)
+        if len(plan.overflow):
+            return self._add_spans(work, plan, pending)
+        here, late = plan.hits, plan.loads
+        if loader.prefetches:
+            arriving = loader.arriving[slots[here]]
+            here, late = here[~arriving], np.concatenate([here[arriving], late])
         found = [self._scalars(work, plan, here, ids[late])]
         if self.look_ahead is not None:
             self.look_ahead.guess(self.layer + 1, x)
-        self._finish_ahead()
+        loader.finish()
         pending.wait()
         found.append(self._scalars(work, plan, late))
         if self.look_ahead is not None:
-            self.look_ahead.go_on()
+            self.look_ahead.advance()
         work.down()
         return which_fired(len(ids), found)
 
-    def _add_spans(self, work: FFNPass, plan: SlotPlan) -> np.ndarray | None:
+    def _add_spans(self, work: FFNPass, plan: SlotPlan, pending: Pending) -> np.ndarray | None:
         """The same where there are not enough slots: some of the ids pass through staging, in order."""
         ids, slots = plan.ids, plan.slots
-        pending = self.shared.read(self.layer, ids[plan.loads], slots[plan.loads], self.slab.targets)
         spans, found = list(overflow_spans(ids, plan.overflow, self.block)), []
         self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
-        self._finish_ahead()
+        self.loader.finish()
         pending.wait()
         for span in spans:
             found.append(self._scalars(work, plan, span.resident(slots)))
@@ -215,18 +157,18 @@ class SparseSelector(ABC):
     def _scalars(
         self, work: FFNPass, plan: SlotPlan, positions: np.ndarray, late: np.ndarray | None = None
     ) -> tuple[np.ndarray, Fired | None]:
-        """Begin to compute what lies in slots: the ids at these positions; `late` ids come after them."""
+        """Begin to compute the ids at these positions, which lie in slots; `late` ids come after them."""
         if not len(positions):
             return positions, lambda: np.empty(0, bool)
         return positions, work.scalars(plan.ids[positions], self.slab, plan.slots[positions], late)
 
     def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
-        """Bundles without a slot, but for the part that is resident."""
+        """Read bundles without a slot, but for the part that is resident."""
         targets = clip_targets(staging.targets, self.skipped_bytes)
         return self.shared.read(request.layer, request.ids, np.arange(len(request.ids)), targets)
 
     def _prefill(self, x: Any) -> Any:
-        self._finish_ahead()
+        self.loader.land()
         requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count, self.block))
         self.shared.stream.start(requests, self._fetch_block)
         work = self.shared.backend.ffn(self.spec, x)
@@ -239,40 +181,55 @@ class SparseSelector(ABC):
             work.dense(staging, 0, first, length, h)
             work.settle()
             self.prompt_block(first, h, staging)
-            self._keep(first, self.uses(first, h), staging)
+            rows = np.arange(length)
+            self.loader.warm(first + rows, self.uses(first, h), staging, rows)
             self.shared.stream.release(staging)
         return work.result()
 
     def _fetch_block(self, request: Request, staging: Slab) -> Pending:
-        """From memory where all its bundles are resident, else from disk."""
-        slots = self.residency.slot_of[request.ids]
-        if (slots < 0).any():
+        """Fill a staging slab from the slots where all its bundles are resident, else from disk."""
+        if not self.loader.copy_out(request.ids, staging):
             return self.shared.fetch(request, staging)
-        rows = np.arange(len(request.ids))
         if self.fixed is not None:
-            copy_rows(self.fixed.targets, request.ids, staging.targets, rows)
-        copy_rows(self.slab.targets, slots, staging.targets, rows)
+            copy_rows(self.fixed.targets, request.ids, staging.targets, np.arange(len(request.ids)))
         return Done()
 
-    def _keep(self, first: int, used: np.ndarray, staging: Slab) -> None:
-        """Warm the slots with what of a block in staging is worth one."""
-        ids = np.arange(first, first + used.shape[1])
-        self._place(ids, used, staging, ids - first)
 
-    def _place(self, ids: np.ndarray, used: np.ndarray, staging: Slab, rows: np.ndarray) -> None:
-        """Give slots to those of `ids` (n,), in `rows` of staging, that are worth one; used (T, n) bool."""
-        plan = self.residency.warm(ids, used)
-        if len(plan.loads):
-            self._settle()  # what they hold may not have been used yet
-            self.residency.evict(plan)
-            loaded = rows[np.searchsorted(ids, plan.ids[plan.loads])]
-            copy_rows(staging.targets, loaded, self.slab.targets, plan.slots[plan.loads])
-            self.residency.place(plan)
+@dataclass(frozen=True)
+class Span:
+    """Positions `first..last` of a step's ids, whole blocks, of which `overflow` (positions) stream through staging."""
+
+    first: int
+    last: int
+    overflow: np.ndarray
+
+    def resident(self, slots: np.ndarray) -> np.ndarray:
+        """The positions of those that have slots."""
+        return self.first + np.flatnonzero(slots[self.first : self.last] >= 0)
+
+
+def overflow_spans(ids: np.ndarray, overflow: np.ndarray, block: int) -> Iterator[Span]:
+    """Cut a step's ids (ascending) at block borders so that the overflow of each span fits one staging slab of
+    `block` rows. Nothing when there is no overflow."""
+    if not len(overflow):
+        return
+    borders = np.flatnonzero(np.diff(ids // block)) + 1
+    ends = [*borders.tolist(), len(ids)]
+    begin = taken = 0
+    previous = 0
+    for end in ends:
+        upto = int(np.searchsorted(overflow, end))
+        if upto - taken > block:
+            cut = int(np.searchsorted(overflow, previous))
+            yield Span(begin, previous, overflow[taken:cut])
+            begin, taken = previous, cut
+        previous = end
+    yield Span(begin, len(ids), overflow[taken:])
 
 
 def which_fired(count: int, found: Sequence[tuple[np.ndarray, Fired | None]]) -> np.ndarray | None:
-    """(count,) bool, from what is known of some positions each; all others count as fired. None where a part is not
-    known."""
+    """(count,) bool: which of a step's ids fired, from what is known of some positions each; all others count as fired.
+    None where a part is not known."""
     fired = np.ones(count, bool)
     for positions, which in found:
         if which is None:

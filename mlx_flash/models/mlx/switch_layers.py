@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.engine.backends.mlx.slab import MlxExpertSlab
-from mlx_flash.engine.selection.router import Group, RouterSelector
+from mlx_flash.engine.residency.expert_staging import ExpertGroup
+from mlx_flash.engine.selection.router import RouterSelector
 
 from .compat import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 from .joined_experts import JoinedGLU
@@ -125,7 +126,7 @@ class SlotExperts:
         look_ahead = self.selector.look_ahead
         if look_ahead is None or self._following is None or indices.size != indices.shape[-1]:
             return None
-        if look_ahead.wanted(self.selector.layer + 1) is None:
+        if look_ahead.target(self.selector.layer + 1) is None:
             return None
         return self._following(x).reshape(-1).astype(mx.float32)
 
@@ -138,7 +139,7 @@ class SlotExperts:
             selector.shared.stats.hits += indices.size
         return self._switches[id(selector.slab)](x, mx.take(self._slots, indices))
 
-    def _some(self, x: mx.array, group: Group, tokens: np.ndarray, slots: np.ndarray, as_many: bool) -> mx.array:
+    def _some(self, x: mx.array, group: ExpertGroup, tokens: np.ndarray, slots: np.ndarray, as_many: bool) -> mx.array:
         """Pairs of tokens (n,) and slots (n,) -> (n, d), begun. as_many: by mlx-lm's code for SORTED pairs or more,
         which the whole call would take."""
         count = len(slots)

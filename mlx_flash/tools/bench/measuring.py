@@ -23,8 +23,8 @@ from mlx_flash.runtime.planning.cost_model import Prediction, predict
 from mlx_flash.stats import Stats
 
 from .options import BenchOptions
-from .timeline import TimedToken, Timeline, selectors_of
-from .trace_replay import Replay
+from .timeline import TimedToken, Timeline
+from .trace_replay import Replay, replay_trace
 
 SEED = 20
 
@@ -166,20 +166,6 @@ def _seconds(steps: Iterator[np.ndarray]) -> tuple[float, float]:
     cpu, begin = time.process_time(), time.perf_counter()
     next(steps)
     return time.perf_counter() - begin, time.process_time() - cpu
-
-
-def replay_trace(model: Any, replay: Replay) -> None:
-    """From now on the trace says which neurons a decoding step asks for, and what look-ahead guesses."""
-    model.flash.shared.override = replay.ids
-    model.flash.shared.override_guess = replay.guess
-    let_named_neurons_fire(model)
-
-
-def let_named_neurons_fire(model: Any) -> None:
-    """Whatever a trace names must be computed to the end. ReLU lets half of the gates of random weights through, so
-    that the other half would never touch its down rows: faster than any model whose trace it is. SiLU has no zeros."""
-    for selector in selectors_of(model):
-        selector.decode_spec = replace(selector.decode_spec, activation="silu")
 
 
 def observed_prediction(found: Measured, replay: Replay | None) -> Prediction | None:

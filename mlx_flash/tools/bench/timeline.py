@@ -1,7 +1,7 @@
 """Where a decoded token's time goes: clocks around what the objects of one loaded model do.
 
-Only `mlx_flash bench` builds one. The clocks are on while a token is timed and off otherwise: whoever measures nothing
-pays nothing. Every moment belongs to the innermost phase. Knows neither what is asked nor whether the answer is good.
+Only `mlx_flash bench` builds one. The clocks are on while a token is timed and off otherwise, so a model that is not
+measured has no extra cost. Every moment belongs to the innermost phase. Knows neither prompts nor replies.
 """
 
 from __future__ import annotations
@@ -53,12 +53,6 @@ class TimedToken:
         return found
 
 
-def selectors_of(model: Any) -> list[Any]:
-    """Every layer's selector, wherever the backend's model keeps it."""
-    modules = [layer.ffn if hasattr(layer, "ffn") else layer.mlp for layer in model.layers]
-    return [getattr(module, "_ffn", module) for module in modules]
-
-
 def exclusive(marks: Sequence[Mark], begin: float, end: float, phases: Sequence[str] = PHASES) -> tuple[TimeSpan, ...]:
     """From nested phases to spans that follow each other from `begin` to `end`: the innermost phase counts."""
     stack, since = [REST], begin
@@ -84,7 +78,7 @@ class Timeline:
         run = model.flash
         self._marks: list[Mark] = []
         self._layers: list[tuple[float, int, int, int]] = []  # when, layer, hits and misses until then
-        self._stats, self._selectors = run.stats, selectors_of(model)
+        self._stats, self._selectors = run.stats, list(run.selectors)
         self._fired = np.zeros(len(self._selectors))
         self._put: list[tuple[Any, str, Any]] = []  # object, name, what takes its place
         self.lazy = run.plan.backend_name != "numpy"

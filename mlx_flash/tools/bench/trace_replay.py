@@ -1,4 +1,4 @@
-"""A trace in place of what a model's own neurons would do: made from statistics, or replayed on random weights.
+"""Replays a trace of activations, recorded or made from statistics, on a model of random weights.
 
 Random weights fire at random, which no cache can serve; what a real model asks for, token after token, is known from
 traces. Replaying one gives reads and sums their true pattern. It shows mechanism and speed, nothing of quality.
@@ -7,9 +7,12 @@ traces. Replaying one gives reads and sums their true pattern. It shows mechanis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from mlx_flash.engine.backends.base import Predictor
 from mlx_flash.tools.trace import Trace
 
 # AGES[j]: share of a layer's neurons that were named last j + 1 tokens ago; AGES[0] is thus the share named per token,
@@ -45,10 +48,10 @@ def synthetic_trace(counts: Sequence[int], tokens: int, seed: int = 0, ages: Seq
 
 
 class Replay:
-    """Names a trace's ids in place of a predictor's; after the last token it begins again.
+    """Predictors that name a trace's ids; after the last token it begins again.
 
-    recall, precision: of the ids that are guessed a layer ahead: how many of a token's ids, and how many of the guesses
-    are among these. Each layer keeps its own count of tokens, as layers are called in turn.
+    recall, precision: of the ids that look-ahead guesses: how many of a token's ids, and how many of the guesses are
+    among these. Each layer keeps its own count of tokens, as layers are called in turn.
     """
 
     def __init__(self, trace: Trace, recall: float = 0.95, precision: float = 0.95, seed: int = 0):
@@ -71,6 +74,29 @@ class Replay:
         """What is guessed of the layer's next token, ascending."""
         return self._guesses[layer][self._token(layer)]
 
+    def predictor(self, layer: int, own: Predictor) -> Predictor:
+        """A predictor of what the layer's next token asks for. It also computes `own`, the model's predictor, as that
+        takes its share of the time."""
+        return self._replaced(layer, own, self.ids)
+
+    def guesser(self, layer: int, own: Predictor) -> Predictor:
+        """The same for look-ahead: a predictor of what is guessed of the layer's next token."""
+        return self._replaced(layer, own, self.guess)
+
+    def _replaced(self, layer: int, own: Predictor, named: Callable[[int], np.ndarray]) -> Predictor:
+        def begin(x: Any) -> Callable[[], np.ndarray]:
+            begun = own(x)
+
+            def logits() -> np.ndarray:
+                begun()
+                found = np.full(self.trace.counts[layer], -np.inf, np.float32)
+                found[named(layer)] = np.inf
+                return found
+
+            return logits
+
+        return begin
+
     def _token(self, layer: int) -> int:
         return self._at[layer] % self.trace.tokens
 
@@ -82,3 +108,26 @@ def _guess(
     right = ids[draw(len(ids)) < recall]
     wrong = (draw(round(len(right) * (1 / precision - 1))) * count).astype(np.int32)
     return np.union1d(right, wrong)
+
+
+def replay_trace(model: Any, replay: Replay) -> None:
+    """From now on the trace says which neurons a model with predictors asks for, and what look-ahead guesses."""
+    name_neurons(model, replay)
+    let_named_neurons_fire(model)
+
+
+def name_neurons(model: Any, replay: Replay) -> None:
+    """Hand the trace's predictors to the selectors and to the look-ahead."""
+    selectors = model.flash.selectors
+    for selector in selectors:
+        if hasattr(selector, "predict"):  # `gate` computes what fires
+            selector.predict = replay.predictor(selector.layer, selector.predict)
+    if (look_ahead := selectors[0].look_ahead) is not None:
+        look_ahead.predictors = [replay.guesser(layer, own) for layer, own in enumerate(look_ahead.predictors)]
+
+
+def let_named_neurons_fire(model: Any) -> None:
+    """Compute every named neuron to the end. ReLU lets half of the gates of random weights through, so that the other
+    half would never touch its down rows: faster than any model whose trace it is. SiLU has no zeros."""
+    for selector in model.flash.selectors:
+        selector.decode_spec = replace(selector.decode_spec, activation="silu")

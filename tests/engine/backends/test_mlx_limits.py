@@ -18,7 +18,7 @@ from mlx_lm.generate import generation_stream  # noqa: E402
 import mlx_flash  # noqa: E402
 from mlx_flash.engine.backends.base import BLOCK  # noqa: E402
 from mlx_flash.engine.backends.mlx.backend import MlxBackend, MlxPass  # noqa: E402
-from mlx_flash.engine.selection.sparse import AHEAD  # noqa: E402
+from mlx_flash.engine.residency.slot_loader import LAZY_STEPS  # noqa: E402
 from mlx_flash.models.mlx.model import FlashFFNModule  # noqa: E402
 from mlx_flash.models.text.sampling import Sampling  # noqa: E402
 from tests.calibrated import make_calibrated, selectors  # noqa: E402
@@ -97,10 +97,10 @@ class Watch:
         return work
 
     def settle(self, settle: Callable[..., Any]) -> Callable[..., Any]:
-        """To settle a step that lies AHEAD behind waits for nothing: its token has been given since."""
+        """To settle a step that lies LAZY_STEPS behind waits for nothing: its token has been given since."""
 
         def counted(work: Any) -> None:
-            if len(self.tokens) - work.born < AHEAD:
+            if len(self.tokens) - work.born < LAZY_STEPS:
                 self.count("late settle")
             self.settling = True
             settle(work)

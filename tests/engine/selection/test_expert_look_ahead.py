@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_flash.engine.residency.expert_staging import ExpertStaging
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.staging import BlockStream
 from mlx_flash.engine.selection.context import SharedContext
-from mlx_flash.engine.selection.expert_look_ahead import ExpertLookAhead
-from mlx_flash.engine.selection.router import RouterSelector, Staging
+from mlx_flash.engine.selection.look_ahead import ExpertLookAhead
+from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.reader import ReadReport, Target
 from mlx_flash.engine.storage.readers import MemoryReader
 from mlx_flash.errors import ReadError
@@ -90,17 +91,18 @@ class LateReader(Recording):
         self.late = []
 
 
-def make(capacity, reader, mode="on"):
+def make(capacity, reader, mode="on", routers=True):
     shared = SharedContext(None, reader, BlockStream([]), Stats())
 
     def slab(rows):
         return SimpleNamespace(targets=(Target(0, np.zeros((rows, 8), np.uint8)),)) if rows else None
 
     ahead = ExpertLookAhead(shared, [TOP_K] * LAYERS, mode)
-    ring = Staging(slab(4), 4) if capacity < COUNT else None
+    ring = ExpertStaging(slab(4), 4) if capacity < COUNT else None
     layers = []
     for layer in range(LAYERS):
-        ahead.learn(layer, lambda x: x)
+        if routers:
+            ahead.learn(layer, lambda x: x)
         found = ahead if capacity < COUNT else None
         layers.append(RouterSelector(layer, shared, Residency(COUNT, capacity), slab(capacity), ring, found))
     return layers, ahead
@@ -177,7 +179,7 @@ def test_a_wrong_guess_that_has_not_begun_is_given_up_and_its_slot_is_the_first_
     reader = LateReader()
     layers, _ = make(8, reader)
     token(layers, reader, np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]]), [[9, 10, 11], None, None])
-    assert not {9, 10, 11} & set(reader.came) and layers[1]._coming == {}
+    assert not {9, 10, 11} & set(reader.came) and not layers[1].loader.prefetches
     residency = layers[1].residency
     empty = np.flatnonzero(residency.id_of[: residency.num_used] < 0)
     assert len(empty) == 2 and (residency.slot_of[[9, 10]] < 0).all()
@@ -191,7 +193,7 @@ def test_a_failed_guess_is_read_again_if_it_is_needed():
     reader = LateReader(quick=1.0, failing=0.0)
     layers, _ = make(8, reader)
     chosen = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
-    layers[1].read_ahead(np.array([3, 9]))
+    layers[1].loader.prefetch(np.array([3, 9]))
     for late in reader.late:
         late.outcome = ReadError("the disk failed")
     token(layers, reader, chosen, [None, None, None])
@@ -221,8 +223,8 @@ def test_auto_times_every_token_and_turns_itself_off():
         before = layers[0].shared.stats.guessed
         token(layers, reader, chosen, [chosen[1], chosen[2], None])
         assert (layers[0].shared.stats.guessed > before) == (n < 3) and len(seen) == n + 1
-        assert (ahead.wanted(1) is layers[1]) == (n < 3)
-    assert ahead.wanted(LAYERS) is None
+        assert (ahead.target(1) is layers[1].loader) == (n < 3)
+    assert ahead.target(LAYERS) is None
     for layer in range(1, LAYERS + 1):
         assert len(seen) == 6
         ahead.guess(layer, None)
@@ -232,10 +234,8 @@ def test_auto_times_every_token_and_turns_itself_off():
 @pytest.mark.parametrize(("capacity", "known"), [(3, True), (8, False)])
 def test_too_few_slots_or_no_router_mean_no_guess(capacity, known):
     reader = LateReader(quick=1.0)
-    layers, ahead = make(capacity, reader)
-    if not known:
-        ahead._known.clear()
-    assert ahead.wanted(1) is None
+    layers, ahead = make(capacity, reader, routers=known)
+    assert ahead.target(1) is None
     chosen = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     token(layers, reader, chosen, [chosen[1], chosen[2], None])
     assert not layers[0].shared.stats.guessed
@@ -274,5 +274,5 @@ def test_an_interrupt_while_slots_change_hands_forgets_them(step):
     delattr(residency, step)
     reader.in_use = []
     serve(layers[0], reader, chosen[:1])
-    assert (residency.slot_of < 0).all() and residency.num_used == 0 and not layers[1]._coming
+    assert (residency.slot_of < 0).all() and residency.num_used == 0 and not layers[1].loader.prefetches
     token(layers, reader, chosen, [None] * LAYERS)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_flash.engine.residency.expert_staging import ExpertStaging
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.staging import BlockStream
 from mlx_flash.engine.selection.context import SharedContext
-from mlx_flash.engine.selection.router import RouterSelector, Staging
+from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import Layout, Part
 from mlx_flash.engine.storage.reader import Target
 from mlx_flash.engine.storage.readers import FaultyReader, MemoryReader
@@ -51,7 +52,7 @@ def make(capacity, staging, reader=None):
     def slab(rows):
         return SimpleNamespace(targets=(Target(0, np.zeros((rows, 8), np.uint8)),)) if rows else None
 
-    ring = Staging(slab(staging), staging) if staging else None
+    ring = ExpertStaging(slab(staging), staging) if staging else None
     return RouterSelector(0, shared, Residency(COUNT, capacity), slab(capacity), ring), reader
 
 

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mlx_flash.engine.residency.expert_staging import ExpertStaging
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.staging import BlockStream
 from mlx_flash.engine.residency.window import LRU
 from mlx_flash.engine.selection.context import SharedContext
-from mlx_flash.engine.selection.router import RouterSelector, Staging
+from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import Layout, Part
 from mlx_flash.engine.storage.reader import Target
 from mlx_flash.engine.storage.readers import MemoryReader
@@ -30,7 +31,7 @@ def router_misses(trace: Trace, layer: int, slots: int) -> int:
     def slab(rows: int) -> SimpleNamespace:
         return SimpleNamespace(targets=(Target(0, np.zeros((rows, 1), np.uint8)),))
 
-    selector = RouterSelector(0, shared, Residency(count, slots), slab(slots), Staging(slab(12), 12))
+    selector = RouterSelector(0, shared, Residency(count, slots), slab(slots), ExpertStaging(slab(12), 12))
     tokens = trace.ids[layer]
     prompt = [ids for ids in tokens[: trace.prompt] if len(ids)]  # the last layer saw the prompt's last token only
     for chosen, decoding in [(np.stack(prompt), False)] + [(ids[None], True) for ids in tokens[trace.prompt :]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_flash.engine.backends.base import BLOCK
 from mlx_flash.engine.residency.slab_copy import clip_targets, copy_rows
 from mlx_flash.engine.selection.context import blocks
-from mlx_flash.engine.selection.overflow import overflow_spans
+from mlx_flash.engine.selection.sparse import overflow_spans
 from mlx_flash.engine.storage.reader import Target
 
 

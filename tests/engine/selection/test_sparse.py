@@ -7,6 +7,7 @@ the sum over exactly those ids. Readers here are late on purpose: rows hold rubb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.residency.staging import BlockStream
 from mlx_flash.engine.selection.context import SharedContext
 from mlx_flash.engine.selection.look_ahead import LookAhead
-from mlx_flash.engine.selection.selectors import PredictorSelector
+from mlx_flash.engine.selection.predictor import PredictorSelector
+from mlx_flash.engine.selection.sparse import LayerSetup
 from mlx_flash.engine.storage.bundle import Layout, Part
 from mlx_flash.engine.storage.reader import ReadReport, Target
 from mlx_flash.engine.storage.readers import MemoryReader
@@ -115,20 +117,28 @@ class Model:
             ahead = LookAhead(self.shared, expect, [0.0] * len(COUNTS), "on")
         self.layers = [
             PredictorSelector(
-                layer,
-                FFNSpec(layout, "relu", True),
-                self.shared,
-                Residency(layout.count, capacity, compiled=backend.compiles),
-                lambda x, n=layout.count: lambda: np.zeros(n, np.float32),
-                ahead,
+                LayerSetup(
+                    layer,
+                    FFNSpec(layout, "relu", True),
+                    self.shared,
+                    Residency(layout.count, capacity, compiled=backend.compiles),
+                    ahead,
+                ),
+                lambda x, layer=layer: partial(self.wanted, layer),
             )
             for layer, (layout, capacity) in enumerate(zip(LAYOUTS, capacities, strict=True))
         ]
 
     def step(self, x: np.ndarray, asked: Sequence[np.ndarray]) -> list[Any]:
         """All layers on the same x (T, d), decoding `asked` where T is 1; results are not evaluated."""
-        self.shared.override = lambda layer: asked[layer].astype(np.int32)
+        self.asked = asked
         return [layer(self.given(x)) for layer in self.layers]
+
+    def wanted(self, layer: int) -> np.ndarray:
+        """Logits that predict exactly what is asked for."""
+        logits = np.full(COUNTS[layer], -1, np.float32)
+        logits[self.asked[layer]] = 1
+        return logits
 
     def given(self, x: np.ndarray) -> Any:
         if self.backend.name == "numpy":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlx_flash.models.mlx.routers import find_router  # noqa: E402
 from mlx_flash.models.mlx.switch_layers import SWITCHES, expert_arrays  # noqa: E402
+from mlx_flash.tools.trace_recording import record_ids  # noqa: E402
 from tests.models.mlx.test_experts import assert_same, load, logits, prompt  # noqa: E402
 
 COUNT, LAYERS = 16, 4
@@ -32,29 +36,40 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save(resident, config, tmp_path_factory.mktemp("ahead") / "model", request.param), resident
 
 
+def choices(path: Path, share: float) -> dict[int, Iterator[np.ndarray]]:
+    """Per layer, what every decoding step chooses."""
+    model, chosen = load(path, share), defaultdict(list)
+    record_ids(model.flash, lambda layer, ids: chosen[layer].append(ids))
+    logits(model, 5, 8)
+    model.flash.close()
+    return {layer: iter(steps) for layer, steps in chosen.items()}
+
+
+def logits_of(ids: np.ndarray) -> np.ndarray:
+    """Logits by which a router would choose these experts."""
+    found = np.zeros(COUNT, np.float32)
+    found[ids] = 1
+    return found
+
+
 @pytest.mark.parametrize("kind", ["router", "right", "wrong", "random"])
 @pytest.mark.parametrize("share", [2 / COUNT, 0.25, 0.5, 0.95, 1.0])
 def test_no_bit_depends_on_what_is_guessed(both: tuple[Path, Any], share: float, kind: str) -> None:
     path, resident = both
     model = load(path, share, look_ahead="on")
-    shared, rng = model.flash.shared, np.random.default_rng(0)
-    chosen: dict[int, list[np.ndarray]] = {}
+    rng = np.random.default_rng(0)
     if kind in ("right", "wrong"):
-        shared.recorder = lambda layer, ids: chosen.setdefault(layer, []).append(ids)
-        logits(model, 5, 8)
-        queue = {layer: iter(steps) for layer, steps in chosen.items()}
-        shared.recorder = None
-        shared.stats.reset()
-        for selector in selectors(model):
-            selector.forget()
+        chosen = choices(path, share)
 
-    def guess(layer: int) -> np.ndarray:
+    def guess(layer: int, x: Any) -> np.ndarray:
         if kind == "random":
-            return np.sort(rng.permutation(COUNT)[:2])
-        right = next(queue[layer])
-        return right if kind == "right" else np.setdiff1d(np.arange(COUNT), right)[:2]
+            return logits_of(rng.permutation(COUNT)[:2])
+        right = next(chosen[layer])
+        return logits_of(right if kind == "right" else np.setdiff1d(np.arange(COUNT), right)[:2])
 
-    shared.override_guess = None if kind == "router" else guess
+    if model.flash.look_ahead is not None and kind != "router":
+        for layer in range(1, LAYERS):
+            model.flash.look_ahead.learn(layer, partial(guess, layer))
     assert_same(logits(model, 5, 8), logits(resident, 5, 8), f"{kind} {share}")
     stats = model.flash.stats
     assert bool(stats.guessed) == (0.25 <= share < 1) == (model.flash.plan.look_ahead == "on")

@@ -12,6 +12,7 @@ import pytest
 
 import mlx_flash
 from mlx_flash.tools.inspection import inspect_model
+from mlx_flash.tools.trace_recording import record_ids
 from tests.conftest import shared_path
 from tests.tiny import make_tiny, three_budgets
 
@@ -136,13 +137,11 @@ def test_batch_generate_takes_prompts_of_several_lengths(pair: Pair) -> None:
 
 def test_a_batch_reads_the_union_of_its_sequences_bundles(relu: Pair) -> None:
     model, asked = relu.flash, {}
-    shared = model.flash.shared
+    record_ids(model.flash, lambda layer, ids: asked.setdefault(layer, []).append(set(ids.tolist())))
 
     def ids_of(prompts: list[list[int]]) -> set[int]:
         asked.clear()
-        shared.recorder = lambda layer, ids: asked.setdefault(layer, []).append(set(ids.tolist()))
         batch_generate(model, relu.tokenizer, prompts, max_tokens=1)
-        shared.recorder = None
         return asked[0][0]  # of the prompts' last tokens
 
     first, second = ids_of([IDS]), ids_of([LONG])

@@ -14,12 +14,13 @@ import mlx_flash
 from mlx_flash.runtime.loading import plan_run
 from mlx_flash.tools.bench import measuring as bench_run
 from mlx_flash.tools.bench.bench_report import consecutive
-from mlx_flash.tools.bench.measuring import replay_trace, replies
+from mlx_flash.tools.bench.measuring import replies
 from mlx_flash.tools.bench.options import BenchOptions
 from mlx_flash.tools.bench.timeline import (
     TimedToken,
     Timeline,
 )
+from mlx_flash.tools.bench.trace_replay import let_named_neurons_fire, name_neurons
 from tests.calibrated import make_calibrated
 from tests.tools.bench.tiny_bench import decoding, loaded, replay_for
 
@@ -75,16 +76,15 @@ def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.M
     assert found.stats.bytes_read > 0 and found.memory.peak > plan.memory.total_bytes
 
 
-def test_what_a_trace_names_is_asked_for_and_fires(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_trace_names_is_asked_for_and_fires(flash: Path) -> None:
     def use(fires: bool) -> np.ndarray:
         model = loaded(flash)
         steps = model.flash.forced(model, [1, 2, 3], [4])
         next(steps)
         replay = replay_for(model.flash.plan)
-        with monkeypatch.context() as patch:
-            if not fires:
-                patch.setattr(bench_run, "let_named_neurons_fire", lambda model: None)
-            replay_trace(model, replay)
+        name_neurons(model, replay)
+        if fires:
+            let_named_neurons_fire(model)
         token = Timeline(model).time(lambda: next(steps))
         model.flash.close()
         assert token.use[:, 0].tolist() == [len(layer[0]) for layer in replay.trace.ids]

@@ -17,7 +17,7 @@ from mlx_flash.engine.backends.numpy.backend import NumpyBackend
 from mlx_flash.engine.backends.numpy.decode_pass import DecodePass
 from mlx_flash.engine.residency.slots import Residency
 from mlx_flash.engine.selection.context import SharedContext
-from mlx_flash.engine.selection.selectors import PredictorSelector
+from mlx_flash.engine.selection.predictor import PredictorSelector
 from mlx_flash.tools.bench.timeline import (
     CALLS,
     DENSE,
@@ -33,6 +33,7 @@ from mlx_flash.tools.bench.timeline import (
     exclusive,
     middle,
 )
+from mlx_flash.tools.trace_recording import record_ids
 from tests.calibrated import make_calibrated
 from tests.tools.bench.tiny_bench import LAYERS, decoding, loaded
 
@@ -82,11 +83,11 @@ def test_split_is_the_whole_token_and_clocks_change_nothing(flash: Path) -> None
     stats, shared = model.flash.stats, model.flash.shared
     steps = decoding(model)
     before = [set(vars(thing)) for thing in (shared, shared.backend, shared.reader, stats, model.layers[0].ffn)]
-    timeline = Timeline(model)
     asked: list[tuple[int, int]] = []
+    record_ids(model.flash, lambda layer, ids: asked.append((layer, len(ids))))
+    timeline = Timeline(model)
     for k in range(12):
         stats.reset()
-        shared.recorder = lambda layer, ids: asked.append((layer, len(ids)))
         begin = time.perf_counter()
         token = timeline.time(lambda: found.append(next(steps).tobytes()))
         outside = time.perf_counter() - begin

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_flash
-from mlx_flash.tools.bench.measuring import replay_trace
-from mlx_flash.tools.bench.trace_replay import Replay, synthetic_trace
+from mlx_flash.tools.bench.trace_replay import Replay, replay_trace, synthetic_trace
 from tests.tiny import CONFIGS
 
 LAYERS = 3
