@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.engine.selection import look_ahead as lookahead
+from mlx_flash.engine.selection.look_ahead import Trial
 from mlx_flash.engine.storage.readers import FaultyReader, MemoryReader
 from mlx_flash.runtime.planning.selective_persistence import MemoryPlan
 from mlx_flash.tools.inspection import inspect_model
@@ -406,17 +406,17 @@ def test_guesses_of_every_quality_change_no_bit(models: Models, backend: str, mo
 
 
 @pytest.mark.parametrize("gain", [0.0, 1e9])
-def test_a_trial_that_ends_either_way_changes_no_bit(
-    models: Models, backend: str, gain: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = models("relu")
-    for name, value in (("TRIAL", 1), ("KEEP", 2), ("GAIN", gain)):
-        monkeypatch.setattr(lookahead, name, value)
+def test_a_trial_that_ends_either_way_changes_no_bit(models: Models, backend: str, gain: float) -> None:
+    path, seen = models("relu"), []
+
+    class WatchedTrial(Trial):
+        def token(self, seconds: float) -> None:
+            super().token(seconds)
+            seen.append((self.on, self.kept))
+
     memory = three_budgets(path, backend, "predictor")[1]
     model = load(path, backend, memory, "predictor", look_ahead="auto")
-    trial, seen = model.flash.selectors[0].look_ahead.trial, []
-    token = trial.token
-    monkeypatch.setattr(trial, "token", lambda seconds: (token(seconds), seen.append((trial.on, trial._kept))))
+    model.flash.selectors[0].look_ahead.trial = WatchedTrial(tokens=1, keep=2, gain=gain)
     got = reply(model, 17, 12)
     model.flash.close()
     off = load(path, backend, memory, "predictor", look_ahead="off")

@@ -1,6 +1,6 @@
-"""How many slots each layer gets when more memory does not help every layer alike: marginal gain on calibrated curves.
+"""Splits slots over the layers: each further slot goes to the layer where it saves most misses by calibrated curves.
 
-A curve of a layer says how many bundles a token misses when so many are resident. Arithmetic only.
+The curve of a layer gives the bundles that a token misses for a number of resident ones. Arithmetic only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 def lower_hull(curve: np.ndarray, count: int) -> list[tuple[float, float]]:
     """The corners (slots, misses) of the largest convex function under a curve (K, 2), which ends where all `count`
-    bundles have slots and nothing is missed. Where it does not say what a token misses without any slots, that is
-    what its first window holds. Raises ValueError for an empty curve."""
+    bundles have slots and nothing is missed. A curve without a point at 0 slots gets one: a token then misses as many
+    bundles as its first window holds. Raises ValueError for an empty curve."""
     points = {(float(slots), float(misses)) for slots, misses in curve if 0 <= slots < count and misses >= 0}
     if not points:
         raise ValueError(f"a curve without points, for a layer of {count} bundles")

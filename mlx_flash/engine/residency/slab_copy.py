@@ -1,4 +1,4 @@
-"""Copies bundles between slabs that are already in memory, whatever part each slab holds where. Bytes only."""
+"""Copies bundles from one slab to another, whichever parts each of them holds. Knows bytes only."""
 
 from __future__ import annotations
 

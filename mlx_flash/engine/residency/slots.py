@@ -1,7 +1,7 @@
-"""Which bundle ids of one layer are in which slots. Knows integers only: neither files nor arrays of weights.
+"""Which bundles of one layer are in which slots ("LLM in a flash", section 3.3). Knows integers only, no bytes.
 
-`plan` decides and changes nothing; `evict` and `commit` carry it out around the reads ("LLM in a flash", section 3.3).
-Slots 0..num_used-1 are always filled. A call never evicts an id that it asked for.
+`plan` decides and changes nothing; `evict` and `commit` carry it out around the reads. Slots 0..num_used-1 are always
+filled. A call never evicts an id that it asked for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _NO_SLOTS = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """What one step does: `slots[k]` is where `ids[k]` is or will be, -1 where it must be streamed.
+    """What one step reads: `slots[k]` is where `ids[k]` is or will be, -1 where it must be streamed.
 
-    hits, loads, overflow are positions in `ids`: resident already, to be read into their slot, without a slot.
+    hits, loads, overflow: positions in `ids` that are resident already, must be read into their slot, have no slot.
     """
 
     ids: np.ndarray
@@ -32,10 +32,10 @@ class SlotPlan:
 
 
 class Residency:
-    """The slots of one layer: `capacity` of them for `count` ids; `policy` says which give way.
+    """The slots of one layer: `capacity` of them for `count` ids; `policy` says which bundle is evicted.
 
     rates (count,): calibrated shares of tokens that use an id, for the policy's prior and pins; compiled: plan with
-    Numba, which must be there.
+    Numba, which must be there (policies with a window or pins are never compiled).
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class Residency:
         self.policy, self.rates = policy, rates
         self.reset()
         self._find: Callable[..., tuple[int, int]] | None = None
-        if compiled and self.history.by_worth_alone:
+        self.compiled = compiled and self.history.by_worth_alone
+        if self.compiled:
             self._find = import_module(f"{__package__}.slots_compiled").find_places
 
     def reset(self) -> None:
@@ -67,9 +68,9 @@ class Residency:
     def plan(self, ids: np.ndarray, keep: np.ndarray | None = None) -> SlotPlan:
         """Where each of `ids` (ascending, distinct) is or goes. Pure.
 
-        keep (n,): slots that must stay as they are, because bundles are being read into them ahead: they may hold
-        nothing yet, and lie past `num_used`, one after the other. Negative ones are skipped. What finds no room beside
-        them overflows.
+        keep (n,): slots that must stay as they are, because bundles are being prefetched into them: they may hold
+        nothing yet, and lie past `num_used`, one after the other. Negative ones are skipped. Ids that find no room
+        beside them overflow.
         """
         if self._find is not None:
             return self._plan_compiled(self._find, ids, _NO_SLOTS if keep is None else keep)
@@ -101,35 +102,35 @@ class Residency:
         return SlotPlan(ids, slots, positions[:hits], positions[hits : hits + loads], positions[hits + loads :])
 
     def evict(self, plan: SlotPlan) -> None:
-        """Before the reads: the slots about to be overwritten hold nothing."""
+        """Before the reads: empty the slots that will be overwritten."""
         self.vacate(plan.slots[plan.loads])
 
     def vacate(self, slots: np.ndarray) -> None:
-        """These slots (n,) hold nothing: they are the first to be filled again."""
+        """Empty these slots (n,): they are the first to be filled again."""
         old = self.id_of[slots]
         self.slot_of[old[old >= 0]] = -1
         self.id_of[slots] = -1
 
     def commit(self, plan: SlotPlan, used: np.ndarray | None = None) -> None:
-        """After the reads of one token: what was loaded is resident, and the ids at `used` were used (positions in
-        plan.ids or a mask of them; None: all). One that was asked for and did not fire is worth no more than before."""
+        """After the reads of one token: the loads are resident, and the ids at `used` were used (positions in plan.ids
+        or a mask of them; None: all). An id that was asked for and did not fire is worth no more than before."""
         self.place(plan)
         self.history.use(plan.ids if used is None else plan.ids[used])
 
     def place(self, plan: SlotPlan) -> None:
-        """After the reads: what was loaded is resident; nothing is said of its use."""
+        """After the reads: the loads are resident. Counts no use."""
         ids, slots = plan.ids[plan.loads], plan.slots[plan.loads]
         self.slot_of[ids], self.id_of[slots] = slots, ids
         if self.num_used < self.capacity:
             self.num_used = max(self.num_used, int(slots.max(initial=-1)) + 1)
 
     def begin_prompt(self, tokens: int) -> None:
-        """A prompt's chunk of `tokens` tokens is next: `warm` is then called for each of its ids, once."""
+        """Before a prompt's chunk of `tokens` tokens; `warm` is then called once for each of its ids."""
         self.history.pass_tokens(tokens)
 
     def warm(self, ids: np.ndarray, used: np.ndarray) -> SlotPlan:
-        """Which of `ids` (ascending, distinct) are worth a slot after a prompt's chunk of T tokens that used them so:
-        used (T, n) bool. All of them pass by, none must be kept. Follow with `evict`, copies and `place`."""
+        """Plan which of `ids` (ascending, distinct) get a slot after a prompt's chunk of T tokens; used (T, n) bool:
+        which ids each token used. None of them has to get one. Follow with `evict`, copies and `place`."""
         self.history.use_many(ids, used)
         history, missing, resident = self.history, ids[self.slot_of[ids] < 0], self.id_of[: self.num_used]
         # What is left of the best missing ones after the free slots, against the resident ones that are worth least.

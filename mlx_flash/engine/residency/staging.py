@@ -1,6 +1,6 @@
-"""Blocks of bundles that pass through staging: read ahead in the order in which they will be asked for.
+"""Streams blocks of bundles through a ring of staging slabs: the next blocks are read while one is computed.
 
-Owns a ring of staging slabs. Which blocks, and what is done with them, is the selector's business.
+Owns the ring. The selector decides which blocks are read and computes from them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Fetch = Callable[[Request, Any], Pending]
 
 
 class BlockStream:
-    """Keeps every staging slab but the one in use filling. `take` and `release` alternate.
+    """Reads blocks in a fixed order into all staging slabs but the one in use. `take` and `release` alternate.
 
-    slabs: those of the ring. Where layers' bundles are made differently, others[k] has one beside each of `slabs` for
-    layers of kind k + 1; kinds: of each layer, 0 for `slabs`.
+    slabs: the ring. Where layers have bundles of different layouts, others[k] has one slab beside each of `slabs`, for
+    layers of kind k + 1; kinds: the kind of each layer, 0 for `slabs`.
 
     An exception other than ReadError (Ctrl-C) leaves reads under way, also some that are not in the ring: drain the
     reader, then `stop`.
@@ -51,14 +51,14 @@ class BlockStream:
         self._wanted: Iterator[Request] = iter(())
 
     def start(self, wanted: Iterable[Request], fetch: Fetch) -> None:
-        """Forget what was read ahead, and read these blocks in this order, each by `fetch` into a staging slab."""
+        """Drop the blocks under way, and read these blocks in this order, each by `fetch` into a staging slab."""
         self.stop()
         self._fetch = fetch
         self._wanted = iter(wanted)
         self._fill()
 
     def stop(self) -> None:
-        """Wait for what is in flight and drop it; all slabs are free afterwards."""
+        """Wait for the reads in flight and drop their blocks; all slabs are free afterwards."""
         while self._coming:
             with suppress(ReadError):  # dropped: whoever asks for it again will see the error again
                 self._coming[0][2].wait()
@@ -68,6 +68,7 @@ class BlockStream:
         self._fetch = None  # a selector's method: held, it would keep the slabs of a model that was dropped
 
     def next_is(self, layer: int, first_id: int) -> bool:
+        """Whether the next block is under way and begins with this bundle."""
         return bool(self._coming) and self._coming[0][0].same(layer, first_id)
 
     def take(self) -> tuple[Request, Any]:
@@ -82,7 +83,7 @@ class BlockStream:
         return request, slab
 
     def release(self, slab: Any) -> None:
-        """The block is done with; its slab takes the next one."""
+        """The block has been computed: read the next one into its slab."""
         self._free.append(self._place[id(slab)])
         self._fill()
 

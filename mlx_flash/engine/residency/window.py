@@ -1,6 +1,7 @@
-"""Which bundles of a layer give way first: what each is worth by what it was used for. Ids, counts and rates only.
+"""Which bundles give up their slots first: those used least, where uses fade with every token.
 
-Neither slots nor bytes are known here; nothing here decides what is read.
+The sliding window of "LLM in a flash", section 3.1, is a setting here. Knows ids, counts and rates; neither slots nor
+bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ INFINITE = 1e300  # what is more, or no number, is not below it
 
 @dataclass(frozen=True)
 class Policy:
-    """How slots give way: the bundle worth least goes first. A use is worth 1 and fades with every token.
+    """Which bundle is evicted first: the one with the least worth. A use is worth 1 and fades with every token.
 
     decay: what a use is worth one token later. 1 never forgets (LFU); 0 sees the last use only (LRU).
     prior: how many uses a calibrated firing rate of 1 counts for; these do not fade.
-    window: bundles used in the last `window` tokens go after all others ("LLM in a flash", section 3.1).
-    pinned: share of a layer's slots whose bundles, the hottest by calibration, go last of all.
+    window: bundles used in the last `window` tokens are evicted after all others ("LLM in a flash", section 3.1).
+    pinned: share of a layer's slots whose bundles, the hottest by calibration, are evicted last of all.
 
-    The defaults had the fewest misses on recorded traces (`mlx_flash simulate`); there a window or pins cost more
-    than they gave, as a use that fades and calibrated rates say the same with less force.
+    The defaults had the fewest misses on recorded traces (`mlx_flash simulate`). A window or pins had more: fading uses
+    and calibrated rates favour the same bundles, less rigidly.
     """
 
     decay: float = 0.98
@@ -41,8 +42,8 @@ class Policy:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Policy:
-        """The policy of plain values, as `plain` gives them; what is not named is as by default. Raises ValueError for
-        other names, and for values that are no numbers, not finite, out of range, or no whole number of tokens."""
+        """The policy of plain values, as `plain` gives them; missing ones are defaults. Raises ValueError for other
+        names, and for values that are no numbers, not finite, out of range, or no whole number of tokens."""
         names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping) or not set(values) <= set(names):
             raise ValueError(f"a policy consists of {', '.join(names)}, not of {values}")
@@ -65,7 +66,7 @@ LFU = Policy(decay=1.0, prior=0.0)
 
 
 class History:
-    """What the bundles of one layer were used for, also of those without a slot, and what that makes them worth.
+    """The uses of one layer's bundles, with and without slots, and the worth that follows from them.
 
     rates (count,) are calibrated shares of tokens that use a bundle; `pins` of the hottest are pinned.
     """
@@ -91,7 +92,7 @@ class History:
         self.pass_tokens(1)
 
     def pass_tokens(self, tokens: int) -> None:
-        """What was used so far is now `tokens` older."""
+        """All uses so far become `tokens` older."""
         self.clock += tokens
         fade = self.policy.decay**tokens if self.policy.decay else 1.0  # LRU looks at `last_used` alone
         if fade * RESCALE > self.gain:
@@ -101,7 +102,7 @@ class History:
             self.gain = 1.0
 
     def use_many(self, ids: np.ndarray, used: np.ndarray) -> None:
-        """used (T, n) bool: which of `ids` each of the last T tokens used, which `pass_tokens(T)` has let pass."""
+        """After `pass_tokens(T)`: count the uses of these T tokens; used (T, n) bool: which of `ids` each used."""
         ages = np.arange(len(used), 0, -1)  # the last token is as old as one that `use` just counted
         self.score[ids] += self.gain * (self.policy.decay ** ages.astype(np.float64) @ used)
         last = self.clock - np.where(used, ages[:, None], self.clock + 1).min(0, initial=self.clock + 1)
@@ -109,7 +110,7 @@ class History:
 
     @property
     def by_worth_alone(self) -> bool:
-        """Whether `worth` says all, and is made of `worths`."""
+        """Whether the order of eviction follows from `worths` alone: there is no window, and no pins."""
         return not self.policy.window and self.pins is None
 
     @property
@@ -120,7 +121,7 @@ class History:
         return self.score, _NO_BASE if self.base is None else self.base, self.gain
 
     def worth(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) fp64, comparable within this moment."""
+        """The worth of ids (n,), fp64; comparable until the next use."""
         if not self.policy.decay:
             return self.last_used[ids].astype(np.float64)
         worth = self.score.take(ids)
@@ -131,7 +132,8 @@ class History:
         return worth
 
     def rank(self, ids: np.ndarray) -> np.ndarray | None:
-        """(n,) what goes before worth: 0 ordinary, 1 in the window, 2 pinned. None where all are ordinary."""
+        """(n,) classes that are compared before worth: 0 ordinary, 1 in the window, 2 pinned. None where all are
+        ordinary."""
         if not self.policy.window and self.pins is None:
             return None
         last = self.last_used[ids]
@@ -141,13 +143,13 @@ class History:
         return rank
 
     def order(self, ids: np.ndarray) -> np.ndarray:
-        """Positions in `ids`, first to go first; of equals the first."""
+        """Positions in `ids` in the order of eviction; of equals the first comes first."""
         rank = self.rank(ids)
         worth = self.worth(ids)
         return np.argsort(worth, kind="stable") if rank is None else np.lexsort((worth, rank))
 
     def beats(self, ids: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """(n,) bool: whether ids[k] goes strictly later than others[k]."""
+        """(n,) bool: whether ids[k] is evicted strictly later than others[k]."""
         more = self.worth(ids) > self.worth(others)
         rank, rank_of_others = self.rank(ids), self.rank(others)
         if rank is None or rank_of_others is None:
@@ -155,8 +157,8 @@ class History:
         return (rank > rank_of_others) | (rank == rank_of_others) & more
 
     def first_to_go(self, ids: np.ndarray, count: int, protected: np.ndarray | None = None) -> np.ndarray:
-        """Positions in `ids` of the `count` that go first, ascending; of equals the first go. Those at the positions
-        `protected` never go: fewer than `count` when too few are left."""
+        """Positions in `ids` of the `count` to evict first, ascending; of equals the first ones. Those at the positions
+        `protected` are never evicted: fewer than `count` when too few are left."""
         spared = 0 if protected is None else len(protected)
         count = min(count, len(ids) - spared)
         if count <= 0:

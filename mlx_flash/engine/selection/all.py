@@ -1,4 +1,7 @@
-"""The selector of every bundle: any model, exact, the paper's baseline of reading what is not resident."""
+"""The selector `all`: computes every bundle of every layer, reading those that are not resident. Any model, exact.
+
+The hybrid baseline of "LLM in a flash", Table 2: part of each layer is resident, the rest is read for every token.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from .context import SharedContext, blocks, is_decode
 
 
 class AllSelector:
-    """Every bundle: whole blocks from id 0 up are resident, fixed for the run, the rest streams through staging.
+    """Whole blocks from id 0 up are resident, fixed for the run; the rest streams through staging.
 
-    `capacities` and `layouts` are those of every layer: the reads go on, in a circle, from this layer into the next
+    `capacities` and `layouts` are those of all layers: the reads continue, in a circle, from this layer into the next
     ones and into the next token.
     """
 
@@ -56,7 +59,7 @@ class AllSelector:
         return result
 
     def forget(self) -> None:
-        """A call was cut short: nothing to do, `loaded` becomes true after the read and the slab never changes."""
+        """Nothing to do: `loaded` becomes true after the read, and the slab never changes."""
 
     def _load_resident(self) -> None:
         if self.capacity and not self.loaded:
@@ -65,7 +68,7 @@ class AllSelector:
             self.loaded = True
 
     def _circle(self) -> Iterator[Request]:
-        """Every streamed block of every layer, from this layer on, for ever."""
+        """Every streamed block of every layer, from this layer on, without end."""
         layers = len(self.layouts)
         for step in count(self.layer):
             layer = step % layers

@@ -1,6 +1,6 @@
-"""From a selector's name to the selectors of a model's layers: what each needs resident, and what it needs calibrated.
+"""Makes the selectors of a model's layers from a selector's name, and refuses those that the model cannot run.
 
-Knows selections, layouts and calibrations; not budgets, files or models.
+The one place that knows which selector needs what resident and what calibrated. Knows no budgets, files or models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXACT = ("all", "gate")
 def check_selection(
     selection: Selection, activation: str, gated: bool, calibration: Calibration | None, neurons: int = 1
 ) -> None:
-    """Raise UsageError, saying what to do, for a selector that this model cannot run. neurons: per bundle."""
+    """Raise UsageError, with what to do instead, for a selector that this model cannot run. neurons: per bundle."""
     name, sparse = selection.name, activation in ("relu", "fatrelu")
     if name == "router":
         raise UsageError("--select router needs a mixture of experts; this model has none: use auto")
@@ -65,7 +65,7 @@ def check_selection(
 
 
 def lead_of(selection: Selection, layout: Layout, calibration: Calibration | None) -> str | None:
-    """The part that is resident for every bundle, or None."""
+    """The part that a selector needs resident for every bundle, or None."""
     if selection.name == "gate":
         return layout.matrices[0]
     if selection.name == "threshold":
@@ -75,6 +75,7 @@ def lead_of(selection: Selection, layout: Layout, calibration: Calibration | Non
 
 
 def resident_parts(selection: Selection, layout: Layout, calibration: Calibration | None) -> list[str]:
+    """The same as stored parts: a quantised one has scales and biases."""
     lead = lead_of(selection, layout, calibration)
     return layout.parts_of(lead) if lead else []
 
@@ -86,7 +87,8 @@ def parts_in_slots(selection: Selection, layout: Layout, calibration: Calibratio
 
 @dataclass
 class SelectorFactory:
-    """Makes the selectors of one model, all on one `SharedContext`."""
+    """The selectors of one model, all on one `SharedContext`. look_ahead: "auto", "on" or "off"; capacities: slots per
+    layer; reselect: see `PromptSelector`."""
 
     selection: Selection
     shared: SharedContext
@@ -140,7 +142,7 @@ class SelectorFactory:
         return self.shared.backend.predictor(found.a, found.b, float(found.step[0]), found.bias)
 
     def _cutoff(self, layer: int, lead: str, sparsity: float) -> float:
-        """Between the calibrated sparsities cut-offs are linear."""
+        """The cut-off for a sparsity, interpolated linearly between the calibrated ones."""
         assert self.calibration is not None
         cutoffs = self.calibration.layers[layer].figures["cutoffs"][lead]
         return float(np.interp(sparsity, self.calibration.summary["sparsities"], cutoffs))

@@ -21,31 +21,31 @@ from mlx_flash.engine.residency.slot_loader import SlotLoader
 
 from .context import SharedContext
 
-TRIAL = 12  # tokens timed with guesses, and as many without, in turn
-KEEP = 500  # tokens until the next trial
 GUESS_SHARE = 4  # a guess fills at most one slot in so many of its layer
-GAIN = 0.98  # guesses stay while a token takes at most this share of the time it takes without
 
 
 class Trial:
-    """Measures whether guesses pay: times tokens with and without them, in turn, and keeps the faster way for a
-    while."""
+    """Measures whether guesses pay: times `tokens` tokens with them and as many without, in turn, and keeps the faster
+    way for the next `keep` tokens. Guesses must bring a token's time down to the share `gain`.
 
-    def __init__(self) -> None:
-        self.on = True
+    on: whether the next token is to be guessed; kept: tokens until the next trial.
+    """
+
+    def __init__(self, tokens: int = 12, keep: int = 500, gain: float = 0.98) -> None:
+        self.on, self.kept = True, 0
+        self._tokens, self._keep, self._gain = tokens, keep, gain
         self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._kept = 0
 
     def token(self, seconds: float) -> None:
         """Record how long a token took with `on` as it was; sets `on` for the next token."""
-        if self._kept:
-            self._kept -= 1
+        if self.kept:
+            self.kept -= 1
             return
         self._times[self.on].append(seconds)
-        if all(len(times) >= TRIAL for times in self._times.values()):
-            self.on = median(self._times[True]) < GAIN * median(self._times[False])
+        if all(len(times) >= self._tokens for times in self._times.values()):
+            self.on = median(self._times[True]) < self._gain * median(self._times[False])
             self._times = {True: [], False: []}
-            self._kept = KEEP
+            self.kept = self._keep
         else:
             self.on = not self.on
 

@@ -17,15 +17,16 @@ from .sparse import LayerSetup, SparseSelector, part_rows, top
 
 
 class PromptSelector(SparseSelector):
-    """Any model: the neurons that had the most energy over the prompt serve the whole reply (GRIFFIN, arXiv
-    2404.01365), so that nothing is read once they are resident. Where activations have no exact zeros, what the other
-    neurons gave on average over the prompt is added to every output (bias compensation: FLAP, arXiv 2312.11983), which
-    costs no read; the average of neurons that are mostly silent is right for no token, and doubled the loss.
+    """Any model: the `fraction` of the neurons with the most energy over the prompt computes the whole reply, so that
+    nothing is read once these are resident.
 
-    Energy: the mean over tokens of (h |down|)^2, without a prompt's first token, whose activations are like no
-    other's. GRIFFIN divides by each token's total and leaves |down| out. prior (count,): calibrated energies, which
-    count as PRIOR_TOKENS tokens; None without a calibration. reselect: every so many decoded tokens one is computed
-    whole, which counts as RESELECT_TOKENS.
+    Energy: the mean over tokens of (h |down|)^2, without a prompt's first token, whose activations are unlike those of
+    all others. (GRIFFIN divides by each token's total and leaves |down| out.)
+    Where activations have no exact zeros, the average output of the other neurons over the prompt is added to every
+    output (bias compensation: FLAP, arXiv 2312.11983), which costs no read. With ReLU that doubled the loss.
+
+    prior (count,): calibrated energies, which count as PRIOR_TOKENS tokens; None without a calibration.
+    reselect: every so many decoded tokens one is computed with all neurons, which counts as RESELECT_TOKENS.
     """
 
     PRIOR_TOKENS = 2048
@@ -36,7 +37,7 @@ class PromptSelector(SparseSelector):
     ):
         super().__init__(setup)
         self.fraction, self.reselect = fraction, reselect
-        every = self.count * self.neurons  # what is summed up is so per neuron
+        every = self.count * self.neurons  # sums are per neuron
         self.prior = np.zeros(every) if prior is None else self.PRIOR_TOKENS * prior.astype(np.float64)
         self.down_squares = np.full(every, -1.0)
         self.compensates = self.spec.activation != "relu"
@@ -44,8 +45,8 @@ class PromptSelector(SparseSelector):
         self._forget_prompt()
 
     def _forget_prompt(self) -> None:
-        self.tokens = 0  # those that count, with their weights
-        self.energy, self.scalars = np.zeros_like(self.prior), np.zeros_like(self.prior)  # sums over them, scalars too
+        self.tokens = 0  # those that were summed up, times their weights
+        self.energy, self.scalars = np.zeros_like(self.prior), np.zeros_like(self.prior)  # sums over these tokens
         self.output = np.zeros(self.spec.layout.dim)
         self.ids: np.ndarray | None = None
         self.offset: np.ndarray | None = None
@@ -66,14 +67,14 @@ class PromptSelector(SparseSelector):
             self.ids = top(energy, self.fraction).astype(np.int32)
             if self.compensates:
                 offset = (self.output - self._chosen_output()) / self.tokens
-                if self.spec.down_bias is not None:  # which is part of every output already
+                if self.spec.down_bias is not None:  # a part of every output already
                     offset -= self.shared.backend.to_numpy(self.spec.down_bias)
                 self.offset = offset.astype(np.float32)
         return self.ids
 
     def _chosen_output(self) -> np.ndarray:
-        """What the chosen neurons gave over the prompt, (d,) fp64, summed block by block; they are read for it, in the
-        order of the file, and get their slots."""
+        """The chosen neurons' part of the summed outputs of the prompt, (d,) fp64. They are read for it, block by block
+        in the order of the file, and get their slots."""
         assert self.ids is not None
         per_block = [self.ids[(self.ids >= f) & (self.ids < f + n)] for f, n in blocks(0, self.count, self.block)]
         requests = [Request(self.layer, ids) for ids in per_block if len(ids)]
@@ -89,7 +90,7 @@ class PromptSelector(SparseSelector):
         return total
 
     def uses(self, first: int, h: np.ndarray) -> np.ndarray:
-        """Known only when the whole prompt has been seen."""
+        """None yet: the choice is made when the whole prompt has been seen."""
         return np.zeros((len(h), h.shape[1] // self.neurons), bool)
 
     def _prefill(self, x: Any) -> Any:
@@ -102,7 +103,7 @@ class PromptSelector(SparseSelector):
         return result
 
     def _counted(self, rows: np.ndarray) -> np.ndarray:
-        """rows (T, n), sequence after sequence, without each one's first token where that does not count."""
+        """rows (T, n), sequence after sequence, without each sequence's first token where that is skipped."""
         if not self.skipped:
             return rows
         return rows.reshape(self.sequences, -1, rows.shape[1])[:, self.skipped :].reshape(-1, rows.shape[1])
@@ -120,7 +121,7 @@ class PromptSelector(SparseSelector):
         self.energy[ids] += self.weight * squares * self.down_squares[ids]
 
     def _begin_chunk(self, tokens: int) -> None:
-        """A chunk of a prompt, so many tokens of every sequence, or a token that is computed whole to select anew."""
+        """Before a chunk of `tokens` tokens per sequence: a prompt's, or one token computed whole to select anew."""
         if self.reply != self.shared.reply or (self.decoded and tokens > 1):
             self._forget_prompt()
             self.reply, self.decoded = self.shared.reply, 0

@@ -91,7 +91,7 @@ class LateReader(Recording):
         self.late = []
 
 
-def make(capacity, reader, mode="on", routers=True):
+def make(capacity, reader, mode="on", routers=True, residency=Residency):
     shared = SharedContext(None, reader, BlockStream([]), Stats())
 
     def slab(rows):
@@ -104,7 +104,7 @@ def make(capacity, reader, mode="on", routers=True):
         if routers:
             ahead.learn(layer, lambda x: x)
         found = ahead if capacity < COUNT else None
-        layers.append(RouterSelector(layer, shared, Residency(COUNT, capacity), slab(capacity), ring, found))
+        layers.append(RouterSelector(layer, shared, residency(COUNT, capacity), slab(capacity), ring, found))
     return layers, ahead
 
 
@@ -258,20 +258,31 @@ def test_an_empty_slot_is_filled_first():
 
 @pytest.mark.parametrize("step", ["evict", "place"])
 def test_an_interrupt_while_slots_change_hands_forgets_them(step):
+    class Interrupted(Residency):
+        armed = None
+
+        def evict(self, plan):
+            super().evict(plan)
+            self.interrupt("evict")
+
+        def place(self, plan):
+            self.interrupt("place")
+            super().place(plan)
+
+        def interrupt(self, where):
+            if where == self.armed:
+                raise KeyboardInterrupt
+
     reader = LateReader(quick=1.0)
-    layers, _ = make(4, reader)
+    layers, _ = make(4, reader, residency=Interrupted)
     chosen = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     for extra in (9, 10, 11):
         token(layers, reader, np.array([[0, 1, 2], [3, 4, extra], [6, 7, 8]]), [None] * LAYERS)
     residency = layers[1].residency
-
-    def interrupted(plan):
-        raise KeyboardInterrupt
-
-    setattr(residency, step, interrupted)
+    residency.armed = step
     with pytest.raises(KeyboardInterrupt):
         token(layers, reader, chosen, [[0, 1, 2], None, None])
-    delattr(residency, step)
+    residency.armed = None
     reader.in_use = []
     serve(layers[0], reader, chosen[:1])
     assert (residency.slot_of < 0).all() and residency.num_used == 0 and not layers[1].loader.prefetches
