@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 from mlx_flash.engine.backends.base import Backend
+from mlx_flash.engine.backends.decoder_base import ExpertBackend
 from mlx_flash.errors import BackendError
 
 
@@ -29,24 +29,27 @@ class Entry:
 
 def _make_mlx() -> Backend:
     try:
-        module = import_module("mlx_flash.engine.backends.mlx.backend")
+        from mlx_flash.engine.backends.mlx.backend import MlxBackend
     except ImportError as error:
         raise BackendError(
             f"the mlx backend needs mlx and mlx-lm ({error}); pip install 'mlx-flash-runtime[mlx]', or use "
             "--backend numpy"
         ) from error
-    return module.MlxBackend()
+    return MlxBackend()
 
 
 def _mlx_has_gpu() -> bool:
     try:
-        return bool(import_module("mlx_flash.engine.backends.mlx.backend").available())
+        from mlx_flash.engine.backends.mlx.backend import available
     except ImportError:
         return False
+    return available()
 
 
-def _make_numpy() -> Backend:
-    return import_module("mlx_flash.engine.backends.numpy.backend").NumpyBackend()
+def _make_numpy() -> ExpertBackend:
+    from mlx_flash.engine.backends.numpy.backend import NumpyBackend  # its kernels are not needed for `--help`
+
+    return NumpyBackend()
 
 
 _ENTRIES: dict[str, Entry] = {

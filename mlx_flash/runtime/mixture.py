@@ -185,7 +185,7 @@ def decide_experts(folder: Path, config: FlashConfig, name: str | None = None) -
     _check_strays(folder)
     tokenizer_files(folder)  # links that lead nowhere and Git LFS pointers, before anything is loaded
     backend = entry.make()
-    opened = import_module(entry.experts).open_experts(folder, tensors, values)
+    opened = import_module(entry.experts).open_experts(folder, tensors, values, backend)
     layouts = [extents.layout for extents in opened.extents]
     chunk = min(config.prefill_chunk, context)
     fixed = {

@@ -1,6 +1,8 @@
-"""What a backend supplies: memory for bundles and the arithmetic on it. Speaks ids, rows and bytes, never files.
+"""What a backend supplies for FFNs: memory for bundles and the arithmetic on them. Speaks ids, rows and bytes, never
+files.
 
-A third backend is one more file with these two classes; nothing outside `backends/` names a backend.
+A further backend implements `Slab`, `FFNPass` and `Backend`; for our own decoder to run on it, also
+`decoder_base.DecoderBackend`. tests/engine/backends/third_backend.py is the smallest example.
 """
 
 from __future__ import annotations
@@ -102,18 +104,23 @@ class Slab(Protocol):
 
     rows: int
     nbytes: int
-    targets: tuple[Target, ...]
+
+    @property
+    def targets(self) -> tuple[Target, ...]: ...
+
+
+OwnSlab = Any  # a slab that the same backend made, whose arrays it knows
 
 
 class FFNPass(Protocol):
     """One layer's FFN on one input. Blocks are given in ascending order; the order in which bundles become resident
     changes nothing."""
 
-    def gate(self, slab: Slab) -> np.ndarray:
+    def gate(self, slab: OwnSlab) -> np.ndarray:
         """Compute the leading part of all `count` rows of `slab`, keep it, and return the ids for which it is not
         zero for any token, ascending, int32."""
 
-    def scalars(self, ids: np.ndarray, slab: Slab, rows: np.ndarray, late: np.ndarray | None = None) -> Fired | None:
+    def scalars(self, ids: np.ndarray, slab: OwnSlab, rows: np.ndarray, late: np.ndarray | None = None) -> Fired | None:
         """Begin to compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before
         it `slab` holds the leading part too. Returns what tells, once `down` has been called, which of them fired; None
         where that would cost something.
@@ -126,7 +133,7 @@ class FFNPass(Protocol):
         """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may
         be overwritten after `settle`, or once the layer's next `gate` has returned."""
 
-    def dense(self, slab: Slab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
+    def dense(self, slab: OwnSlab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there.
         h (T, count * neurons per bundle) fp32, if given, receives their scalars."""
 
@@ -142,8 +149,11 @@ class Backend(Protocol):
 
     name: str
     compiles: bool  # whether Numba is there, and used
-    executor: Executor | None  # makes a reader's system calls, on threads that need no Python
     lazy: bool  # computes when results are asked for, so that asking which neurons fired costs a wait per layer
+
+    @property
+    def executor(self) -> Executor | None:
+        """Makes a reader's system calls, on threads that need no Python; None where there are none."""
 
     def slab(self, layout: Layout, rows: int, parts: Sequence[str]) -> Slab:
         """Memory for `rows` bundles, these parts of each (in layout order), zeroed."""

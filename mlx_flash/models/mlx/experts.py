@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_flash.engine.backends.base import Backend
 from mlx_flash.engine.backends.mlx.backend import available, cache_limit_bytes
 from mlx_flash.engine.backends.mlx.slab import DTYPES, PAGE, MlxExpertSlab
 from mlx_flash.engine.selection.router import RouterSelector
@@ -175,13 +176,15 @@ class ExpertModel:
         return self.model
 
 
-def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertModel:
+def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any], backend: Backend) -> ExpertModel:
     """mlx-lm's model of a folder, its switch layers taken out, and where their experts lie.
 
     tensors: every tensor of the folder's files that the model has, checked. config: its config.json, with whether the
-    head is tied set right. Raises ConfigError for an architecture that mlx-lm does not have or whose experts are no
-    switch layers, FormatError for tensors that are not the model's or that no expert's bytes can be read from as they
-    are, BackendError for what MLX cannot compute here.
+    head is tied set right. backend: not used, mlx-lm's modules compute.
+
+    Raises ConfigError for an architecture that mlx-lm does not have or whose experts are no switch layers, FormatError
+    for tensors that are not the model's or that no expert's bytes can be read from as they are, BackendError for what
+    MLX cannot compute here.
     """
     loaded, normal = _Loaded(), normalise(config)
     model, built = _build(folder, tensors, normal, loaded)

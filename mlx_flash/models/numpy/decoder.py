@@ -7,13 +7,14 @@ stay in the checkpoint's dtype. The FFN is a callable per layer: what is residen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import proxy
 
 import numpy as np
 
-from mlx_flash.engine.backends.numpy.kernels.attention import Activations, Attention
+from mlx_flash.engine.backends.decoder_base import Activations, Attention, DecoderBackend, Linear, Norm, Weights
 from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.engine.storage.resident_tensors import load_tensors
 from mlx_flash.errors import UsageError
@@ -28,6 +29,17 @@ from mlx_flash.models.text.tokenizer import Tokenizer
 from mlx_flash.models.text.tokenizer import load_tokenizer as load_tokenizer_files
 
 FFN = Callable[[np.ndarray], np.ndarray]
+KeysValues = tuple[np.ndarray, np.ndarray]  # of one layer: the backend's caches, (K, context, D) each
+
+
+class Run(Protocol):
+    """What a model tells the run that its FFNs read through (`runtime.run.BaseRun`)."""
+
+    def begin_reply(self) -> None:
+        """A new prompt begins."""
+
+    def phase(self, decoding: bool) -> AbstractContextManager[None]:
+        """Entered around each call of the model: a prompt's chunk, or one token that is decoded."""
 
 
 class Layer:
@@ -38,22 +50,23 @@ class Layer:
         self.decoder, self.backend, self.ffn = proxy(decoder), decoder.backend, ffn
         self.shape = decoder.spec.layers[index]
         self.index = index
-        roles = ["attn_norm", "ffn_norm", "o"] + (["qkv"] if "qkv" in decoder.spec.table.names else ["q", "k", "v"])
-        roles += ["q_norm", "k_norm"] if decoder.spec.qk_norm else []
-        self.weights = {role: decoder.weight(role, index) for role in roles}
+        inputs = ["qkv"] if "qkv" in decoder.spec.table.names else ["q", "k", "v"]
+        self.matrices = {role: decoder.matrix(role, index) for role in [*inputs, "o"]}
+        norms = ["attn_norm", "ffn_norm"] + (["q_norm", "k_norm"] if decoder.spec.qk_norm else [])
+        self.norms = {role: decoder.vectors(role, index) for role in norms}
         self._step: Callable[[], None] | None = None
-        self._step_cache: Any = None  # keys and values that it is made for
+        self._step_cache: KeysValues | None = None  # that it is made for
 
     def __call__(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:
         step = self.step(cache) if len(x) == 1 and not self.decoder.spec.norm_after else None
         if step is not None:
             return self.decode(step, x, start)
         if self.decoder.spec.norm_after:
-            x = self.decoder.norm(x + self.attend(x, cache, start), *self.weights["attn_norm"])
-            return self.decoder.norm(x + self.ffn(x), *self.weights["ffn_norm"])
-        h = self.decoder.norm(x, *self.weights["attn_norm"])
+            x = self.decoder.norm(x + self.attend(x, cache, start), *self.norms["attn_norm"])
+            return self.decoder.norm(x + self.ffn(x), *self.norms["ffn_norm"])
+        h = self.decoder.norm(x, *self.norms["attn_norm"])
         x = x + self.attend(h, cache, start)
-        return x + self.ffn(self.decoder.norm(x, *self.weights["ffn_norm"]))
+        return x + self.ffn(self.decoder.norm(x, *self.norms["ffn_norm"]))
 
     def decode(self, step: Callable[[], None], x: np.ndarray, start: int) -> np.ndarray:
         """One token, x (1, d); the result is in memory that the next layer, or the next token, uses again."""
@@ -74,21 +87,21 @@ class Layer:
             self._step, self._step_cache = self.backend.attention(self.description(*found), self.decoder.memory), found
         return self._step
 
-    def description(self, keys: Any, values: Any) -> Attention:
+    def description(self, keys: np.ndarray, values: np.ndarray) -> Attention:
         """What the backend needs to know for that."""
-        spec, of = self.decoder.spec, self.weights
+        spec, of, norms = self.decoder.spec, self.matrices, self.norms
         return Attention(
             heads=self.shape.heads,
             kv_heads=self.shape.kv_heads,
             size=spec.head_dim,
             norm=spec.table.norm,
             eps=spec.eps,
-            before=of["attn_norm"],
-            after=of["ffn_norm"],
+            before=norms["attn_norm"],
+            after=norms["ffn_norm"],
             inputs=[of["qkv"]] if "qkv" in of else [of["q"], of["k"], of["v"]],
             output=of["o"],
-            q_norm=of.get("q_norm"),
-            k_norm=of.get("k_norm"),
+            q_norm=norms.get("q_norm"),
+            k_norm=norms.get("k_norm"),
             rotations=self.decoder.rotations,
             keys=keys,
             values=values,
@@ -96,22 +109,22 @@ class Layer:
         )
 
     def linear(self, role: str, x: np.ndarray) -> np.ndarray:
-        weight, bias = self.weights[role]
+        weight, bias = self.matrices[role]
         return self.backend.linear(x, weight, bias)
 
     def normed(self, role: str, x: np.ndarray) -> np.ndarray:
         """x (T, heads, D), normalised over as many items as the norm has weights: each head, or all at once."""
-        weight, bias = self.weights[role]
+        weight, bias = self.norms[role]
         return self.decoder.norm(x.reshape(len(x), -1, len(weight)), weight, bias).reshape(x.shape)
 
     def attend(self, x: np.ndarray, cache: Cache, start: int) -> np.ndarray:  # (T, d) -> (T, d)
         heads, kv_heads, size = self.shape.heads, self.shape.kv_heads, self.decoder.spec.head_dim
-        if "qkv" in self.weights:
+        if "qkv" in self.matrices:
             q, k, v = np.split(self.linear("qkv", x), [heads * size, (heads + kv_heads) * size], axis=-1)
         else:
             q, k, v = (self.linear(role, x) for role in ("q", "k", "v"))
         q, k, v = (part.reshape(len(x), -1, size) for part in (q, k, v))  # (T, H or K, D)
-        if "q_norm" in self.weights:
+        if "q_norm" in self.norms:
             q, k = self.normed("q_norm", q), self.normed("k_norm", k)
         if (most := self.decoder.spec.clip) is not None:
             q, k, v = (np.clip(part, -most, most) for part in (q, k, v))
@@ -129,7 +142,7 @@ class Cache:
     """Keys and values of the tokens seen so far, `context` tokens at most, in the checkpoint's dtype: per layer a
     pair of (K, context, D)."""
 
-    def __init__(self, layers: list[tuple[Any, Any]]):
+    def __init__(self, layers: list[KeysValues]):
         self.layers, self.length = layers, 0
 
 
@@ -139,9 +152,11 @@ class Decoder:
     `flash` is the run that the FFNs read through (set by `mlx_flash.load`).
     """
 
-    flash: Any
+    flash: Run
 
-    def __init__(self, spec: ModelSpec, backend: Any, tensors: dict[str, Any], dtype: str, context: int):
+    def __init__(
+        self, spec: ModelSpec, backend: DecoderBackend, tensors: Mapping[str, Weights], dtype: str, context: int
+    ):
         self.spec, self.backend, self.tensors = spec, backend, tensors
         self.dtype, self.context = dtype, context
         self.rotations = None  # (2, context, D/2): cosines and sines
@@ -152,28 +167,40 @@ class Decoder:
                 angle = np.arange(begin, min(begin + 4096, context))[:, None] * inverse
                 self.rotations[:, begin : begin + 4096] = np.cos(angle), np.sin(angle)
             self.rotations *= np.float32(attention_factor(spec.rope, context))
-        self.embed = self.weight("embed")[0]
-        self.head = self.embed if spec.tied else self.weight("head")[0]
-        self.positions = self.weight("positions")[0] if "positions" in spec.table.names else None
-        self.last_norm = None if spec.norm_after else self.weight("norm")
+        self.embed = self.matrix("embed")[0]
+        self.head = self.embed if spec.tied else self.matrix("head")[0]
+        self.positions = self.matrix("positions")[0] if "positions" in spec.table.names else None
+        self.last_norm = None if spec.norm_after else self.vectors("norm")
         self.projections = None  # from the embedding's width, and back to it
         if spec.embed_dim is not None:
-            self.projections = self.weight("project_in")[0], self.weight("project_out")[0]
+            self.projections = self.matrix("project_in")[0], self.matrix("project_out")[0]
         self.layers: list[Layer] = []
         self._cache: Cache | None = None
         heads, width = (max(n) for n in zip(*((s.heads, s.heads + 2 * s.kv_heads) for s in spec.layers), strict=True))
         self.memory = Activations(spec.dim, width * spec.head_dim, heads, context)
 
-    def weight(self, role: str, layer: int = 0) -> tuple[Any, Any]:
-        """(weight, bias or None) of a module, in the backend's form; vectors as fp32, as widening one for every token
-        takes longer than using it."""
+    def matrix(self, role: str, layer: int = 0) -> Linear:
+        """A module's weight, in the backend's form, and its bias or None."""
         name = self.spec.name(role, layer)
-        found = self.tensors.get(name + ".weight"), self.tensors.get(name + ".bias")
-        weight, bias = (self.backend.to_float32(w) if w is not None and len(w.shape) == 1 else w for w in found)
-        return weight, bias
+        return self.tensors[name + ".weight"], self._vector(name + ".bias")
 
-    def norm(self, x: np.ndarray, weight: Any, bias: Any) -> np.ndarray:
+    def vectors(self, role: str, layer: int = 0) -> Norm:
+        """A norm's weight and its bias or None."""
+        name = self.spec.name(role, layer)
+        return self.backend.to_float32(self.tensors[name + ".weight"]), self._vector(name + ".bias")
+
+    def bias(self, role: str, layer: int) -> np.ndarray | None:
+        """The bias of a module whose weight may be on flash."""
+        return self._vector(self.spec.name(role, layer) + ".bias")
+
+    def _vector(self, name: str) -> np.ndarray | None:
+        """As fp32: widening it for every token takes longer than using it."""
+        found = self.tensors.get(name)
+        return None if found is None else self.backend.to_float32(found)
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         if self.spec.table.norm == "layer":
+            assert bias is not None
             return self.backend.layer_norm(x, weight, bias, self.spec.eps)
         return self.backend.rms_norm(x, weight, self.spec.eps)
 
@@ -215,7 +242,12 @@ class Decoder:
 
 
 def build(
-    checkpoint: Checkpoint, spec: ModelSpec, backend: Any, make_ffn: Callable[..., FFN], dtype: str, context: int
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    backend: DecoderBackend,
+    make_ffn: Callable[..., FFN],
+    dtype: str,
+    context: int,
 ) -> Decoder:
     """The decoder of a flash checkpoint: loads the dense part into pinned memory. Raises FormatError, ReadError."""
     shapes = resident_shapes(checkpoint, spec)
@@ -224,7 +256,7 @@ def build(
     decoder = Decoder(spec, backend, tensors, dtype, context)
     for index in range(len(spec.layers)):
         roles = ("up", "down", "gate") if spec.gated else ("up", "down")
-        biases = [decoder.weight(role, index)[1] for role in roles] if spec.ffn_bias else []
+        biases = [decoder.bias(role, index) for role in roles] if spec.ffn_bias else []
         decoder.layers.append(Layer(decoder, index, make_ffn(index, *biases)))
     return decoder
 

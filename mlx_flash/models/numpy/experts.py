@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import Widths
-from mlx_flash.engine.backends.numpy.backend import COUNTED_THREADS, NumpyBackend
-from mlx_flash.engine.backends.numpy.expert_pass import PARTS, ExpertPass, NumpyExpertSlab, expert_scratch_bytes
-from mlx_flash.engine.backends.numpy.kernels.base import activate
+from mlx_flash.engine.backends.base import Slab, Widths
+from mlx_flash.engine.backends.decoder_base import ExpertBackend
 from mlx_flash.engine.numerics.affine import AffineRows
 from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import BITS, GROUP_SIZES, ITEM_BYTES, WORD_BITS, Layout, Part, Quantisation
@@ -43,6 +41,7 @@ class ExpertDecoder:
     """
 
     spec: MixtureSpec
+    backend: ExpertBackend
     tensors: Tensors
     extents: list[LayerExtents]
     shapes: dict[str, tuple[int, ...]]
@@ -85,28 +84,31 @@ class ExpertDecoder:
         rows = (layer.heads + 2 * layer.kv_heads) * spec.head_dim
         dense = 0 if all(spec.experts) else 3 * 4 * tokens * layer.intermediate
         widths = Widths(spec.dim, layer.intermediate, rows, spec.head_dim, layer.heads)
-        experts = expert_scratch_bytes(tokens, spec.dim, spec.width, spec.top_k, COUNTED_THREADS)
+        experts = self.backend.expert_scratch_bytes(tokens, spec.dim, spec.width, spec.top_k)
         layout = self.extents[0].layout
-        return NumpyBackend().prefill_scratch_bytes(layout, widths, chunk, context) + experts + dense
+        return self.backend.prefill_scratch_bytes(layout, widths, chunk, context) + experts + dense
 
-    def slab(self, layer: int, rows: int) -> NumpyExpertSlab | None:
-        """Memory for `rows` experts of a layer."""
-        return NumpyExpertSlab(self.extents[layer].layout, self.spec.part_shapes(), rows) if rows else None
+    def slab(self, layer: int, rows: int) -> Slab | None:
+        """Memory for `rows` experts of a layer; None for none."""
+        return self.backend.expert_slab(self.extents[layer].layout, self.spec.part_shapes(), rows) if rows else None
 
     def start(self, make_selector: Callable[[int], RouterSelector], context: int) -> Decoder:
         """The model, its dense part in memory and its experts behind the selectors. Raises FormatError, ReadError."""
         selectors = [make_selector(layer) for layer in range(len(self.extents))]
-        backend: Any = selectors[0].shared.backend
-        tensors = load_tensors(self.tensors, self.shapes, backend.from_bytes)
+        tensors = load_tensors(self.tensors, self.shapes, self.backend.from_bytes)
         for name, shape in self.spec.resident_shapes().items():
             _, scales, biases = coded_names(name)
             if scales in tensors:
                 bits = WORD_BITS * tensors[name].shape[1] // shape[1]
                 tensors[name] = AffineRows(tensors[name], tensors.pop(scales), tensors.pop(biases), bits)
-        decoder = Decoder(self.spec, backend, tensors, self.dtype, context)
+        decoder = Decoder(self.spec, self.backend, tensors, self.dtype, context)
         waiting = iter(selectors)
         for index, count in enumerate(self.spec.experts):
-            ffn: FFN = ExpertFFN(decoder, index, next(waiting)) if count else DenseFFN(decoder, index)
+            ffn: FFN = (
+                ExpertFFN(decoder, self.backend, index, next(waiting))
+                if count
+                else DenseFFN(decoder, self.backend, index)
+            )
             decoder.layers.append(Layer(decoder, index, ffn))
         return decoder
 
@@ -114,12 +116,12 @@ class ExpertDecoder:
 class ExpertFFN:
     """One layer's router and experts."""
 
-    def __init__(self, decoder: Decoder, index: int, selector: RouterSelector):
+    def __init__(self, decoder: Decoder, backend: ExpertBackend, index: int, selector: RouterSelector):
         assert isinstance(decoder.spec, MixtureSpec)
-        self.spec, self.backend, self.selector = decoder.spec, decoder.backend, selector
-        self.router = decoder.weight("router", index)[0]
+        self.spec, self.backend, self.selector = decoder.spec, backend, selector
+        self.router = decoder.matrix("router", index)[0]
         if selector.look_ahead is not None:
-            backend, router = self.backend, self.router
+            router = self.router
             selector.look_ahead.learn(selector.layer, lambda x: backend.linear(x, router, None)[0])
 
     def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +138,7 @@ class ExpertFFN:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x (T, d) -> (T, d): an expert's weights are read once for all tokens."""
         chosen, weights = self.route(x)
-        work = ExpertPass(self.backend, self.spec.activation, x, chosen)
+        work = self.backend.expert_pass(self.spec.activation, x, chosen)
         for group in self.selector.groups(chosen, self.selector.shared.is_decode(x), x):
             work.add(group.ids, group.rows, group.slab)
         return work.result(weights)
@@ -145,17 +147,17 @@ class ExpertFFN:
 class DenseFFN:
     """A layer without experts: its FFN is resident."""
 
-    def __init__(self, decoder: Decoder, index: int):
-        self.backend, self.activation = decoder.backend, decoder.spec.activation
-        self.gate, self.up, self.down = (decoder.weight(role, index)[0] for role in PARTS)
+    def __init__(self, decoder: Decoder, backend: ExpertBackend, index: int):
+        self.backend, self.activation = backend, decoder.spec.activation
+        self.gate, self.up, self.down = (decoder.matrix(role, index)[0] for role in ("gate", "up", "down"))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        h = activate(self.activation, self.backend.linear(x, self.gate, None))
+        h = self.backend.activate(self.activation, self.backend.linear(x, self.gate, None))
         h *= self.backend.linear(x, self.up, None)
         return self.backend.linear(h, self.down, None)
 
 
-def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> ExpertDecoder:
+def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any], backend: ExpertBackend) -> ExpertDecoder:
     """Where the experts of a folder lie, of a family that our decoder runs.
 
     tensors: every tensor of the folder's files, checked. config: its config.json. Raises ConfigError for one that is
@@ -179,7 +181,7 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> E
     gate, up = ([(part.dtype, part.length) for part in parts if part.name.startswith(name)] for name in ("gate", "up"))
     if len(dtypes) > 1 or gate != up:
         raise FormatError(f"{folder}: an expert's parts differ in precision; convert the model to one")
-    return ExpertDecoder(spec, tensors, extents, shapes, dtypes[0])
+    return ExpertDecoder(spec, backend, tensors, extents, shapes, dtypes[0])
 
 
 def _extents(folder: Path, spec: MixtureSpec, layer: int, tensors: Tensors, used: set[str]) -> LayerExtents:

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.config import format_bytes
-from mlx_flash.engine.backends.numpy.backend import NumpySlab
+from mlx_flash.engine.backends.numpy.slab import NumpySlab
 from mlx_flash.engine.storage.aio_reader import DEPTH, AioReader
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part
 from mlx_flash.engine.storage.pread_reader import OpenFile, PreadReader

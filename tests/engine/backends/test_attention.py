@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
 from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers
-from mlx_flash.engine.backends.numpy.kernels.attention import Activations, Attention
 from mlx_flash.engine.backends.numpy.kernels.base import widen
 from mlx_flash.engine.numerics.affine import AffineRows, quantise
 from mlx_flash.engine.storage.bundle_weights import VIEWS

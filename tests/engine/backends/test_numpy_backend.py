@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Widths
 from mlx_flash.engine.backends.numpy import backend as module
-from mlx_flash.engine.backends.numpy.backend import NumpyBackend, NumpySlab
+from mlx_flash.engine.backends.numpy.backend import NumpyBackend
+from mlx_flash.engine.backends.numpy.slab import NumpySlab
 from mlx_flash.engine.backends.numpy.tiles import Scratch, Tiles
 from mlx_flash.engine.storage.bundle import Layout, Part
 

@@ -1,4 +1,4 @@
-"""The numpy backend: slabs of whole records in anonymous memory, and a decoder's arithmetic in fp32.
+"""The numpy backend: an FFN's arithmetic on slots, and a decoder's, in fp32.
 
 Weights stay in their storage dtype; what decoding spends its time in is in `kernels`. Prefill widens small blocks and
 uses BLAS, always with the same shapes, so that results depend on neither budget nor slots. Knows no files, no models.
@@ -7,26 +7,24 @@ Used by one thread at a time; one FFN pass is finished before the next one begin
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 
 from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Predictor, Widths
+from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
-from mlx_flash.engine.backends.numpy.kernels.attention import Activations, Attention
 from mlx_flash.engine.backends.numpy.kernels.base import Weights
-from mlx_flash.engine.storage.bundle import ALIGN, Layout
-from mlx_flash.engine.storage.bundle_weights import VIEWS, coded_rows
-from mlx_flash.engine.storage.reader import Target
-from mlx_flash.engine.system.memory import anonymous_memory
+from mlx_flash.engine.storage.bundle import Layout
+from mlx_flash.engine.storage.bundle_weights import VIEWS
 
 from .decode_pass import BlockSums, DecodePass
+from .expert_pass import ExpertPass, NumpyExpertSlab, expert_scratch_bytes
 from .group_pass import GroupDecode, GroupPrefill
 from .prefill_pass import TILE_COLUMNS, PrefillPass, SegmentTree
 from .prefill_pass import TILE_ROWS as PREFILL_ROWS
+from .slab import NumpySlab, slab_bytes
 from .tiles import Scratch, Tiles
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # that kernels multiply
@@ -36,54 +34,8 @@ TILE_ROWS = 256  # of weights, widened for one product
 COUNTED_THREADS = 2
 
 
-def _range(layout: Layout, parts: Sequence[str]) -> tuple[int, int]:
-    """First byte and length within a bundle of a run of parts; raises ValueError if they are not one."""
-    names = [part.name for part in layout.parts]
-    if not parts or parts[0] not in names:
-        raise ValueError(f"a slab of parts {list(parts)}: the layout has {names}")
-    first = names.index(parts[0])
-    if list(parts) != names[first : first + len(parts)]:
-        raise ValueError(f"a slab of parts {list(parts)}: they must follow each other as in {names}")
-    return layout.offset(parts[0]), sum(part.nbytes for part in layout.parts[first : first + len(parts)])
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-class NumpySlab:
-    """`rows` bundles, `row_bytes` apart, in one page-aligned block.
-
-    Whole bundles: a row is a whole record of the file (its stride), so direct I/O lands in it without a copy.
-    """
-
-    def __init__(self, layout: Layout, rows: int, parts: Sequence[str]):
-        self.rows, self.parts = rows, tuple(parts)
-        begin, length = _range(layout, parts)
-        self.row_bytes = -(-length // ALIGN) * ALIGN
-        self.nbytes = _pages(rows * self.row_bytes)
-        memory = anonymous_memory(self.nbytes)[: rows * self.row_bytes].reshape(rows, self.row_bytes)
-        whole = len(parts) == len(layout.parts)
-        self.targets = (Target(begin, memory if whole else memory[:, :length]),)
-        self._views: dict[str, np.ndarray] = {}
-        for name in parts:
-            part, at = layout.part(name), layout.offset(name) - begin
-            flat = memory[:, at : at + part.nbytes]
-            dtype = VIEWS[part.dtype]
-            self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
-        self._matrices: dict[str, Any] = {}
-        for name in layout.matrices:
-            held = [self._views[part] for part in layout.parts_of(name) if part in parts]
-            if held:
-                self._matrices[name] = held[0] if layout.quantisation is None else coded_rows(held, layout, name)
-
-    def part(self, name: str) -> Any:
-        """A matrix' share of every row, (rows, d) as it is stored: a view; `Weights`, or `AffineBundles`."""
-        return self._matrices[name]
-
-
 class NumpyBackend:
-    """See `base.Backend`; what a decoder needs is here too. T tokens, H heads of size hd; activations are fp32.
+    """See `decoder_base.ExpertBackend`. T tokens, H heads of size hd; activations are fp32.
 
     numba: as in `kernels.load`.
     """
@@ -111,7 +63,7 @@ class NumpyBackend:
 
     def slab_bytes(self, layout: Layout, rows: int, parts: Sequence[str]) -> int:
         """Bytes that `slab` would take, in whole pages."""
-        return _pages(rows * (-(-_range(layout, parts)[1] // ALIGN) * ALIGN))
+        return slab_bytes(layout, rows, parts)
 
     def ffn(self, spec: FFNSpec, x: np.ndarray) -> DecodePass | PrefillPass | GroupDecode:
         """Begin one FFN on x (T, d)."""
@@ -240,6 +192,22 @@ class NumpyBackend:
     def products(self) -> AbstractContextManager[None]:
         """Within, prompts run fastest: see `Tiles.products`."""
         return self.tiles.products()
+
+    def activate(self, name: str, values: np.ndarray) -> np.ndarray:
+        """See `ExpertBackend.activate`."""
+        return kernels.activate(name, values)
+
+    def expert_slab(self, layout: Layout, shapes: Mapping[str, tuple[int, int]], rows: int) -> NumpyExpertSlab:
+        """Memory for `rows` experts of matrices of these shapes."""
+        return NumpyExpertSlab(layout, shapes, rows)
+
+    def expert_pass(self, activation: str, x: np.ndarray, chosen: np.ndarray) -> ExpertPass:
+        """Begin one layer's experts on x (T, d); chosen (T, k)."""
+        return ExpertPass(self.kernels, self.tiles, activation, x, chosen)
+
+    def expert_scratch_bytes(self, tokens: int, dim: int, width: int, top_k: int) -> int:
+        """Most bytes that an expert pass over so many tokens takes beyond slabs."""
+        return expert_scratch_bytes(tokens, dim, width, top_k, COUNTED_THREADS)
 
     def prefill_scratch_bytes(self, layout: Layout, widths: Widths, chunk: int, context: int) -> int:
         """Most bytes that a prefill of `chunk` tokens takes beyond weights, slabs and KV cache; `layout` is not looked

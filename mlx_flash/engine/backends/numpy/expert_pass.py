@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mlx_flash.engine.backends.numpy.kernels.base import Weights, activate
+from mlx_flash.engine.backends.numpy.kernels.base import Kernels, Weights, activate
 from mlx_flash.engine.numerics.affine import AffineRows
 from mlx_flash.engine.storage.bundle import WORD_BITS, Layout
 
-from .backend import NumpyBackend, NumpySlab
-from .tiles import Scratch
+from .slab import NumpySlab
+from .tiles import Scratch, Tiles
 
 PARTS = ("gate", "up", "down")
 FEW = 4  # tokens of one expert up to which its rows are decoded in registers for each, not widened once for all
@@ -50,8 +50,8 @@ class ExpertPass:
     activation: of the gate. chosen (T, k): the experts, distinct for each token.
     """
 
-    def __init__(self, backend: NumpyBackend, activation: str, x: np.ndarray, chosen: np.ndarray):
-        self.backend, self.activation, self.chosen = backend, activation, chosen
+    def __init__(self, kernels: Kernels, tiles: Tiles, activation: str, x: np.ndarray, chosen: np.ndarray):
+        self.kernels, self.tiles, self.activation, self.chosen = kernels, tiles, activation, chosen
         self.x = np.ascontiguousarray(x, np.float32)
         self.out = np.empty((chosen.size, x.shape[1]), np.float32)
 
@@ -84,14 +84,13 @@ class ExpertPass:
         return total
 
     def _one(self, slab: NumpyExpertSlab, row: int, pair: int, token: int) -> None:
-        kernels = self.backend.kernels
         gate, up, down = (slab.matrix(name, row) for name in PARTS)
-        h = kernels.neurons(gate, up, None, self.x[token], acts=(self.activation, ""))
-        self.out[pair] = kernels.dots(down, None, h)
+        h = self.kernels.neurons(gate, up, None, self.x[token], acts=(self.activation, ""))
+        self.out[pair] = self.kernels.dots(down, None, h)
 
     def _several(self, slab: NumpyExpertSlab, experts: Sequence[tuple[int, np.ndarray]]) -> None:
         """Experts with several tokens each: tiles of weights, widened, through BLAS."""
-        tiles, k = self.backend.tiles, self.chosen.shape[1]
+        tiles, k = self.tiles, self.chosen.shape[1]
         places = np.cumsum([0] + [len(pairs) for _, pairs in experts])
         width, dim = slab.matrix("gate", experts[0][0]).shape
         h = tiles.scratch.get("expert h", (int(places[-1]), width))

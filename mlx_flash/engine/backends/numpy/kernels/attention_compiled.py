@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_flash.engine.backends.decoder_base import Activations, Attention, Linear, Norm
+
 from . import attention_loops as compiled
-from .attention import Activations, Attention, Biased
 from .thread_pool import Steps, Workers
 
 NORMS = {"rms": compiled.RMS, "layer": compiled.LAYER}
@@ -48,7 +49,7 @@ def _plain(array: np.ndarray) -> bool:
     return array.dtype == np.float32 and array.flags.c_contiguous
 
 
-def _head_norms(a: Attention) -> list[tuple[Biased, int]]:
+def _head_norms(a: Attention) -> list[tuple[Norm, int]]:
     """The norms of queries and keys, and over how many items each works: of one head, or of all."""
     found = []
     for norm, heads in ((a.q_norm, a.heads), (a.k_norm, a.kv_heads)):
@@ -62,7 +63,7 @@ def attention_steps(workers: Workers, a: Attention, kind: int, memory: Activatio
     check(a, memory)
     steps = Steps(workers)
 
-    def add_linear(weights: Biased, x: np.ndarray, out: np.ndarray) -> None:
+    def add_linear(weights: Linear, x: np.ndarray, out: np.ndarray) -> None:
         w, bias = weights
         add_dots(steps, w, x, out)
         if bias is not None:
@@ -80,7 +81,7 @@ def attention_steps(workers: Workers, a: Attention, kind: int, memory: Activatio
     return steps
 
 
-def _add_norm(steps: Steps, a: Attention, norm: Biased, more: np.ndarray | None, memory: Activations) -> None:
+def _add_norm(steps: Steps, a: Attention, norm: Norm, more: np.ndarray | None, memory: Activations) -> None:
     weight, bias = norm
     where = memory.x, _or_0(more), len(weight), weight, _or_0(bias), np.float32(a.eps), memory.h
     steps.add(compiled.add_and_norm, 1, NORMS[a.norm], *where)

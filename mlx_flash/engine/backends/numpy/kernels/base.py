@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 from mlx_flash.engine.system.executor import Executor
-
-from .attention import Activations, Attention
 
 Weights = Any  # np.ndarray or AffineRows: which of them is known when a kernel runs
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.engine.backends.base import SEGMENTS
+from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 
 from . import loops as compiled
-from .attention import Activations, Attention
 from .attention_compiled import attention_steps
 from .base import EarlySums, Weights, add_dense
 from .quantised import QuantisedKernels

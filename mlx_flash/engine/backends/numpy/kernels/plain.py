@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.engine.backends.base import add_pairwise
+from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.numerics.affine import AffineBundles
 
-from .attention import Activations, Attention
 from .base import EarlySums, Weights, activate, add_dense, widen
 
 ROWS = 256  # widened at a time
