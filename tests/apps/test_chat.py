@@ -204,7 +204,7 @@ def test_a_lossy_selection_is_made_from_the_whole_conversation(open_model: Any) 
 
 def test_what_is_kept_is_cut_where_prompts_part() -> None:
     kept = PromptCache(object(), [1, 2, 3, 4])
-    assert [kept.common(ids) for ids in ([1, 2, 9, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1], [9], [1, 2])] == [
+    assert [kept.prefix_length(ids) for ids in ([1, 2, 9, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1], [9], [1, 2])] == [
         2, 4, 3, 0, 0, 1,
     ]  # fmt: skip
 

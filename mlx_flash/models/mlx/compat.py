@@ -80,3 +80,12 @@ def own_copy(name: str) -> Any:
 def architecture(name: str) -> Any:
     """mlx-lm's module of an architecture: `Model`, `ModelArgs`. Raises ImportError."""
     return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def brief(error: Exception) -> str:
+    """A library's message on one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else text[:497] + "..."
+    if "Missing" in text and ("lm_head.weight" in text or "embed_out.weight" in text):
+        text += " Where the head is the embedding, set tie_word_embeddings to true in config.json."
+    return text

@@ -30,12 +30,19 @@ from mlx_flash.models.specs.attention_windows import text_config
 from mlx_flash.models.specs.heads import fields_of, head_of
 from mlx_flash.models.specs.normal_form import normalise
 
-from .compat import load_model, make_prompt_cache
+from .compat import brief, load_model, make_prompt_cache
+from .flash_modules import flash_model
 from .fused_experts import Piece, unfuse
 from .joined_experts import take_joined
 from .kv_cache import kv_bytes
-from .mixtures import add_correction, fit_arithmetic, fit_modules, fit_weights, kept_weights, note_of
-from .model import brief, flash_model
+from .mixture_corrections import (
+    add_correction,
+    fit_arithmetic,
+    fit_mixture_modules,
+    fit_mixture_weights,
+    kept_weights,
+    note_of,
+)
 from .positions import mlx_keys, set_positions, set_windows
 from .routers import Router, find_router
 from .switch_layers import SWITCHES, ExpertModule, SlotExperts, Survey, expert_arrays
@@ -260,7 +267,7 @@ def _watched(model_class: type, loaded: _Loaded, tensors: Tensors, config: Mappi
     class Watched(model_class):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
-            fit_modules(self, config)
+            fit_mixture_modules(self, config)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             head = head_of(weights)
@@ -272,7 +279,7 @@ def _watched(model_class: type, loaded: _Loaded, tensors: Tensors, config: Mappi
             loaded.note(kept | aside, pieces | more)
             with loaded.noting_stacks():
                 found: dict[str, mx.array] = super().sanitize(kept) if hasattr(model_class, "sanitize") else kept
-                found = fit_weights(self, config, found)
+                found = fit_mixture_weights(self, config, found)
             add_correction(self, weights, found)
             return found | aside
 

@@ -1,43 +1,40 @@
-"""mlx-lm's own models with their FFN modules replaced by parameterless ones that call a function. Needs mlx-lm.
+"""The model code of the mlx backend: mlx-lm's models of a flash checkpoint, their FFNs read from flash. Needs mlx-lm.
 
-Knows where a family keeps its FFN modules; does not know what the functions do, nor files of bundles.
-mlx-lm's generate, caches, samplers and adapters take the result like any other of its models.
+Knows where a family keeps its FFN modules; does not know what the functions in their place do, nor files of bundles.
 """
 
 from __future__ import annotations
 
 import json
-import weakref
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_flash.engine.backends.base import Backend
 from mlx_flash.engine.backends.mlx.backend import cache_limit_bytes
+from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.errors import ConfigError, FormatError
 from mlx_flash.models.prompt_cache import PromptCache
+from mlx_flash.models.specs.config_key_tables import OWN
 from mlx_flash.models.specs.dense import DENSE, DenseSpec
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.families import FAMILIES, ModelSpec
 from mlx_flash.models.specs.normal_form import normalise
+from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.models.text.tokenizer import reading_tokenizer
 
 from . import compat
-from .compat import can_trim_prompt_cache, generation_stream, load_model, make_prompt_cache, make_sampler, wired_limit
-from .config_keys import keys_read as keys_read
-from .dense import check_kv_cache, check_module
-from .fitting import fit_architecture, fit_class, fit_keys, fit_modules, fit_weights
-from .head import fit_head
+from .compat import MODEL_REMAPPING, architecture, brief, load_model, make_prompt_cache, make_sampler
+from .dense_checks import check_kv_cache, check_module
+from .dense_corrections import fit_architecture, fit_dense_modules, fit_keys
+from .flash_modules import FFN, FlashFFNModule, flash_model
 from .positions import mlx_keys, set_positions, set_windows
-
-if TYPE_CHECKING:
-    from mlx_flash.engine.storage.checkpoint import Checkpoint
-    from mlx_flash.models.text.sampling import Sampling
-
-FFN = Callable[[mx.array], mx.array]
+from .replies import Reply, never_reads, steps_ahead, steps_in_turn, wired
 
 # family -> mlx-lm's module, and the name of the FFN module in each of its layers.
 MODULES = {
@@ -51,34 +48,8 @@ MODULES = {
 LEAST_TEMPERATURE = 1e-30  # logits divided by less are no numbers in fp32
 
 
-class Bias(nn.Module):
-    """What stays of a linear layer whose rows are on flash."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.bias = mx.zeros((size,))
-
-
-class FlashFFNModule(nn.Module):
-    """Stands where a layer's FFN was: calls `ffn` on x (B, T, d). No parameters but biases, where there are some:
-    (name, size) of up's, down's and, where there is a gate, its."""
-
-    def __init__(self, ffn: FFN, biases: Sequence[tuple[str, int]] = ()):
-        super().__init__()
-        self._ffn = ffn
-        self._biased = [name for name, _ in biases]
-        for name, size in biases:
-            self[name] = Bias(size)
-
-    def biases(self) -> list[mx.array]:
-        return [self[name].bias for name in self._biased]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._ffn(x)
-
-
 def build(
-    checkpoint: Checkpoint, spec: ModelSpec, backend: Any, make_ffn: Callable[..., FFN], dtype: str, context: int
+    checkpoint: Checkpoint, spec: ModelSpec, backend: Backend, make_ffn: Callable[..., FFN], dtype: str, context: int
 ) -> nn.Module:
     """The model of a flash checkpoint; `make_ffn(layer)` gives each layer's FFN. Errors are those of `build_model`.
 
@@ -146,73 +117,6 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], context: int =
     return model
 
 
-def brief(error: Exception) -> str:
-    """A library's message on one line."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 500 else text[:497] + "..."
-    if "Missing" in text and ("lm_head.weight" in text or "embed_out.weight" in text):
-        text += " Where the head is the embedding, set tie_word_embeddings to true in config.json."
-    return text
-
-
-class _Replies:
-    """Tells from the caches that a model is run with whether another reply begins: mlx-lm's own loops do not say so."""
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Any], int] | None = None  # the first layer's cache, and the tokens it then held
-
-    def begins(self, tokens: int, cache: Sequence[Any] | None) -> bool:
-        """Whether a call of so many tokens per sequence with this cache belongs to another reply than the last one."""
-        last, self._last = self._last, None
-        if not cache:
-            return True
-        first = cache[0]
-        offset = getattr(first, "offset", None)
-        if not isinstance(offset, int):  # a batch has an array of them
-            return not hasattr(first, "empty") or first.empty() or last is not None
-        self._last = weakref.ref(first), offset + tokens
-        # A cache that is quantised on the way is another object, which goes on where the one before ended.
-        goes_on = last is not None and (last[0]() is first or last[1] == offset)
-        return offset == 0 or not goes_on
-
-
-def flash_model(model_class: type, tied: bool = False, config: Mapping[str, Any] | None = None) -> type:
-    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash.
-    tied: whether the head is the embedding, whatever the architecture makes of it. config: normalised; what it says and
-    the architecture does not look at."""
-    model_class = fit_class(model_class, config or {})
-
-    class FlashModel(model_class):
-        def __init__(self, *arguments: Any):
-            super().__init__(*arguments)
-            self._replies = _Replies()
-
-        def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> Any:
-            if (run := getattr(self, "flash", None)) is not None and self._replies.begins(inputs.shape[1], cache):
-                run.begin_reply()
-            return super().__call__(inputs, cache=cache, **options)
-
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            found = super().sanitize(weights) if hasattr(model_class, "sanitize") else weights
-            return fit_weights(self, fit_head(self, found, tied), config or {})
-
-        def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any:
-            """As any module of MLX; raises ConfigError for an FFN's weights, which would be dropped if not strict."""
-            if isinstance(file_or_weights, str):
-                loaded: Any = mx.load(file_or_weights)
-                file_or_weights = list(loaded.items())
-            taken = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, FlashFFNModule))
-            wrong = [] if strict else [name for name, _ in file_or_weights if name.startswith(taken)]
-            if wrong:
-                raise ConfigError(
-                    f"{len(wrong)} tensors are for FFNs, which are read from flash, such as {wrong[0]!r}; an adapter "
-                    'can change attention only ("keys" in its lora_parameters)'
-                )
-            return super().load_weights(file_or_weights, strict)
-
-    return FlashModel
-
-
 def _model_class(
     spec: ModelSpec, ffns: Sequence[FFN], config: Mapping[str, Any]
 ) -> tuple[Callable[[Any], nn.Module], type]:
@@ -234,7 +138,7 @@ def _model_class(
                 names = {role: spec.table.names[role].rpartition(".")[2] for role in sizes if role in spec.table.names}
                 biases = [(name, sizes[role]) for role, name in names.items()]
             setattr(layer, attribute, FlashFFNModule(ffn, biases))
-        fit_modules(model, config)
+        fit_dense_modules(model, config)
         return model
 
     return make, code.ModelArgs
@@ -279,10 +183,10 @@ def steps(
     max_tokens: int,
     sampling: Sampling,
     prefill_chunk: int,
-    kept: PromptCache | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[int]:
-    """Ids of the reply, at most `max_tokens`; the prompt passes in chunks of `prefill_chunk` tokens, without what
-    `kept` holds of it."""
+    """Yield the ids of a reply, at most `max_tokens`. The prompt runs in chunks of `prefill_chunk` tokens, except for
+    the tokens at its beginning that `prompt_cache` holds."""
     if max_tokens < 1:
         return
     if sampling.seed is not None:
@@ -290,128 +194,41 @@ def steps(
     temp = 0.0 if sampling.temp < LEAST_TEMPERATURE else sampling.temp
     top_k = sampling.top_k if sampling.top_k < model.flash.plan.spec.vocab else 0  # mlx-lm refuses more
     sampler = make_sampler(temp=temp, top_p=sampling.top_p, top_k=top_k)
-    reply = _Reply(model, prefill_chunk, kept or PromptCache())
-    with _wired(model):
-        loop = _steps_ahead if _never_reads(model.flash.plan) else _steps_in_turn
+    reply = Reply(model, prefill_chunk, prompt_cache or PromptCache())
+    with wired(model):
+        loop = steps_ahead if never_reads(model.flash.plan) else steps_in_turn
         yield from loop(reply, prompt_ids, max_tokens, sampler)
-
-
-def _never_reads(plan: Any) -> bool:
-    """Whether decoding reads nothing, but for what it may read once."""
-    if plan.exact or plan.all_resident:
-        return bool(plan.all_resident)
-    if plan.selection.name not in ("prompt", "static") or plan.config.reselect is not None:
-        return False
-    slots = zip(plan.memory.capacities, plan.costs.counts, strict=True)
-    return all(capacity >= round(plan.selection.fraction * count) for capacity, count in slots)
-
-
-class _Reply:
-    """One reply's KV cache."""
-
-    def __init__(self, model: nn.Module, prefill_chunk: int, kept: PromptCache):
-        self.model, self.chunk, self.kept = model, prefill_chunk, kept
-        self.cache: list[Any] = []
-
-    def _take_up(self, ids: Sequence[int]) -> int:
-        """How many tokens of a prompt the kept cache holds, which is cut to them; a new one where it holds none."""
-        held, cache = self.kept.common(ids), self.kept.cache
-        if held and can_trim_prompt_cache(cache):
-            for layer in cache:  # each by itself: an interrupt leaves some of them a token ahead
-                layer.trim(layer.offset - held)
-        else:
-            held, cache = 0, make_prompt_cache(self.model)
-        self.cache = self.kept.cache = cache
-        self.kept.ids = list(ids[:held])
-        return held
-
-    def prefill(self, ids: Sequence[int]) -> mx.array:  # (T,) -> (1, vocab)
-        """An exact selector takes the last token alone, as mlx-lm does, so that the head runs for one token only; a
-        lossy one selects for no token of the prompt."""
-        alone = 1 if self.model.flash.plan.exact else 0
-        prompt = mx.array(list(ids[self._take_up(ids) :]), mx.int32)
-        self.model.flash.begin_reply()
-        while prompt.size > max(alone, 1):
-            count = min(self.chunk, prompt.size - alone)
-            logits = self._logits(prompt[:count], decoding=False)
-            prompt = prompt[count:]
-            if prompt.size:
-                mx.eval([layer.state for layer in self.cache])
-                mx.clear_cache()
-        if prompt.size:
-            logits = self._logits(prompt, decoding=False)
-        self.kept.ids = list(ids)
-        return logits
-
-    def decode(self, token: mx.array) -> mx.array:  # (1,) -> (1, vocab)
-        return self._logits(token, decoding=True)
-
-    def _logits(self, ids: mx.array, decoding: bool) -> mx.array:
-        with mx.stream(generation_stream), self.model.flash.phase(decoding):
-            return self.model(ids[None], cache=self.cache)[:, -1, :]
-
-
-Sampler = Callable[[mx.array], mx.array]
-
-
-def _sample(logits: mx.array, sampler: Sampler) -> mx.array:
-    """logits (1, vocab) -> the token (1,), begun but not waited for."""
-    with mx.stream(generation_stream):
-        token = sampler(logits - mx.logsumexp(logits, keepdims=True))
-        mx.async_eval(token)
-    return token
-
-
-def _steps_ahead(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
-    """Each step is begun before the token that it follows is given: the GPU never waits for Python. Not the first one,
-    which may read what it selects."""
-    token = _sample(reply.prefill(prompt), sampler)
-    known = _as_int(token)
-    yield known
-    if max_tokens > 1:
-        token = _sample(reply.decode(token), sampler)
-    for made in range(2, max_tokens + 1):
-        reply.kept.ids.append(known)
-        following = _sample(reply.decode(token), sampler) if made < max_tokens else token
-        known = _as_int(token)
-        yield known
-        token = following
-
-
-def _steps_in_turn(reply: _Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
-    """Where steps read, a step ahead would delay each token by the next one's reads."""
-    token = _sample(reply.prefill(prompt), sampler)
-    for made in range(1, max_tokens + 1):
-        known = _as_int(token)
-        yield known
-        if made < max_tokens:
-            token = _sample(reply.decode(token), sampler)
-            reply.kept.ids.append(known)
-
-
-def _as_int(token: mx.array) -> int:
-    found = token.item()
-    assert isinstance(found, int)
-    return found
 
 
 def forced(
     model: nn.Module, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
 ) -> Iterator[np.ndarray]:
     """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
-    reply = _Reply(model, prefill_chunk, PromptCache())
+    reply = Reply(model, prefill_chunk, PromptCache())
     logits = reply.prefill(prompt_ids)
     yield np.array(logits[0].astype(mx.float32))
     for token in next_ids:
         yield np.array(reply.decode(mx.array([token], mx.int32))[0].astype(mx.float32))
 
 
-@contextmanager
-def _wired(model: nn.Module) -> Iterator[None]:
-    """On Metal, wire what is allocated now (dense part, slabs, staging) and no more: mlx-lm's own limit is the most
-    that the machine recommends. Theirs is put back at the end. Not run: needs Metal."""
-    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
-        most = mx.device_info().get("max_recommended_working_set_size")
-        if most is not None:
-            mx.set_wired_limit(min(int(most), mx.get_active_memory()))
-        yield
+def keys_read(config: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of a config that are looked at: what the spec is made from, or all that mlx-lm's code of it knows."""
+    values = normalise(config)
+    if values.get("model_type") in FAMILIES:
+        return OWN
+    text = values.get("text_config")
+    kinds = [values.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
+    found: set[str] = set()
+    for kind in kinds:
+        try:
+            module = architecture(MODEL_REMAPPING.get(str(kind), str(kind)))
+        except ImportError:  # the text model has no file of its own
+            continue
+        used = {
+            str(getattr(each, "__module__", None) or getattr(each, "__name__", "")) for each in vars(module).values()
+        }
+        for name in used | {module.__name__}:
+            for each in vars(sys.modules[name]).values() if name.startswith("mlx_lm.models.") else ():
+                if isinstance(each, type) and is_dataclass(each):
+                    found |= {field.name for field in fields(each)}
+    return frozenset(found)

@@ -175,7 +175,7 @@ class Decoder:
         if spec.embed_dim is not None:
             self.projections = self.matrix("project_in")[0], self.matrix("project_out")[0]
         self.layers: list[Layer] = []
-        self._cache: Cache | None = None
+        self.cache: Cache | None = None
         heads, width = (max(n) for n in zip(*((s.heads, s.heads + 2 * s.kv_heads) for s in spec.layers), strict=True))
         self.memory = Activations(spec.dim, width * spec.head_dim, heads, context)
 
@@ -206,12 +206,12 @@ class Decoder:
 
     def make_cache(self) -> Cache:
         """An empty cache, in the one piece of memory that the budget holds: those given out before are void."""
-        if self._cache is None:
+        if self.cache is None:
             new, size = self.backend.new_cache, self.spec.head_dim
             shapes = [(layer.kv_heads, self.context, size, self.dtype) for layer in self.spec.layers]
-            self._cache = Cache([(new(*shape), new(*shape)) for shape in shapes])
-        self._cache = Cache(self._cache.layers)
-        return self._cache
+            self.cache = Cache([(new(*shape), new(*shape)) for shape in shapes])
+        self.cache = Cache(self.cache.layers)
+        return self.cache
 
     def __call__(self, ids: Sequence[int], cache: Cache) -> np.ndarray:
         """Run T new tokens; returns the logits (vocab,) fp32 after the last one.
@@ -224,7 +224,7 @@ class Decoder:
         return self._run(ids, cache)
 
     def _run(self, ids: Sequence[int], cache: Cache) -> np.ndarray:
-        if cache is not self._cache:
+        if cache is not self.cache:
             raise UsageError("another reply began on this model since; finish one before the next, or load it twice")
         start, tokens = cache.length, np.asarray(ids, np.int64)
         x = self.backend.embed(self.embed, tokens)
@@ -282,22 +282,22 @@ def steps(
     max_tokens: int,
     sampling: Sampling,
     prefill_chunk: int,
-    kept: PromptCache | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` sampled ids after the prompt; the prompt runs in chunks of `prefill_chunk`, but for what
-    `kept` holds of it."""
-    sample, kept = make_sampler(sampling), kept or PromptCache()
-    held = kept.common(prompt_ids) if kept.cache is not None and kept.cache is model._cache else 0
-    cache = kept.cache if held else model.make_cache()
-    cache.length, kept.cache, kept.ids = held, cache, list(prompt_ids[:held])
+    """Yield the ids of a reply, at most `max_tokens`. The prompt runs in chunks of `prefill_chunk` tokens, except for
+    the tokens at its beginning that `prompt_cache` holds."""
+    sample, last = make_sampler(sampling), prompt_cache or PromptCache()
+    held = last.prefix_length(prompt_ids) if last.cache is not None and last.cache is model.cache else 0
+    cache = last.cache if held else model.make_cache()
+    cache.length, last.cache, last.ids = held, cache, list(prompt_ids[:held])
     logits = prefill(model, prompt_ids[held:], cache, prefill_chunk)
-    kept.ids = list(prompt_ids)
+    last.ids = list(prompt_ids)
     for made in range(max_tokens):
         token = sample(logits)
         yield token
         if made + 1 < max_tokens:
             logits = decode(model, token, cache)
-            kept.ids.append(token)
+            last.ids.append(token)
 
 
 def forced(

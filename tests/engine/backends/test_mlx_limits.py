@@ -19,7 +19,7 @@ import mlx_flash  # noqa: E402
 from mlx_flash.engine.backends.base import BLOCK  # noqa: E402
 from mlx_flash.engine.backends.mlx.backend import MlxBackend, MlxPass  # noqa: E402
 from mlx_flash.engine.residency.slot_loader import LAZY_STEPS  # noqa: E402
-from mlx_flash.models.mlx.model import FlashFFNModule  # noqa: E402
+from mlx_flash.models.mlx.flash_modules import FlashFFNModule  # noqa: E402
 from mlx_flash.models.text.sampling import Sampling  # noqa: E402
 from tests.calibrated import make_calibrated, selectors  # noqa: E402
 from tests.engine.backends.test_mlx_backend import BACKEND, COUNT, DIM, DTYPES, Net, bits, make_net, make_x  # noqa: E402

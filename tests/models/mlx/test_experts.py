@@ -16,7 +16,7 @@ pytest.importorskip("mlx_lm", reason="this is about the mlx backend")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlx_flash.config import FlashConfig  # noqa: E402
-from mlx_flash.models.mlx.mixtures import fit_arithmetic  # noqa: E402
+from mlx_flash.models.mlx.mixture_corrections import fit_arithmetic  # noqa: E402
 from mlx_flash.runtime.mixture import ExpertRun, decide_experts  # noqa: E402
 
 

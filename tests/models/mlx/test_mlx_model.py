@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from mlx_flash.engine.backends.base import BLOCK, FFNSpec  # noqa: E402
 from mlx_flash.engine.backends.mlx.backend import MlxBackend, cache_limit_bytes  # noqa: E402
 from mlx_flash.errors import ConfigError, FormatError  # noqa: E402
-from mlx_flash.models.mlx.model import FlashFFNModule, build, build_model, load_tokenizer, steps  # noqa: E402
+from mlx_flash.models.mlx.flash_modules import FlashFFNModule  # noqa: E402
+from mlx_flash.models.mlx.model import build, build_model, load_tokenizer, steps  # noqa: E402
 from mlx_flash.models.specs.config_reader import read_spec  # noqa: E402
 from mlx_flash.models.specs.families import ModelSpec  # noqa: E402
 from mlx_flash.models.text.sampling import Sampling  # noqa: E402

@@ -1,5 +1,6 @@
-"""Gives mlx-lm's models the head that a checkpoint has: some architectures never share the embedding, others always do.
-Needs mlx.
+"""The output head of mlx-lm's models: tied to the embedding or not, as the checkpoint has it. Needs mlx.
+
+Some of mlx-lm's architectures never share the embedding, others always do.
 """
 
 from __future__ import annotations

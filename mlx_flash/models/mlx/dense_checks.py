@@ -1,7 +1,7 @@
-"""Checks mlx-lm's modules of the dense table before their FFNs are replaced. Needs mlx.
+"""Checks of mlx-lm's modules against the table of dense families, before their FFNs are replaced. Needs mlx.
 
-A row says what an FFN computes; here it is compared with what mlx-lm's module gives for small weights, so that an
-architecture that does something else, in this release or with this config, is refused and never run wrongly.
+A row of the table says what an FFN computes. mlx-lm's module is run on small weights and compared with it, so that an
+architecture that computes something else, in this release or with this config, is refused and not run wrongly.
 """
 
 from __future__ import annotations

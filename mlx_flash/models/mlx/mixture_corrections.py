@@ -1,7 +1,7 @@
-"""mlx-lm's mixtures of experts, given from outside what transformers' models of the same name have and they lack.
+"""Corrections of mlx-lm's mixtures of experts: what transformers' models of the same name compute and mlx-lm's do not.
 
-Three moments: `fit_modules` after mlx-lm has made the modules and before any weights, `fit_weights` on what its
-`sanitize` returns, `fit_arithmetic` on the loaded model. Needs mlx-lm.
+`fit_mixture_modules` changes a model before it gets its weights, `fit_mixture_weights` what its `sanitize` returns, and
+`fit_arithmetic` the loaded model. Needs mlx-lm.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weig
 CORRECTION = ".mlp.moe_statics.e_score_correction_bias"  # ERNIE 4.5's
 
 
-def fit_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
+def fit_mixture_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Give a model that has no weights yet the modules that a normalised config asks for. Raises ConfigError."""
     values, family = ConfigValues(text_config(config)), _family(config)
     if family in ATTENTION_BIASES:
@@ -53,7 +53,9 @@ def fit_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
             layer.mlp.experts.activation = type(layer.mlp.experts.activation)(alpha, limit)
 
 
-def fit_weights(model: nn.Module, config: Mapping[str, Any], weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def fit_mixture_weights(
+    model: nn.Module, config: Mapping[str, Any], weights: dict[str, mx.array]
+) -> dict[str, mx.array]:
     """Weights as mlx-lm's `sanitize` returned them, as the model's modules take them; the modules of some families
     follow what is there."""
     family, found = str(config.get("model_type")), dict(weights)

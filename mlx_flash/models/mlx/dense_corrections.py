@@ -1,7 +1,7 @@
-"""mlx-lm's modules made those that a config and its tensors ask for, where mlx-lm does not look. Needs mlx-lm.
+"""Corrections of mlx-lm's dense models: what a config or its tensors ask for and mlx-lm's code does not look at.
 
-Biases, the size of a head, the scale of attention, caps of logits. Positions and windows: positions.py; the head:
-head.py; FFNs are not mlx-lm's at all.
+Biases, the size of a head, the scale of attention, caps of logits. Positions and windows are in positions.py, the
+output head in output_head.py. Needs mlx-lm.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def fit_class(model_class: type, config: Mapping[str, Any]) -> type:
     return Capped
 
 
-def fit_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
+def fit_dense_modules(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Change a model that mlx-lm has just built, before any weights are given to it."""
     family = config.get("model_type")
     for index, layer in enumerate(model.layers):
@@ -116,7 +116,9 @@ def _set_head_size(attention: Any, size: int) -> None:
     attention.rope = nn.RoPE(size, traditional=getattr(attention.rope, "traditional", False))
 
 
-def fit_weights(model: nn.Module, weights: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+def fit_dense_weights(
+    model: nn.Module, weights: Mapping[str, mx.array], config: Mapping[str, Any]
+) -> dict[str, mx.array]:
     """The weights, named as in the model, in the order of rows that its attention takes; the model gets the biases that
     they have, and loses those that they lack where the config says so."""
     found = dict(weights)
