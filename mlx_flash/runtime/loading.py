@@ -25,7 +25,7 @@ from mlx_flash.engine.system.address_space import check_room
 from mlx_flash.errors import BackendError, BudgetError, FlashError, FormatError
 from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.models.specs.end_tokens import end_ids
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.quantisation import (
     expected_layout,
     numpy_problem,

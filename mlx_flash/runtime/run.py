@@ -14,8 +14,8 @@ from mlx_flash.config import FlashConfig
 from mlx_flash.engine.selection.context import SharedContext
 from mlx_flash.errors import UsageError
 from mlx_flash.models.prompt_cache import PromptCache
-from mlx_flash.models.specs.config_keys import unknown_keys, unknown_keys_text
-from mlx_flash.models.specs.families import ContextLimit
+from mlx_flash.models.specs.key_checks import unknown_keys, unknown_keys_text
+from mlx_flash.models.specs.model_spec import ContextLimit
 from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.runtime.planning.selective_persistence import Largest, auto_budget
 

@@ -7,9 +7,9 @@ import re
 
 from mlx_flash.config import SELECTORS
 from mlx_flash.engine.selection.factory import EXACT
-from mlx_flash.models.specs.config_key_tables import FIXED
-from mlx_flash.models.specs.dense import DENSE
+from mlx_flash.models.specs.dense_families import DENSE
 from mlx_flash.models.specs.families import FAMILIES
+from mlx_flash.models.specs.known_keys import FIXED
 from mlx_flash.models.specs.mixtures import MIXTURES
 
 from .pages import ROOT, rows

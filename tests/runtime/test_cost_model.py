@@ -18,7 +18,7 @@ from mlx_flash.cli import make_parser
 from mlx_flash.config import FlashConfig, Selection
 from mlx_flash.engine.storage.read_plan import Merging
 from mlx_flash.errors import BudgetError, FormatError, UsageError
-from mlx_flash.models.specs.families import LayerSpec
+from mlx_flash.models.specs.model_spec import LayerSpec
 from mlx_flash.runtime.loading import decide, plan_run
 from mlx_flash.runtime.machine import KERNELS, Machine, ReadRate
 from mlx_flash.runtime.planning.cost_model import (

@@ -22,8 +22,8 @@ from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout, layer_file, laye
 from mlx_flash.engine.storage.calibration import SHIPPED, file_name, model_identity, read_calibration
 from mlx_flash.engine.storage.writer import FolderWriter, HashedFile, check_free_space, remove_stale
 from mlx_flash.errors import FormatError, UsageError
-from mlx_flash.models.specs.families import TensorRef
 from mlx_flash.models.specs.folder import safe_file
+from mlx_flash.models.specs.model_spec import TensorRef
 from mlx_flash.models.specs.source import READ_ALIGN, Source, find_folder, read_buffer, safetensors_header
 from mlx_flash.models.text.tokenizer import TOKENIZERS
 

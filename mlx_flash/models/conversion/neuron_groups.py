@@ -20,8 +20,8 @@ from mlx_flash.engine.storage.header import TensorInfo
 from mlx_flash.engine.storage.writer import HashedFile
 from mlx_flash.errors import ConfigError
 from mlx_flash.models.specs.config_reader import family_of, read_spec
-from mlx_flash.models.specs.dense import DENSE
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.dense_families import DENSE
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.quantisation import check_no_small_floats, find_codings, plain_shapes, read_quantisation
 from mlx_flash.models.specs.source import DTYPE_OF, READ_ALIGN, Source, Tensor, read_buffer, safetensors_header
 

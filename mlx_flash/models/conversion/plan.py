@@ -15,13 +15,13 @@ import numpy as np
 
 from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout, quantised
 from mlx_flash.errors import ConfigError, UsageError
+from mlx_flash.models.specs.config_normal_form import normalise
 from mlx_flash.models.specs.config_reader import family_of, read_spec
-from mlx_flash.models.specs.dense import DENSE, HARMLESS, DenseSpec
+from mlx_flash.models.specs.dense_families import DENSE, HARMLESS, DenseSpec
 from mlx_flash.models.specs.end_tokens import end_ids
-from mlx_flash.models.specs.families import ModelSpec
-from mlx_flash.models.specs.folder import is_there, safe_file
+from mlx_flash.models.specs.folder import first_names, is_there, safe_file
 from mlx_flash.models.specs.mixtures import is_mixture
-from mlx_flash.models.specs.normal_form import normalise
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.quantisation import (
     check_no_small_floats,
     coded_shapes,
@@ -190,14 +190,14 @@ def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[in
             "tie_word_embeddings to true there if it is, else the checkpoint is incomplete"
         )
     if missing:
-        raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
+        raise ConfigError(f"{source.folder} lacks {len(missing)} of {len(wanted)} tensors: {first_names(missing)}")
     wrong = [
         f"{name} is {list(source.tensors[name].info.shape)}, config.json says {list(shape)}"
         for name, shape in wanted.items()
         if source.tensors[name].info.shape != shape
     ]
     if wrong:
-        raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {_some(wrong)}")
+        raise ConfigError(f"{source.folder} has {len(wrong)} tensors of another shape: {first_names(wrong)}")
     head = spec.name("head") + "." if spec.tied and "head" in spec.table.names else None
     extra = [
         name
@@ -209,12 +209,8 @@ def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[in
     if extra:
         raise ConfigError(
             f"{source.folder} has {len(extra)} tensors that {spec.table.title} has no use for, so it is "
-            f"not what config.json says: {_some(extra)}"
+            f"not what config.json says: {first_names(extra)}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _ffn_dtype(source: Source, spec: ModelSpec) -> str:

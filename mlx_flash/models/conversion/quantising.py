@@ -16,7 +16,7 @@ from mlx_flash.engine.storage.bundle import Layout, Quantisation
 from mlx_flash.engine.storage.bundle_weights import VIEWS
 from mlx_flash.engine.storage.writer import HashedFile
 from mlx_flash.errors import ConfigError
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.quantisation import check_quantisation, coded_shapes, takes
 
 DENSE_BITS_KEPT = 16

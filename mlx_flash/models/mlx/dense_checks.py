@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_flash.engine.backends.mlx.terms import ACTIVATIONS
 from mlx_flash.errors import ConfigError
-from mlx_flash.models.specs.dense import DenseFamily, DenseSpec
+from mlx_flash.models.specs.dense_families import DenseFamily, DenseSpec
 
 DIM, COUNT = 6, 5  # of the weights that are tried
 TOLERANCE = 1e-4

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flash.models.specs.heads import FIELDS
+from mlx_flash.models.specs.head_tensors import FIELDS
 
 from .compat import architecture, own_copy
 

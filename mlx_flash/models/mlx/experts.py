@@ -27,8 +27,8 @@ from mlx_flash.engine.storage.extents import LayerExtents
 from mlx_flash.engine.storage.header import TensorInfo
 from mlx_flash.errors import BackendError, ConfigError, FormatError
 from mlx_flash.models.specs.attention_windows import text_config
-from mlx_flash.models.specs.heads import fields_of, head_of
-from mlx_flash.models.specs.normal_form import normalise
+from mlx_flash.models.specs.config_normal_form import normalise
+from mlx_flash.models.specs.head_tensors import fields_of, head_of
 
 from .compat import brief, load_model, make_prompt_cache
 from .flash_modules import flash_model

@@ -15,8 +15,8 @@ import mlx.nn as nn
 
 from mlx_flash.errors import ConfigError
 from mlx_flash.models.specs.attention_windows import text_config
-from mlx_flash.models.specs.config_reader import ConfigValues
-from mlx_flash.models.specs.config_tables import NESTED_TYPES, SAME_AS
+from mlx_flash.models.specs.config_values import ConfigValues
+from mlx_flash.models.specs.key_spellings import NESTED_TYPES, SAME_AS
 
 QKV, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 # Family -> the key that says whether attention has biases, what its absence means, and which products have them, where

@@ -21,10 +21,11 @@ from mlx_flash.engine.backends.mlx.backend import cache_limit_bytes
 from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.errors import ConfigError, FormatError
 from mlx_flash.models.prompt_cache import PromptCache
-from mlx_flash.models.specs.config_key_tables import OWN
-from mlx_flash.models.specs.dense import DENSE, DenseSpec
-from mlx_flash.models.specs.families import FAMILIES, ModelSpec
-from mlx_flash.models.specs.normal_form import normalise
+from mlx_flash.models.specs.config_normal_form import normalise
+from mlx_flash.models.specs.dense_families import DENSE, DenseSpec
+from mlx_flash.models.specs.families import FAMILIES
+from mlx_flash.models.specs.known_keys import OWN
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.models.text.tokenizer import reading_tokenizer
 
@@ -35,15 +36,6 @@ from .dense_corrections import fit_architecture, fit_dense_modules, fit_keys
 from .flash_modules import FFN, FlashFFNModule, flash_model
 from .positions import mlx_keys, set_positions, set_windows
 from .replies import Reply, never_reads, steps_ahead, steps_in_turn, wired
-
-# family -> mlx-lm's module, and the name of the FFN module in each of its layers.
-MODULES = {
-    "openelm": ("openelm", "ffn"),
-    "llama": ("llama", "mlp"),
-    "mistral": ("llama", "mlp"),
-    "qwen2": ("qwen2", "mlp"),
-    "qwen3": ("qwen3", "mlp"),
-} | {name: (name, row.attribute) for name, row in DENSE.items()}
 
 LEAST_TEMPERATURE = 1e-30  # logits divided by less are no numbers in fp32
 
@@ -57,7 +49,7 @@ def build(
     cache grows.
     """
     model = _without_ffns(checkpoint, spec, context)
-    modules = [getattr(layer, MODULES[spec.family][1]) for layer in model.layers]
+    modules = [getattr(layer, spec.table.attribute) for layer in model.layers]
     for layer, module in enumerate(modules):
         module._ffn = make_ffn(layer, *module.biases())
     return model
@@ -87,8 +79,9 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], context: int =
     Raises ConfigError for a family or a config that mlx-lm does not run, FormatError when the resident tensors are
     not those of the model or cannot be read.
     """
-    if spec.family not in MODULES:
-        raise ConfigError(f"family {spec.family!r} does not run on mlx; known: {', '.join(MODULES)}")
+    if "mlx" not in spec.table.backends:
+        known = [name for name, row in (FAMILIES | DENSE).items() if "mlx" in row.backends]
+        raise ConfigError(f"family {spec.family!r} does not run on mlx; known: {', '.join(known)}")
     if len(ffns) != len(spec.layers):
         raise ValueError(f"{len(ffns)} FFNs for {len(spec.layers)} layers")
 
@@ -122,8 +115,8 @@ def _model_class(
 ) -> tuple[Callable[[Any], nn.Module], type]:
     """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
     Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
-    module, attribute = MODULES[spec.family]
-    code = fit_architecture(module, config)
+    attribute = spec.table.attribute
+    code = fit_architecture(spec.table.mlx_module or spec.family, config)
 
     def make(args: Any) -> nn.Module:
         model = flash_model(code.Model, spec.tied, config)(args)
@@ -152,7 +145,7 @@ def _config(spec: ModelSpec) -> dict[str, Any]:
     rope = spec.rope
     if rope is None:
         raise ConfigError(f"family {spec.family!r} without rotary positions does not run on mlx")
-    if spec.family == "openelm":
+    if spec.table.config_form == "openelm":
         return {
             "share_input_output_layers": spec.tied,
             "normalize_qk_projections": spec.qk_norm,

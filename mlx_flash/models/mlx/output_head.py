@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_flash.models.specs.heads import embedding_of, fields_of, head_of
+from mlx_flash.models.specs.head_tensors import embedding_of, fields_of, head_of
 
 
 class UntiedEmbedding(nn.Module):

@@ -17,8 +17,8 @@ import numpy as np
 
 from mlx_flash.errors import ConfigError
 from mlx_flash.models.specs.attention_windows import FULL, RULES, is_known, layer_type, read_windows, text_config
-from mlx_flash.models.specs.config_reader import ConfigValues
-from mlx_flash.models.specs.families import Rope
+from mlx_flash.models.specs.config_values import ConfigValues
+from mlx_flash.models.specs.model_spec import Rope
 from mlx_flash.models.specs.rotary import (
     BASE_KEYS,
     UNTOUCHED,

@@ -19,9 +19,9 @@ from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.engine.storage.resident_tensors import load_tensors
 from mlx_flash.errors import UsageError
 from mlx_flash.models.prompt_cache import PromptCache
-from mlx_flash.models.specs.config_key_tables import OWN, OWN_MIXTURES
-from mlx_flash.models.specs.families import OPT_POSITION_OFFSET, ModelSpec
+from mlx_flash.models.specs.known_keys import OWN, OWN_MIXTURES
 from mlx_flash.models.specs.mixtures import is_mixture
+from mlx_flash.models.specs.model_spec import OPT_POSITION_OFFSET, ModelSpec
 from mlx_flash.models.specs.quantisation import join_coded, resident_codings, resident_shapes
 from mlx_flash.models.specs.rotary import attention_factor, inverse_frequencies
 from mlx_flash.models.text.sampling import Sampling, make_sampler

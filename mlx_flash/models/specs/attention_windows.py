@@ -1,7 +1,7 @@
-"""How far each layer's attention sees, by the definitions of transformers: family by family, a table.
+"""Sliding windows of attention, layer by layer: a table of rules by family, as transformers defines them.
 
-A window of w tokens lets a token see itself and the w - 1 before it. Families that transformers does not have keep
-within their window (`read_limit`): there attention is full.
+A window of w tokens lets a token see itself and the w - 1 before it. Families that transformers does not have run with
+full attention, and only as long as the context is within their window (`read_limit`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_flash.errors import ConfigError
 
-from .families import ContextLimit
+from .model_spec import ContextLimit
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Slides = Callable[[Any, int], bool]  # config's values, layer -> whether it has the window

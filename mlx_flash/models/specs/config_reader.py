@@ -10,71 +10,15 @@ from typing import Any
 from mlx_flash.errors import ConfigError
 
 from .attention_windows import read_limit, read_windows, text_config
-from .config_keys import check_fixed
-from .dense import DENSE, read_dense
-from .families import FAMILIES, ContextLimit, Family, LayerSpec, ModelSpec, Rope
-from .normal_form import normalise
+from .config_normal_form import normalise
+from .config_values import MAX_SIZE, NUMBER, ConfigValues, short
+from .dense_families import DENSE, read_dense
+from .families import FAMILIES, Family
+from .key_checks import check_fixed
+from .model_spec import ContextLimit, LayerSpec, ModelSpec, Rope
 from .rotary import UNTOUCHED, check_size, context_limit, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "fatrelu": "fatrelu"}
-NUMBER = (int, float)
-MAX_SIZE = (1 << 31) - 1  # of one dimension: ids and rows are int32
-MAX_LAYERS = 10_000
-
-
-class ConfigValues:
-    """A config dict whose missing or mistyped keys become ConfigError."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        self.values = values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def need(self, key: str, kind: type | tuple[type, ...] = int) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ConfigError(f"config.json lacks {key!r}, which family {self.values.get('model_type')!r} needs")
-        return self.check(key, value, kind)
-
-    def check(self, key: str, value: Any, kind: type | tuple[type, ...] = int) -> Any:
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not of the right type")
-        if isinstance(value, int) and value > MAX_SIZE:
-            raise ConfigError(f"config.json: {key!r} is {_short(value)}, which no model has")
-        if isinstance(value, NUMBER) and not 0 < value < math.inf:  # false for NaN too
-            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be positive and finite")
-        return value
-
-    def positive(self, key: str, default: int) -> int:
-        return self.check(key, self.get(key, default))
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self.need(key, NUMBER) if default is None else self.check(key, self.get(key, default), NUMBER))
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):  # a "false" in quotes must not count as true
-            raise ConfigError(f"config.json: {key!r} is {_short(value)}; it must be true or false")
-        return value
-
-    def layers(self, key: str) -> int:
-        count = self.need(key)
-        if count > MAX_LAYERS:
-            raise ConfigError(f"config.json: {key!r} is {count}; at most {MAX_LAYERS} layers are known")
-        return count
-
-    def sequence(self, key: str, length: int, kind: type | tuple[type, ...] = int) -> list[Any]:
-        values = self.need(key, (list, tuple))
-        if len(values) != length:
-            raise ConfigError(f"config.json: {key!r} has {len(values)} entries for {length} layers")
-        return [self.check(key, value, kind) for value in values]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -88,9 +32,9 @@ def family_of(config: Mapping[str, Any]) -> str:
     name = normalise(config).get("model_type")
     if not isinstance(name, str) or name not in FAMILIES.keys() | DENSE.keys():
         text = config.get("text_config")
-        inside = f" with a text model of type {_short(text.get('model_type'))}" if isinstance(text, Mapping) else ""
+        inside = f" with a text model of type {short(text.get('model_type'))}" if isinstance(text, Mapping) else ""
         raise ConfigError(
-            f"unknown model family {_short(name)}{inside}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
+            f"unknown model family {short(name)}{inside}; known: {', '.join(sorted(FAMILIES))}, and on mlx only "
             f"{', '.join(sorted(DENSE))}"
         )
     return name
@@ -100,7 +44,7 @@ def _activation(config: ConfigValues, family: Family) -> str:
     name = config.need(family.activation_key, str)
     if name not in ACTIVATIONS:
         raise ConfigError(
-            f"unknown activation {_short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}"
+            f"unknown activation {short(name)} ({family.activation_key}); known: {', '.join(ACTIVATIONS)}"
         )
     activation = ACTIVATIONS[name]
     if not family.gated and activation != "relu":
@@ -112,10 +56,10 @@ def _cutoffs(config: ConfigValues, layers: tuple[LayerSpec, ...]) -> tuple[Layer
     """The layers with FATReLU's thresholds, one per layer under "fatrelu_thresholds" (arXiv 2402.13516)."""
     values = config.get("fatrelu_thresholds")
     if not isinstance(values, list) or len(values) != len(layers):
-        raise ConfigError(f"config.json: 'fatrelu_thresholds' is {_short(values)}; it must list {len(layers)} numbers")
+        raise ConfigError(f"config.json: 'fatrelu_thresholds' is {short(values)}; it must list {len(layers)} numbers")
     for value in values:
         if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise ConfigError(f"config.json: 'fatrelu_thresholds' has {_short(value)}; it must be 0 or more")
+            raise ConfigError(f"config.json: 'fatrelu_thresholds' has {short(value)}; it must be 0 or more")
     return tuple(replace(layer, cutoff=float(value)) for layer, value in zip(layers, values, strict=True))
 
 
@@ -123,14 +67,14 @@ def _eos_ids(config: ConfigValues) -> tuple[int, ...]:
     value = config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
     if not all(_is_id(i) for i in ids):
-        raise ConfigError(f"config.json: 'eos_token_id' is {_short(value)}; it must be an id or a list of ids")
+        raise ConfigError(f"config.json: 'eos_token_id' is {short(value)}; it must be an id or a list of ids")
     return tuple(ids)
 
 
 def _bos_id(config: ConfigValues) -> int | None:
     value = config.get("bos_token_id")
     if value is not None and not _is_id(value):
-        raise ConfigError(f"config.json: 'bos_token_id' is {_short(value)}; it must be an id")
+        raise ConfigError(f"config.json: 'bos_token_id' is {short(value)}; it must be an id")
     return value
 
 
@@ -138,7 +82,7 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE  # `type`, because True is an int too
 
 
-def _openelm(config: ConfigValues) -> dict[str, Any]:
+def _openelm(config: ConfigValues, table: Family, has_head: bool | None) -> dict[str, Any]:
     count, dim = config.layers("num_transformer_layers"), config.need("model_dim")
     heads, kv_heads = config.sequence("num_query_heads", count), config.sequence("num_kv_heads", count)
     divisor, multipliers = config.need("ffn_dim_divisor"), config.sequence("ffn_multipliers", count, NUMBER)
@@ -162,7 +106,7 @@ def _openelm(config: ConfigValues) -> dict[str, Any]:
     }
 
 
-def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | None) -> dict[str, Any]:
+def _llama(config: ConfigValues, table: Family, has_head: bool | None) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     attention_bias = config.flag("attention_bias", False)
     layer = LayerSpec(heads, config.positive("num_key_value_heads", heads), config.need("intermediate_size"))
@@ -178,13 +122,13 @@ def _llama(config: ConfigValues, family: str, table: Family, has_head: bool | No
         "limit": context_limit(rope, context),
         "rope": rope,
         "qk_norm": "q_norm" in table.names,
-        "qkv_bias": family == "qwen2" or attention_bias,
-        "out_bias": family != "qwen2" and attention_bias,
-        "ffn_bias": family == "llama" and config.flag("mlp_bias", False),
+        "qkv_bias": table.biases == "qkv" or attention_bias,
+        "out_bias": table.biases != "qkv" and attention_bias,
+        "ffn_bias": table.ffn_bias_key is not None and config.flag(table.ffn_bias_key, False),
     }
 
 
-def _opt(config: ConfigValues) -> dict[str, Any]:
+def _opt(config: ConfigValues, table: Family, has_head: bool | None) -> dict[str, Any]:
     dim, heads = config.need("hidden_size"), config.need("num_attention_heads")
     biased = config.flag("enable_bias", True)
     embed_dim = config.positive("word_embed_proj_dim", dim)
@@ -206,6 +150,9 @@ def _opt(config: ConfigValues) -> dict[str, Any]:
         "norm_after": not config.flag("do_layer_norm_before", True),
         "embed_dim": None if embed_dim == dim else embed_dim,
     }
+
+
+READERS = {"llama": _llama, "openelm": _openelm, "opt": _opt}  # by the form of a family's config
 
 
 def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
@@ -239,8 +186,7 @@ def spec_of(
     """The spec of a family with this table; see `read_spec`."""
     activation = _activation(values, table)
     has_head = None if shapes is None else table.names["head"] + ".weight" in shapes
-    read = {"openelm": lambda: _openelm(values), "opt": lambda: _opt(values)}
-    fields = read.get(family, lambda: _llama(values, family, table, has_head))()
+    fields = READERS[table.config_form](values, table, has_head)
     fields = {"qkv_bias": False, "out_bias": False, "ffn_bias": False} | fields
     if activation == "fatrelu":
         fields["layers"] = _cutoffs(values, fields["layers"])

@@ -1,4 +1,4 @@
-"""Which tokens end a reply: all that a model's folder names, whichever backend runs it."""
+"""The tokens that end a reply: all that a model's folder names."""
 
 from __future__ import annotations
 

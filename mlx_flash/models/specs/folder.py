@@ -131,7 +131,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     names = sorted(set(read_index(folder).values()))
     missing = [name for name in names if is_plain(name) and not is_there(folder, name)]
     if missing:
-        raise FormatError(f"{folder} lacks {len(missing)} of {len(names)} shards: {_some(missing)}")
+        raise FormatError(f"{folder} lacks {len(missing)} of {len(names)} shards: {first_names(missing)}")
     return {name: safe_file(folder, name) for name in names}
 
 
@@ -166,10 +166,11 @@ def _without_index(folder: Path) -> dict[str, Path]:
         missing = [i for i in range(1, min(totals[0], len(there) + 5) + 1) if i not in there]
         named = [f"model-{i:0{width}}-of-{totals[0]:0{width}}.safetensors" for i in missing]
         count = totals[0] - len(there)
-        raise FormatError(f"{folder} lacks {count} of {totals[0]} shards: {_some(named, count)}")
+        raise FormatError(f"{folder} lacks {count} of {totals[0]} shards: {first_names(named, count)}")
     return {name: safe_file(folder, name) for name in names}
 
 
-def _some(names: list[str], count: int | None = None) -> str:
+def first_names(names: list[str], count: int | None = None) -> str:
+    """The first five of many names, for a message. count: of all, where `names` are not all."""
     count = len(names) if count is None else count
     return ", ".join(names[:5]) + (f" and {count - 5} more" if count > 5 else "")

@@ -12,9 +12,11 @@ from typing import Any
 from mlx_flash.engine.storage.bundle import BITS
 from mlx_flash.errors import ConfigError
 
-from .config_reader import ConfigValues, spec_of
-from .families import FAMILIES, Family, ModelSpec
-from .normal_form import normalise
+from .config_normal_form import normalise
+from .config_reader import spec_of
+from .config_values import ConfigValues
+from .families import FAMILIES, Family
+from .model_spec import ModelSpec
 
 # Where the architectures that mlx-lm knows say how many experts there are; a list has a number per layer.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

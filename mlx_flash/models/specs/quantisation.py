@@ -28,7 +28,7 @@ from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.engine.storage.header import TensorInfo
 from mlx_flash.errors import ConfigError
 
-from .families import ModelSpec
+from .model_spec import ModelSpec
 from .wrappers import unwrap
 
 KEYS = ("group_size", "bits", "mode")

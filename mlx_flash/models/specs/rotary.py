@@ -1,6 +1,6 @@
-"""Rotary positions as a config asks for them, by the definitions of transformers: reading, frequencies, factors.
+"""Rotary positions (RoPE): what a config says of them, and their frequencies and factors as transformers defines them.
 
-Knows configs and numbers; not what computes with them, nor whether a layer's heads are split in halves or in pairs.
+Does not know what computes with them, nor whether a head's items turn in halves or in pairs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from mlx_flash.errors import ConfigError
 
-from .families import ContextLimit, Rope
+from .config_values import NUMBER, short
+from .model_spec import ContextLimit, Rope
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "ntk_alpha")
 SPELLINGS = {"su": "longrope", "mrope": "default", "deepseek_yarn": "yarn", "telechat3-yarn": "yarn"}
-NUMBER = (int, float)
 # Of families whose config may leave the base out: what transformers takes. Elsewhere 10000.
 BASES = {
     **{"cohere": 5e5, "ernie4_5": 5e5, "ernie4_5_moe": 5e5, "exaone": 5e5, "gpt_oss": 1.5e5, "helium": 1e5},
@@ -56,13 +56,8 @@ def read_rope(values: Any, layer_type: str | None = None) -> Rope:
 def _mapping(values: Any, key: str) -> Mapping[str, Any]:
     found = values.get(key, {})
     if not isinstance(found, Mapping):
-        raise ConfigError(f"config.json: {key!r} is {_short(found)}, which is not an object")
+        raise ConfigError(f"config.json: {key!r} is {short(found)}, which is not an object")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def kind_of(scaling: Mapping[str, Any], family: str) -> str:
@@ -75,7 +70,7 @@ def kind_of(scaling: Mapping[str, Any], family: str) -> str:
     if kind == "dynamic" and scaling.get("alpha"):
         kind = "ntk_alpha"
     if kind not in KINDS:
-        raise ConfigError(f"unknown RoPE type {_short(kind)} ('rope_scaling'); known: {', '.join(KINDS)}")
+        raise ConfigError(f"unknown RoPE type {short(kind)} ('rope_scaling'); known: {', '.join(KINDS)}")
     return str(kind)
 
 

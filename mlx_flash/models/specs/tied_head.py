@@ -1,4 +1,4 @@
-"""Whether a checkpoint's head is its embedding, decided from its config and its tensors as transformers 5 does it.
+"""Whether a checkpoint's output head is tied to its embedding, decided as transformers 5 does.
 
 tie_word_embeddings   lm_head.weight      the head is
 true, or not said     not there           the embedding
@@ -19,7 +19,7 @@ import numpy as np
 from mlx_flash.engine.numerics.casting import to_float32
 from mlx_flash.engine.storage.bundle import ITEM_BYTES
 
-from .heads import embedding_of, fields_of, head_of
+from .head_tensors import embedding_of, fields_of, head_of
 from .source import DTYPE_OF, Source, Tensor, read_buffer
 
 KEY = "tie_word_embeddings"

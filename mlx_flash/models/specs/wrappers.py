@@ -1,6 +1,6 @@
-"""Vision-language checkpoints that are run as text: which object of the config and which tensors are the text model's.
+"""Vision-language checkpoints that run as text: which object of the config and which tensors are the text model's.
 
-Knows names only. What sees pictures is left out; mixtures of experts stay as they are, mlx-lm takes them apart itself.
+Knows names only. The vision tower is left out. Mixtures of experts stay as they are: mlx-lm takes them apart itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_flash.errors import FormatError
 
-from .config_tables import WRAPPED_DEFAULTS, WRAPPERS
+from .key_spellings import WRAPPED_DEFAULTS, WRAPPERS
 
 # Of the whole, and not of the text model alone.
 OUTER = ("flash", "quantization", "quantization_config", "torch_dtype", "dtype", "model_file", "transformers_version")

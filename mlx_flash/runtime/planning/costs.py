@@ -13,7 +13,7 @@ from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout, bundle_kinds
 from mlx_flash.engine.storage.calibration import Calibration
 from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.errors import BudgetError
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.runtime.run import budget_for
 
 from .cost_model import Tuning, given_settings

@@ -17,7 +17,7 @@ from mlx_flash.engine.residency.miss_curves import lower_hull
 from mlx_flash.engine.selection.factory import lead_of
 from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout, Quantisation
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 
 WORST = "assuming that every neuron is asked for, as nothing is calibrated"
 ALIKE = "assuming that all neurons are asked for equally often"

@@ -25,8 +25,8 @@ from mlx_flash.engine.storage.writer import check_free_space, lock_folder, remov
 from mlx_flash.errors import UsageError
 from mlx_flash.models.conversion.converter import convert
 from mlx_flash.models.specs.config_reader import read_spec
-from mlx_flash.models.specs.families import ModelSpec
 from mlx_flash.models.specs.folder import read_json
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.runtime.model_path import models_folder
 from mlx_flash.runtime.run import announce
 from mlx_flash.tools.random_model import make_random

@@ -19,7 +19,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.models.conversion.plan import check_tensors
 from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.models.specs.end_tokens import end_ids
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.source import Source, find_folder
 
 from .options import RelufyConfig

@@ -23,8 +23,8 @@ from mlx_flash.engine.numerics.casting import RAW, to_float32
 from mlx_flash.engine.storage.writer import FolderWriter
 from mlx_flash.errors import FlashError, FormatError, SpaceError, UsageError
 from mlx_flash.models.conversion.plan import normalised_config
-from mlx_flash.models.specs.families import ModelSpec
 from mlx_flash.models.specs.folder import WEIGHTS, safe_file
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.source import Source, read_buffer, source_hash, tokenizer_files
 from mlx_flash.models.specs.wrappers import unwrap
 from mlx_flash.models.text.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mlx_flash.models.specs.families import ModelSpec
+from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.rotary import attention_factor, inverse_frequencies
 
 Weights = Mapping[str, torch.Tensor]

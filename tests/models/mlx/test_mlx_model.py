@@ -30,7 +30,7 @@ from mlx_flash.errors import ConfigError, FormatError  # noqa: E402
 from mlx_flash.models.mlx.flash_modules import FlashFFNModule  # noqa: E402
 from mlx_flash.models.mlx.model import build, build_model, load_tokenizer, steps  # noqa: E402
 from mlx_flash.models.specs.config_reader import read_spec  # noqa: E402
-from mlx_flash.models.specs.families import ModelSpec  # noqa: E402
+from mlx_flash.models.specs.model_spec import ModelSpec  # noqa: E402
 from mlx_flash.models.text.sampling import Sampling  # noqa: E402
 
 VOCAB, DIM = 64, 64

@@ -18,7 +18,7 @@ import pytest
 
 import mlx_flash
 from mlx_flash.errors import FlashError
-from mlx_flash.models.specs.dense import DENSE
+from mlx_flash.models.specs.dense_families import DENSE
 from mlx_flash.models.specs.families import FAMILIES
 from mlx_flash.models.specs.mixtures import is_mixture, mixture_backends
 from tests.golden.weights import EXCEPTIONS, GRID, read_cell, read_family, write_folder

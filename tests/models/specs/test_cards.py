@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_flash.models.numpy.decoder import keys_read
-from mlx_flash.models.specs.config_keys import check_fixed, unknown_keys
+from mlx_flash.models.specs.key_checks import check_fixed, unknown_keys
 from mlx_flash.runtime.model_path import models_folder
 
 CARDS = sorted(path.parent for path in models_folder().glob("*/config.json"))

@@ -14,9 +14,9 @@ import pytest
 
 import mlx_flash
 from mlx_flash.errors import FlashError
+from mlx_flash.models.specs.config_normal_form import normalise
 from mlx_flash.models.specs.families import FAMILIES
 from mlx_flash.models.specs.mixtures import MIXTURES
-from mlx_flash.models.specs.normal_form import normalise
 from tests.golden.weights import GRID
 
 from .config_forms import OUT, PROMPT, write

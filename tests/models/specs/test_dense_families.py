@@ -12,7 +12,7 @@ import pytest
 
 import mlx_flash
 from mlx_flash.errors import BackendError, ConfigError, FormatError, UsageError
-from mlx_flash.models.specs.dense import DENSE
+from mlx_flash.models.specs.dense_families import DENSE
 from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.tools.calibration.calibrator import calibrate
 from mlx_flash.tools.random_model import make_random

@@ -10,8 +10,9 @@ import pytest
 
 from mlx_flash.errors import ConfigError, UsageError
 from mlx_flash.models.specs.attention_windows import read_windows
-from mlx_flash.models.specs.config_reader import ConfigValues, read_limits
-from mlx_flash.models.specs.families import ContextLimit
+from mlx_flash.models.specs.config_reader import read_limits
+from mlx_flash.models.specs.config_values import ConfigValues
+from mlx_flash.models.specs.model_spec import ContextLimit
 from mlx_flash.models.specs.rotary import attention_factor, inverse_frequencies, read_rope
 from mlx_flash.runtime.run import decide_context
 

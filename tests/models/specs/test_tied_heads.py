@@ -20,7 +20,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm alone runs most of these")
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.utils import load_model  # noqa: E402
 
-from mlx_flash.models.specs.heads import embedding_of, head_of  # noqa: E402
+from mlx_flash.models.specs.head_tensors import embedding_of, head_of  # noqa: E402
 from tests.models.specs.test_dense_families import PROMPTS, make  # noqa: E402
 from tests.tiny_experts import config_of, make_model, save  # noqa: E402
 

@@ -1,7 +1,7 @@
-"""One form of config.json for all readers: keys at the top level, under the names that mlx-lm and this package read.
+"""The normal form of config.json: keys at the top level, under the names that mlx-lm and this package read.
 
-transformers 5 writes what earlier releases wrote elsewhere or otherwise (RoPE's base inside "rope_parameters", and
-more); a key that is not there means what transformers' class takes. Reads no files, and changes none.
+transformers 5 writes some keys elsewhere or under other names than earlier releases (RoPE's base inside
+"rope_parameters", for one). A missing key gets the default of transformers' class. Reads and changes no files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from mlx_flash.errors import ConfigError
 
 from .attention_windows import RULES
-from .config_tables import (
+from .config_values import short
+from .key_spellings import (
     DEFAULTS,
     FULL_ATTENTION_KEYS,
     NEED_FIRST_SPARSE,
@@ -99,14 +100,9 @@ def _copy(values: Values, source: str, target: str) -> None:
 
 def _contradiction(first: str, value: Any, second: str, other: Any) -> ConfigError:
     return ConfigError(
-        f"config.json: {first!r} is {_short(value)}, but {second!r} is {_short(other)}; they mean the same, so one of "
+        f"config.json: {first!r} is {short(value)}, but {second!r} is {short(other)}; they mean the same, so one of "
         "them is wrong"
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _object(values: Values, key: str) -> Values:
@@ -114,7 +110,7 @@ def _object(values: Values, key: str) -> Values:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"config.json: {key!r} is {_short(value)}, which is not an object")
+        raise ConfigError(f"config.json: {key!r} is {short(value)}, which is not an object")
     return value
 
 
@@ -153,7 +149,7 @@ def rope_type(scaling: Mapping[str, Any]) -> str:
         raise _contradiction("rope_type", said[0], "type", said[1])
     name = names[0] if names else "default"
     if not isinstance(name, str):
-        raise ConfigError(f"config.json: the RoPE type is {_short(name)}, which is not a name")
+        raise ConfigError(f"config.json: the RoPE type is {short(name)}, which is not a name")
     return name
 
 
@@ -190,15 +186,15 @@ def _of_layer_types(values: Values, kind: str, nested: dict[str, Values]) -> Val
     for name, each in others.items():
         if kind in SLIDING_BASE and name == "sliding_attention":
             _sliding(values, kind, full, each)
-        elif _plain(each) != _plain(full):
+        elif _one_spelling(each) != _one_spelling(full):
             raise ConfigError(
-                f"config.json: 'rope_parameters' of {name} is {_short(each)}, of full_attention {_short(full)}; a "
+                f"config.json: 'rope_parameters' of {name} is {short(each)}, of full_attention {short(full)}; a "
                 f"model of type {kind[:40]!r} is run with one RoPE for all layers"
             )
     return full
 
 
-def _plain(parameters: Values) -> Values:
+def _one_spelling(parameters: Values) -> Values:
     return {key: value for key, value in parameters.items() if key not in ("type", "rope_type")} | {
         "rope_type": rope_type(parameters)
     }
@@ -209,7 +205,7 @@ def _sliding(values: Values, kind: str, full: Values, sliding: Values) -> None:
     what = "rope_parameters.sliding_attention"
     if rope_type(sliding) != "default":
         raise ConfigError(
-            f"config.json: {what}.rope_type is {_short(rope_type(sliding))}; sliding layers run with plain RoPE only"
+            f"config.json: {what}.rope_type is {short(rope_type(sliding))}; sliding layers run with plain RoPE only"
         )
     for key in ("rope_theta", "partial_rotary_factor"):
         base_key = SLIDING_BASE[kind] if key == "rope_theta" else None
@@ -279,7 +275,7 @@ def _period(values: Values, kind: str) -> None:
         values[key] = found
     elif kind not in RULES:  # those of the others are set layer by layer, by the list
         raise ConfigError(
-            f"config.json: 'layer_types' {_short(types)} does not repeat; {kind} runs with {other} in every n-th layer"
+            f"config.json: 'layer_types' {short(types)} does not repeat; {kind} runs with {other} in every n-th layer"
         )
 
 
@@ -324,7 +320,7 @@ def _sparse_layers(values: Values, kind: str) -> None:
         first = sparse.index(True) if True in sparse else len(sparse)
         if not all(sparse[first:]):
             raise ConfigError(
-                f"config.json: 'mlp_layer_types' {_short(types)} has dense layers after sparse ones; {kind} runs "
+                f"config.json: 'mlp_layer_types' {short(types)} has dense layers after sparse ones; {kind} runs "
                 "with the first layers dense and all others sparse"
             )
         values["first_k_dense_replace"] = first  # transformers writes a number of its class's beside the list
@@ -376,7 +372,7 @@ def _full_attention_layers(values: Values) -> None:
     same = len(alike) == len(layers) and isinstance(alike[0], dict) and alike[0].keys() <= FULL_ATTENTION_KEYS.keys()
     if not same or any(not str(i).isdigit() for i in layers) or {int(i) for i in layers} != full:
         raise ConfigError(
-            f"config.json: 'per_layer_config' {_short(layers)} is not one object of "
+            f"config.json: 'per_layer_config' {short(layers)} is not one object of "
             f"{' and '.join(FULL_ATTENTION_KEYS)} for all layers of full attention"
         )
     for source, target in FULL_ATTENTION_KEYS.items():

@@ -1,7 +1,8 @@
-"""Dense architectures that mlx-lm alone runs: where each keeps its FFN, and what that FFN computes.
+"""The families of dense models that mlx-lm alone runs: one table, DENSE, says where each keeps its FFN and what that
+computes.
 
-One row each in DENSE. Of config.json only what conversion and the budget need is read here: the rest is for mlx-lm,
-which gets the file as it is. The rows are checked against mlx-lm's own modules when a model is built (dense.py).
+Of config.json only the keys that conversion and the budget need are read here; mlx-lm reads the rest itself. The rows
+are checked against mlx-lm's modules when a model is built (models/mlx/dense_checks.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.errors import ConfigError
 
-from .families import Family, LayerSpec, ModelSpec, TensorRef
+from .families import Family
+from .model_spec import LayerSpec, ModelSpec, TensorRef
 
 Shape = tuple[int, ...]
 GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -34,7 +36,7 @@ BIAS_KEYS_OF = {"internlm3": (*BIAS_KEYS, "bias"), "starcoder2": ("use_bias",)} 
     ("gpt2", "gpt_bigcode", "gpt_neox", "gptj", "phi"), ()
 )
 WIDTH_KEYS = ("n_inner", "intermediate_size")
-# Read in fitting.py.
+# Read in models/mlx/dense_corrections.py.
 FITTED_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "head_dim", "rms_norm_eps")
 FITTED_FLAGS = (
     *BIAS_KEYS,
@@ -50,14 +52,13 @@ class DenseFamily(Family):
     """A row: `names` are those of the FFN's tensors within its module.
 
     modules: where checkpoints have the module of layer {i}, as Hugging Face and as mlx-lm write it
-    attribute: of the module in a layer of mlx-lm's model; activation: what mlx-lm's module computes, and what is
+    activation: what mlx-lm's module computes, and what is
     computed here where config.json names none; columns: the part whose tensor has neurons as columns
     keys: names in config.json of `heads`, `kv_heads`, `head_dim`, `context`, where they are not the usual ones
     fourfold: mlx-lm's module has four neurons per item of the width, whatever config.json says
     """
 
     modules: tuple[str, ...] = ("model.layers.{i}.mlp",)
-    attribute: str = "mlp"
     activation: str = "silu"
     columns: str = "down"
     keys: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""Every key of config.json is read, known to change nothing, or named to the user.
+"""Checks of config.json's keys: one that nobody knows is named to the user, and one whose value asks for something that
+is not computed is refused.
 
-Also which keys change what a model computes although nothing here reads them: other values than the one that is
-computed are refused. Knows keys only, and no files.
+Knows keys only, and no files. The lists of keys are in known_keys.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from mlx_flash.errors import ConfigError
 
-from .config_key_tables import ALWAYS, EXPERT_ACTIVATIONS, FIXED, HARMLESS, NORMALISED, READ_HERE, SILU, UNUSED
-from .config_tables import RENAMES, SAME_AS
-from .normal_form import normalise
+from .config_normal_form import normalise
+from .key_spellings import RENAMES, SAME_AS
+from .known_keys import ALWAYS, EXPERT_ACTIVATIONS, FIXED, HARMLESS, NORMALISED, READ_HERE, SILU, UNUSED
 from .wrappers import wrapped_type
 
 _HARMLESS_NAMES = frozenset().union(*HARMLESS.values())
@@ -54,7 +54,11 @@ def unknown_keys(config: Mapping[str, Any], read: Collection[str]) -> list[str]:
         known = ALWAYS | NORMALISED | UNUSED.get(kind, frozenset()) | FIXED.get(kind, {}).keys() | set(read)
         known |= READ_HERE.get(kind, frozenset())
         known |= {name for pair in RENAMES.get(kind, ()) for name in pair} | _HARMLESS_NAMES
-        known |= {"hidden_act", "hidden_activation", "activation_function"}  # checked, see `check_fixed` and dense.py
+        known |= {
+            "hidden_act",
+            "hidden_activation",
+            "activation_function",
+        }  # checked, see `check_fixed` and dense_families.py
         found += [prefix + str(key) for key, value in place.items() if key not in known and value is not None]
     return sorted(found)
 

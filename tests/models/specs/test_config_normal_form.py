@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flash.errors import ConfigError, FlashError
-from mlx_flash.models.specs.config_key_tables import FIXED, HARMLESS, READ_HERE, UNUSED
-from mlx_flash.models.specs.config_keys import check_fixed, unknown_keys, unknown_keys_text
-from mlx_flash.models.specs.config_tables import DEFAULTS, PERIODS, RENAMES, WRAPPERS
-from mlx_flash.models.specs.normal_form import normalise, rope_type
+from mlx_flash.models.specs.config_normal_form import normalise, rope_type
+from mlx_flash.models.specs.key_checks import check_fixed, unknown_keys, unknown_keys_text
+from mlx_flash.models.specs.key_spellings import DEFAULTS, PERIODS, RENAMES, WRAPPERS
+from mlx_flash.models.specs.known_keys import FIXED, HARMLESS, READ_HERE, UNUSED
 from mlx_flash.models.specs.wrappers import text_name, text_names, unwrap
 
 PLAIN = {"rope_type": "default", "rope_theta": 5e5}

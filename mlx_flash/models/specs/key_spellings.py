@@ -1,6 +1,6 @@
-"""What each architecture calls a key of config.json, and the values that stand for a key that is not there.
+"""How each architecture spells a key of config.json, and the default of a key that is not there. Data only.
 
-Data only, for normal_form.py. Names and defaults are those of transformers 5.24's configuration classes, spellings
+Used by config_normal_form.py. Names and defaults are those of transformers 5.24's configuration classes, spellings
 those of mlx-lm 0.32's ModelArgs.
 """
 

@@ -1,4 +1,7 @@
-"""Which keys of config.json are read, which change nothing, and which may have one value only."""
+"""The keys of config.json that are known: which are read, which change nothing, which may have one value only.
+
+Data only, for key_checks.py.
+"""
 
 from __future__ import annotations
 

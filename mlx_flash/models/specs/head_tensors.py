@@ -1,4 +1,4 @@
-"""Which tensors are a checkpoint's embedding and its head, whatever its family calls them. Knows names only."""
+"""The names of a checkpoint's embedding and output head, in any family's spelling. Knows names only."""
 
 from __future__ import annotations
 
