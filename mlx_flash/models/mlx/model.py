@@ -35,7 +35,7 @@ from .dense_checks import check_kv_cache, check_module
 from .dense_corrections import fit_architecture, fit_dense_modules, fit_keys
 from .flash_modules import FFN, FlashFFNModule, flash_model
 from .positions import mlx_keys, set_positions, set_windows
-from .replies import Reply, never_reads, steps_ahead, steps_in_turn, wired
+from .replies import MlxReply, never_reads, steps_ahead, steps_in_turn, wired
 
 LEAST_TEMPERATURE = 1e-30  # logits divided by less are no numbers in fp32
 
@@ -187,7 +187,7 @@ def steps(
     temp = 0.0 if sampling.temp < LEAST_TEMPERATURE else sampling.temp
     top_k = sampling.top_k if sampling.top_k < model.flash.plan.spec.vocab else 0  # mlx-lm refuses more
     sampler = make_sampler(temp=temp, top_p=sampling.top_p, top_k=top_k)
-    reply = Reply(model, prefill_chunk, prompt_cache or PromptCache())
+    reply = MlxReply(model, prefill_chunk, prompt_cache or PromptCache())
     with wired(model):
         loop = steps_ahead if never_reads(model.flash.plan) else steps_in_turn
         yield from loop(reply, prompt_ids, max_tokens, sampler)
@@ -197,7 +197,7 @@ def forced(
     model: nn.Module, prompt_ids: Sequence[int], next_ids: Sequence[int], prefill_chunk: int
 ) -> Iterator[np.ndarray]:
     """Yield the logits (vocab,) fp32 after the prompt, then after each of `next_ids`."""
-    reply = Reply(model, prefill_chunk, PromptCache())
+    reply = MlxReply(model, prefill_chunk, PromptCache())
     logits = reply.prefill(prompt_ids)
     yield np.array(logits[0].astype(mx.float32))
     for token in next_ids:

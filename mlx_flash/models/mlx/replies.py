@@ -29,7 +29,7 @@ def never_reads(plan: Any) -> bool:
     return all(capacity >= round(plan.selection.fraction * count) for capacity, count in slots)
 
 
-class Reply:
+class MlxReply:
     """One reply of a model: runs the prompt and then single tokens, with their keys and values in one cache.
 
     prompt_cache: that of the last reply, whose beginning this one uses if the prompts begin alike
@@ -85,7 +85,7 @@ def _sample(logits: mx.array, sampler: Sampler) -> mx.array:
     return token
 
 
-def steps_ahead(reply: Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def steps_ahead(reply: MlxReply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """The ids of a reply. Each step begins before the token before it is yielded, so that the GPU does not wait for
     Python. The first step is an exception: it may have to read what it selects."""
     token = _sample(reply.prefill(prompt), sampler)
@@ -101,7 +101,7 @@ def steps_ahead(reply: Reply, prompt: Sequence[int], max_tokens: int, sampler: S
         token = following
 
 
-def steps_in_turn(reply: Reply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
+def steps_in_turn(reply: MlxReply, prompt: Sequence[int], max_tokens: int, sampler: Sampler) -> Iterator[int]:
     """The ids of a reply, one step at a time: where steps read, a step ahead would delay each token by the reads of the
     next one."""
     token = _sample(reply.prefill(prompt), sampler)

@@ -32,7 +32,7 @@ FFN = Callable[[np.ndarray], np.ndarray]
 KeysValues = tuple[np.ndarray, np.ndarray]  # of one layer: the backend's caches, (K, context, D) each
 
 
-class Run(Protocol):
+class ModelRun(Protocol):
     """What a model tells the run that its FFNs read through (`runtime.run.BaseRun`)."""
 
     def begin_reply(self) -> None:
@@ -152,7 +152,7 @@ class Decoder:
     `flash` is the run that the FFNs read through (set by `mlx_flash.load`).
     """
 
-    flash: Run
+    flash: ModelRun
 
     def __init__(
         self, spec: ModelSpec, backend: DecoderBackend, tensors: Mapping[str, Weights], dtype: str, context: int

@@ -78,7 +78,9 @@ class ThirdPass:
         for block in np.unique(ids // BLOCK):
             mine = np.flatnonzero(ids // BLOCK == block)
             mine = mine[np.argsort(ids[mine])]
-            sums[segments[block]] += (h[:, mine, None] * down[mine]).sum(axis=1)  # NumPy adds along this axis one by one
+            sums[segments[block]] += (h[:, mine, None] * down[mine]).sum(
+                axis=1
+            )  # NumPy adds along this axis one by one
         y = add_pairwise(sums)
         return y if self.spec.down_bias is None else y + self.spec.down_bias
 

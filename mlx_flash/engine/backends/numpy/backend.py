@@ -20,7 +20,7 @@ from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.engine.storage.bundle_weights import VIEWS
 
 from .decode_pass import BlockSums, DecodePass
-from .expert_pass import ExpertPass, NumpyExpertSlab, expert_scratch_bytes
+from .expert_pass import NumpyExpertPass, NumpyExpertSlab, expert_scratch_bytes
 from .group_pass import GroupDecode, GroupPrefill
 from .prefill_pass import TILE_COLUMNS, PrefillPass, SegmentTree
 from .prefill_pass import TILE_ROWS as PREFILL_ROWS
@@ -201,9 +201,9 @@ class NumpyBackend:
         """Memory for `rows` experts of matrices of these shapes."""
         return NumpyExpertSlab(layout, shapes, rows)
 
-    def expert_pass(self, activation: str, x: np.ndarray, chosen: np.ndarray) -> ExpertPass:
+    def expert_pass(self, activation: str, x: np.ndarray, chosen: np.ndarray) -> NumpyExpertPass:
         """Begin one layer's experts on x (T, d); chosen (T, k)."""
-        return ExpertPass(self.kernels, self.tiles, activation, x, chosen)
+        return NumpyExpertPass(self.kernels, self.tiles, activation, x, chosen)
 
     def expert_scratch_bytes(self, tokens: int, dim: int, width: int, top_k: int) -> int:
         """Most bytes that an expert pass over so many tokens takes beyond slabs."""

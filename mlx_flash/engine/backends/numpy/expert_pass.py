@@ -44,7 +44,7 @@ class NumpyExpertSlab(NumpySlab):
         return AffineRows(codes, scales, biases, WORD_BITS * codes.shape[1] // self._shapes[name][1])
 
 
-class ExpertPass:
+class NumpyExpertPass:
     """Experts of one layer on x (T, d), the expert of pair p on token p // k. out (T * k, d): the pairs' results.
 
     activation: of the gate. chosen (T, k): the experts, distinct for each token.
