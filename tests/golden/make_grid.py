@@ -1,5 +1,9 @@
 """Records the golden grid: tokens and logits of transformers in fp32 on PyTorch's CPU, with eager attention.
 
+Holds every family with every feature of its config, one change at a time, in the spellings of transformers 5 and 4; one
+prompt of 24 tokens each. Prompts beyond windows and beyond the length of the first training are in tests/positions,
+vision-language models that run as text in tests/models/specs/config_forms.py.
+
 Needs torch and transformers, so CI does not run it: `python -m tests.golden.make_grid [FAMILY ...]` from the project's
 folder, e.g. after a change of cells.py. Each length is computed by a forward pass over all its tokens, without a KV
 cache: where RoPE depends on the length (longrope, dynamic) that is what the config means.

@@ -1,5 +1,9 @@
-"""Writes golden/*.json: what transformers computes (fp32, CPU, eager attention) for every kind of rotary positions
-and attention window that a family's config can name, on tiny random models. Needs torch; tests read the files only.
+"""Records tests/positions/golden: tokens and logits of transformers (fp32, CPU, eager attention) for every kind of
+rotary positions and attention window that a family's config can name.
+
+Holds what the golden grid (tests/golden) has not: prompts of 20 and of 100 tokens, the second longer than the windows
+and than the length of the first training, on the same tensors for all cases of a family. Needs torch; tests read the
+files only.
 
     python tests/positions/make_golden.py [FAMILY ...]
 """
