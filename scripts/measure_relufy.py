@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.models.specs.config_reader import read_spec
-from mlx_flash.models.specs.folder import read_json
 from mlx_flash.tools.relufication.relufication import relufy
 from mlx_flash.tools.relufication.torch_decoder import TorchDecoder, sample_texts
 

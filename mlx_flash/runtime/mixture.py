@@ -21,12 +21,13 @@ from mlx_flash.engine.selection.context import SharedContext
 from mlx_flash.engine.selection.look_ahead import GUESS_SHARE, ExpertLookAhead
 from mlx_flash.engine.selection.router import RouterSelector
 from mlx_flash.engine.storage.bundle import Layout
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.engine.storage.readers import open_reader
 from mlx_flash.errors import BackendError, FormatError, UsageError
 from mlx_flash.models.specs.config_normal_form import normalise
 from mlx_flash.models.specs.config_reader import read_limits
 from mlx_flash.models.specs.end_tokens import end_ids
-from mlx_flash.models.specs.folder import SHARDS, read_json, safe_file, weight_files
+from mlx_flash.models.specs.folder import SHARDS, safe_file, weight_files
 from mlx_flash.models.specs.key_checks import check_fixed
 from mlx_flash.models.specs.mixtures import mixture_backends
 from mlx_flash.models.specs.model_spec import ContextLimit

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from mlx_flash.engine.storage.bundle import layer_file
 from mlx_flash.engine.storage.checkpoint import is_checkpoint
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.engine.storage.writer import remove_stale
 from mlx_flash.errors import FormatError, ReadError, UsageError
 from mlx_flash.models.conversion.converter import convert
-from mlx_flash.models.specs.folder import is_there, leads_somewhere, read_json, refuse_other_formats, safe_file
+from mlx_flash.models.specs.folder import is_there, leads_somewhere, refuse_other_formats, safe_file
 from mlx_flash.models.specs.mixtures import is_mixture
 from mlx_flash.models.specs.source import find_folder, is_repo_id, source_hash
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from mlx_flash.engine.numerics.casting import check_dtype, from_float32
 from mlx_flash.engine.storage.bundle import ITEM_BYTES
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.engine.storage.writer import check_free_space, lock_folder, remove_stale
 from mlx_flash.errors import FlashError, SpaceError, UsageError
 from mlx_flash.models.specs.config_reader import read_spec
-from mlx_flash.models.specs.folder import INDEX, WEIGHTS, read_json, safe_file
+from mlx_flash.models.specs.folder import INDEX, WEIGHTS, safe_file
 from mlx_flash.models.specs.mixtures import is_mixture, read_mixture
 from mlx_flash.models.specs.source import safetensors_header, tokenizer_files
 from mlx_flash.models.text.tokenizer import TOKENIZERS

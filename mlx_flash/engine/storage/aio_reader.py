@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mlx_flash.engine.system.executor import Executor
 from mlx_flash.engine.system.linux_aio import LinuxAio
 
-from .aio_requests import Context, Request
+from .aio_requests import AioContext, AioRequest
 from .extents import Source
 from .pread_reader import OpenFile, PreadReader
 from .read_plan import Merging, Pieces
@@ -40,11 +40,11 @@ class AioReader(PreadReader):
         if depth < 1:
             raise ValueError(f"depth {depth}: out of range")
         super().__init__(files, threads, direct, merging)
-        self._context = Context(depth, aio or LinuxAio(), executor)
+        self._context = AioContext(depth, aio or LinuxAio(), executor)
         self._close_context = weakref.finalize(self, self._context.close)
 
     def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:
-        request = Request(self._context, self._crew, file, plan, targets, self.scrap)
+        request = AioRequest(self._context, self._crew, file, plan, targets, self.scrap)
         request.begin()
         return request
 

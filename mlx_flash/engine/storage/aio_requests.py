@@ -33,10 +33,10 @@ from .reader import ReadReport, Target
 LONG_BYTES, LONG_AT_ONCE = 1 << 17, 2
 MANY = 4  # so many reads are worth handing to another thread, which usually is awake
 _NONE = np.empty(0, np.int64)
-_open_contexts: set[Context] = set()  # keeps requests' memory until the kernel is done, if the reader is forgotten
+_open_contexts: set[AioContext] = set()  # keeps requests' memory until the kernel is done, if the reader is forgotten
 
 
-class Context:
+class AioContext:
     """A context of the kernel's: at most `depth` reads in flight, of the oldest requests first.
 
     Used by the reader's thread only. Reads that another thread submits count as in flight at once; `settle` corrects
@@ -45,11 +45,11 @@ class Context:
 
     def __init__(self, depth: int, aio: LinuxAio, executor: Executor | None = None):
         self.aio, self.depth, self.pid = aio, depth, os.getpid()
-        self.requests: dict[int, Request] = {}  # by number; also keeps their memory alive
+        self.requests: dict[int, AioRequest] = {}  # by number; also keeps their memory alive
         self.in_flight = 0
         self.torn = self.closed = False
         self._submit_call = None if executor is None else aio.submit_call(executor)
-        self._submitted: tuple[Request, np.ndarray] | None = None  # the pieces in that call, until `settle`
+        self._submitted: tuple[AioRequest, np.ndarray] | None = None  # the pieces in that call, until `settle`
         self._failures = 0  # contexts lost
         self._id = ctypes.c_ulong(0)
         self.blocks, self.events = Blocks(depth), np.empty((depth, 4), np.int64)
@@ -60,7 +60,7 @@ class Context:
             raise OSError(-problem, os.strerror(-problem))
         _open_contexts.add(self)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: AioRequest) -> None:
         """Start a request. `drain` knows of it before any of its reads is in flight."""
         self.mend()
         self.requests = {number: each for number, each in self.requests.items() if not each.over}
@@ -111,7 +111,7 @@ class Context:
                     return True
         return False
 
-    def _submit_elsewhere(self, request: Request, which: np.ndarray) -> bool:
+    def _submit_elsewhere(self, request: AioRequest, which: np.ndarray) -> bool:
         """Let another thread submit these pieces, whose blocks are filled; False if there is none."""
         assert self._submit_call is not None
         if not self._id.value:
@@ -146,7 +146,7 @@ class Context:
         self._submitted = None
         self.torn = False
 
-    def _submit(self, request: Request, which: np.ndarray) -> bool:
+    def _submit(self, request: AioRequest, which: np.ndarray) -> bool:
         """Submit these pieces, whose blocks are filled, or hand the request to the threads if the kernel refuses it.
         Returns False if the kernel is busy and takes nothing now."""
         self.torn = True
@@ -198,7 +198,7 @@ class Context:
             self.in_flight -= len(mine)
             self.requests[number].note(mine)
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: AioRequest) -> None:
         """Return when nothing of this request is in flight or left to be submitted."""
         self.mend()
         if self._submitted is not None and request.in_flight and request is not self._submitted[0]:
@@ -235,12 +235,12 @@ class Context:
         _open_contexts.discard(self)
 
 
-class Request:
+class AioRequest:
     """One request. Each of its pieces is to be submitted (`todo`), in flight, read, or with the threads."""
 
     def __init__(
         self,
-        context: Context,
+        context: AioContext,
         crew: Crew,
         file: OpenFile,
         plan: Pieces,

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_flash.errors import FormatError
 
 from .header import TensorInfo, read_header
+from .json_file import format_error
 
 FORMAT_VERSION = 1
 QUANTISED_VERSION = 2  # an older release must not try to read these
@@ -211,15 +212,15 @@ class Layout:
             value, "a layout", {"count", "stride", "parts"} | ({"quantization", "neurons"} if coded else set())
         )
         if not isinstance(value["parts"], list) or not value["parts"]:
-            raise _bad(f"layout has the parts {str(value['parts'])[:80]}, which is not a list of at least one")
+            raise format_error("layout", f"has the parts {str(value['parts'])[:80]}, which is no list of at least one")
         layout = cls(tuple(_part(entry) for entry in value["parts"]), _size(value["count"], "count", MAX_COUNT))
         if coded:
             layout = _quantised(layout, value["quantization"], value["neurons"])
         names = [part.name for part in layout.parts]
         if len(set(names)) != len(names):
-            raise _bad(f"layout names a part twice: {', '.join(names)[:200]}")
+            raise format_error("layout", f"names a part twice: {', '.join(names)[:200]}")
         if type(value["stride"]) is not int or value["stride"] != layout.stride:
-            raise _bad(f"layout has the stride {str(value['stride'])[:40]}, its parts need {layout.stride}")
+            raise format_error("layout", f"has the stride {str(value['stride'])[:40]}, its parts need {layout.stride}")
         return layout
 
 
@@ -290,22 +291,18 @@ def check_layer_file(path: str | os.PathLike[str], layout: Layout) -> None:
         return
     wanted = f'"bundles" U8 {list(expected.shape)} at byte {DATA_START}'
     found = ", ".join(f'"{t.name[:40]}" {t.dtype} {list(t.shape)} at byte {t.offset}' for t in tensors.values())
-    raise _bad(f"{os.fspath(path)} holds {found[:300] or 'no tensor'}, its layout says {wanted}")
-
-
-def _bad(problem: str) -> FormatError:
-    return FormatError(f"{problem}; convert the model again")
+    raise format_error(os.fspath(path), f"holds {found[:300] or 'no tensor'}, its layout says {wanted}")
 
 
 def _need_fields(value: Any, what: str, fields: set[str]) -> None:
     if not isinstance(value, dict) or set(value) != fields:
         found = ", ".join(map(str, value))[:200] if isinstance(value, dict) else str(value)[:80]
-        raise _bad(f"{what} needs exactly the fields {', '.join(sorted(fields))}, not {found}")
+        raise format_error(what, f"needs exactly the fields {', '.join(sorted(fields))}, not {found}")
 
 
 def _size(value: Any, what: str, largest: int) -> int:
     if type(value) is not int or not 1 <= value <= largest:  # `type`, because True is an int too
-        raise _bad(f"layout has the {what} {str(value)[:40]}, which is not a number from 1 to {largest}")
+        raise format_error("layout", f"has the {what} {str(value)[:40]}, which is not a number from 1 to {largest}")
     return value
 
 
@@ -318,8 +315,8 @@ def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
     else:
         codings = [_coding(value)] * len(matrices)
     if type(neurons) is not int or not 1 <= neurons <= MAX_NEURONS:
-        raise _bad(f"layout has {str(neurons)[:20]} neurons to a bundle; known: 1 to {MAX_NEURONS}")
-    wrong = _bad("layout is quantised, but its parts are not codes, scales and biases of the same weights")
+        raise format_error("layout", f"has {str(neurons)[:20]} neurons to a bundle; known: 1 to {MAX_NEURONS}")
+    wrong = format_error("layout", "is quantised, but its parts are not codes, scales and biases of the same weights")
     dtypes = _number_types(layout, matrices, codings)
     alike = codings[0] is not None and all(coded == codings[0] for coded in codings)
     found = replace(
@@ -331,7 +328,7 @@ def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
     try:
         wanted = with_codings(plain, codings, neurons)
     except FormatError as error:
-        raise _bad(f"layout is quantised, but {error}") from None
+        raise format_error("layout", f"is quantised, but {error}") from None
     if wanted != found:
         raise wrong
     return found
@@ -357,17 +354,15 @@ def _coding(value: Any) -> Quantisation:
     _need_fields(value, "a quantisation", {"bits", "group_size"} | ({"mode"} if mode != AFFINE else set()))
     bits, size = value["bits"], value["group_size"]
     if type(bits) is not int or type(size) is not int or not Quantisation(bits, size, str(mode)).known:
-        raise _bad(
-            f"layout is quantised to {str(bits)[:20]} bits in groups of {str(size)[:20]} ({str(mode)[:20]}), which is "
-            "not known"
-        )
+        kind = f"{str(bits)[:20]} bits in groups of {str(size)[:20]} ({str(mode)[:20]})"
+        raise format_error("layout", f"is quantised to {kind}, which is not known")
     return Quantisation(bits, size, mode)
 
 
 def _part(value: Any) -> Part:
     _need_fields(value, "a part", {"name", "dtype", "length"})
     if not isinstance(value["name"], str) or not value["name"]:
-        raise _bad(f"layout has a part named {str(value['name'])[:40]!r}, which is not a name")
+        raise format_error("layout", f"has a part named {str(value['name'])[:40]!r}, which is not a name")
     if not isinstance(value["dtype"], str) or value["dtype"] not in ITEM_BYTES:
-        raise _bad(f"part {value['name'][:40]!r} has the unknown dtype {str(value['dtype'])[:40]!r}")
+        raise format_error(f"part {value['name'][:40]!r}", f"has the unknown dtype {str(value['dtype'])[:40]!r}")
     return Part(value["name"], value["dtype"], _size(value["length"], "part length", MAX_PART_ITEMS))

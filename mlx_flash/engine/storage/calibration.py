@@ -22,6 +22,7 @@ from mlx_flash.errors import FlashError, FormatError, ReadError, SpaceError
 
 from .checkpoint import Checkpoint
 from .header import read_header, read_metadata
+from .json_file import format_error
 from .writer import CONFIG, config_bytes, sync_folder
 
 VERSION = 1
@@ -255,4 +256,4 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _bad(path: Path, problem: str) -> FormatError:
-    return FormatError(f"{path} {problem}; make it anew: mlx_flash calibrate")
+    return format_error(path, problem, "make it anew: mlx_flash calibrate")

@@ -18,14 +18,14 @@ from mlx_flash.engine.storage.lfs_pointer import is_pointer, pointer_problem
 from mlx_flash.errors import FormatError, IntegrityError, ReadError
 
 from .bundle import FORMAT_VERSION, MIXED_VERSION, Layout, check_layer_file, layer_file
-from .header import TensorInfo, load_json_object, read_header
+from .header import TensorInfo, read_header
+from .json_file import format_error, load_json_object, read_small_file
 from .reader import LayerFile
 from .writer import CONFIG, NO_DIGEST, is_safe_name
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CALIBRATION = "flash/calibration-"  # then a hash
-MAX_JSON_BYTES = 64 << 20
 MAX_LAYERS = 10_000
 VERIFY_BYTES = 4 << 20
 
@@ -33,7 +33,7 @@ VERIFY_BYTES = 4 << 20
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a folder has a config.json with a "flash" object; says nothing about the rest."""
     try:
-        return isinstance(_read_json(Path(path) / CONFIG).get("flash"), dict)
+        return isinstance(_read_config(Path(path) / CONFIG).get("flash"), dict)
     except (FormatError, ReadError):
         return False
 
@@ -56,7 +56,7 @@ class Checkpoint:
             raise FormatError(f"{path} is not a folder; give the folder that `mlx_flash convert` wrote")
         if not (path / CONFIG).exists():
             raise FormatError(f"{path} has no {CONFIG}; give the folder that `mlx_flash convert` wrote")
-        config = _read_json(path / CONFIG)
+        config = _read_config(path / CONFIG)
         flash = config.get("flash")
         if not isinstance(flash, dict):
             raise FormatError(f'{path / CONFIG} has no "flash" object: run `mlx_flash convert {path} OUT` first')
@@ -68,7 +68,7 @@ class Checkpoint:
             )
         for key in ("activation", "dtype", "source_hash"):
             if not isinstance(flash.get(key), str):
-                raise _bad(path / CONFIG, f'has no text under "flash"."{key}"')
+                raise format_error(path / CONFIG, f'has no text under "flash"."{key}"')
         files = _files(path, flash.get("files"))
         if not calibrated:
             flash.pop("calibration", None)
@@ -97,28 +97,28 @@ class Checkpoint:
         if INDEX not in self.files:
             self._need(MODEL)
             return {name: (self.path / MODEL, info) for name, info in read_header(self.path / MODEL).items()}
-        weight_map = _read_json(self.path / INDEX).get("weight_map")
+        weight_map = _read_config(self.path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise _bad(self.path / INDEX, 'has no table of names under "weight_map"')
+            raise format_error(self.path / INDEX, 'has no table of names under "weight_map"')
         shards = {}
         for shard in sorted(set(weight_map.values())):
             self._need(shard)
             shards[shard] = read_header(self.path / shard)
         for name, shard in weight_map.items():
             if name not in shards[shard]:
-                raise _bad(self.path / INDEX, f"puts tensor {name[:80]!r} in {shard[:80]}, which lacks it")
+                raise format_error(self.path / INDEX, f"puts tensor {name[:80]!r} in {shard[:80]}, which lacks it")
         return {name: (self.path / shard, shards[shard][name]) for name, shard in weight_map.items()}
 
     def _need(self, name: str) -> None:
         if name not in self.files:
-            raise _bad(self.path / CONFIG, f"does not list {name[:80]!r}")
+            raise format_error(self.path / CONFIG, f"does not list {name[:80]!r}")
 
     def _check(self) -> None:
         for i in range(len(self.layouts)):
             self._need(layer_file(i))
         if layer_file(len(self.layouts)) in self.files:
             found = layer_file(len(self.layouts))
-            raise _bad(self.path / CONFIG, f"lists {found}, but only {len(self.layouts)} layers")
+            raise format_error(self.path / CONFIG, f"lists {found}, but only {len(self.layouts)} layers")
         for name, record in self.files.items():
             size = _file_bytes(self.path, name)
             if size != record["bytes"]:
@@ -127,7 +127,7 @@ class Checkpoint:
                 problem = f"has {size} bytes, {record['bytes']} were written"
                 if name.startswith(CALIBRATION):
                     raise FormatError(f"{self.path / name} {problem}; make it anew: mlx_flash calibrate")
-                raise _bad(self.path / name, problem)
+                raise format_error(self.path / name, problem)
         for entry in self.path.iterdir():
             if entry.is_symlink():  # tokenizers are read by name, recorded or not
                 _real_path(self.path, entry.name)
@@ -173,12 +173,12 @@ def _recorded_files(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], i
     """What config.json records, what is wrong with config.json itself, and its bytes."""
     if not (path / CONFIG).exists():
         raise FormatError(f"{path} has no {CONFIG}; give the folder that `mlx_flash convert` wrote")
-    data = _read_small(path / CONFIG)
+    data = _read_config_bytes(path / CONFIG)
     try:
         config = load_json_object(path / CONFIG, data)
         flash = config.get("flash")
         if not isinstance(flash, dict):
-            raise _bad(path / CONFIG, 'has no "flash" object, so there are no hashes to compare with')
+            raise format_error(path / CONFIG, 'has no "flash" object, so there are no hashes to compare with')
         files = _files(path, flash.get("files"))
     except FormatError as error:
         if not (path / "flash").is_dir():
@@ -188,26 +188,13 @@ def _recorded_files(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], i
     return files, [] if whole else [f"{CONFIG} (changed since it was written)"], len(data)
 
 
-def _bad(path: Path, problem: str) -> FormatError:
-    return FormatError(f"{path} {problem}; download or convert it again")
+def _read_config(path: Path) -> dict[str, Any]:
+    return load_json_object(path, _read_config_bytes(path))
 
 
-def _read_small(path: Path) -> bytes:
-    try:
-        _file_bytes(path.parent, path.name)  # opening a pipe would wait for ever
-        if is_pointer(path):
-            raise FormatError(pointer_problem(path))
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise _bad(path, f"is longer than {MAX_JSON_BYTES} bytes")
-    return data
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return load_json_object(path, _read_small(path))
+def _read_config_bytes(path: Path) -> bytes:
+    _file_bytes(path.parent, path.name)  # which a link out of the checkpoint is not
+    return read_small_file(path)
 
 
 def _is_whole(data: bytes, digest: Any) -> bool:
@@ -219,7 +206,7 @@ def _is_whole(data: bytes, digest: Any) -> bool:
 
 def _layouts(path: Path, layers: Any) -> list[Layout]:
     if not isinstance(layers, list) or not 1 <= len(layers) <= MAX_LAYERS:
-        raise _bad(path / CONFIG, f'has no list of 1 to {MAX_LAYERS} layers under "flash"."layers"')
+        raise format_error(path / CONFIG, f'has no list of 1 to {MAX_LAYERS} layers under "flash"."layers"')
     found = []
     for i, layer in enumerate(layers):
         try:
@@ -231,15 +218,15 @@ def _layouts(path: Path, layers: Any) -> list[Layout]:
 
 def _files(path: Path, files: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict):
-        raise _bad(path / CONFIG, 'has no table of files under "flash"."files"')
+        raise format_error(path / CONFIG, 'has no table of files under "flash"."files"')
     for name, record in files.items():
         if not is_safe_name(name) or name == CONFIG:
-            raise _bad(path / CONFIG, f"lists the file {name[:80]!r}, which is not within the folder")
+            raise format_error(path / CONFIG, f"lists the file {name[:80]!r}, which is not within the folder")
         if not isinstance(record, dict) or set(record) != {"bytes", "sha256"}:
-            raise _bad(path / CONFIG, f"does not give bytes and sha256 of {name[:80]!r}")
+            raise format_error(path / CONFIG, f"does not give bytes and sha256 of {name[:80]!r}")
         size, digest = record["bytes"], record["sha256"]
         if type(size) is not int or size < 0 or not isinstance(digest, str) or len(digest) != 64:
-            raise _bad(path / CONFIG, f"gives no size or no SHA-256 of {name[:80]!r}")
+            raise format_error(path / CONFIG, f"gives no size or no SHA-256 of {name[:80]!r}")
     return files
 
 
@@ -247,7 +234,7 @@ def _file_bytes(folder: Path, name: str) -> int:
     """Size of a regular file of the checkpoint; FormatError where it is missing or leads elsewhere."""
     status = os.stat(_real_path(folder, name))
     if not stat.S_ISREG(status.st_mode):
-        raise _bad(folder / name, "is not a regular file")
+        raise format_error(folder / name, "is not a regular file")
     return status.st_size
 
 
@@ -258,9 +245,9 @@ def _real_path(folder: Path, name: str) -> Path:
         real, root = path.resolve(), folder.resolve()
         os.stat(real)
     except (OSError, RuntimeError):  # RuntimeError: a loop of links
-        raise _bad(path, "is missing") from None
+        raise format_error(path, "is missing") from None
     if not real.is_relative_to(root) and not _is_blob(real):
-        raise _bad(path, f"is a link that leaves the checkpoint, to {real}")
+        raise format_error(path, f"is a link that leaves the checkpoint, to {real}")
     return real
 
 

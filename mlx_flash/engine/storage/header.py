@@ -5,13 +5,14 @@ Knows no models and no layouts; reads only the header, never tensor data.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_flash.errors import FormatError, ReadError
+from mlx_flash.errors import ReadError
+
+from .json_file import format_error, load_json_object
 
 # Bits per item: safetensors has dtypes narrower than a byte.
 DTYPE_BITS = {
@@ -51,17 +52,18 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise _bad(path, f"has {len(prefix)} bytes, too short for a header")
+                raise format_error(path, f"has {len(prefix)} bytes, too short for a header")
             header_bytes = int.from_bytes(prefix, "little")
             if header_bytes > MAX_HEADER_BYTES:
-                raise _bad(path, f"claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are legal")
+                problem = f"claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are legal"
+                raise format_error(path, problem)
             if 8 + header_bytes > file_bytes:
-                raise _bad(path, f"claims a header of {header_bytes} bytes, but the file has {file_bytes}")
+                raise format_error(path, f"claims a header of {header_bytes} bytes, but the file has {file_bytes}")
             text = file.read(header_bytes)
     except OSError as error:
         raise ReadError(f"cannot read {path}: {error.strerror or error}") from error
     if len(text) < header_bytes:
-        raise _bad(path, f"ended within its header, after {8 + len(text)} bytes")
+        raise format_error(path, f"ended within its header, after {8 + len(text)} bytes")
     return _parse(path, text, 8 + header_bytes, file_bytes)
 
 
@@ -73,31 +75,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return dict(metadata or {})
 
 
-def load_json_object(path: Path, text: bytes, strict: bool = False) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes; FormatError for anything else. `strict` refuses duplicate keys."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique if strict else None)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError covers UTF-8, JSON and integers with too many digits
-        raise _bad(path, f"is not readable as JSON ({str(error)[:80]})") from None
-    if not isinstance(value, dict):
-        raise _bad(path, f"holds a JSON {type(value).__name__} where an object belongs")
-    return value
-
-
-def _bad(path: Path, problem: str) -> FormatError:
-    return FormatError(f"{path} {problem}; download or convert it again")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
-    return result
-
-
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63  # `type`, because True is an int too
 
@@ -107,38 +84,38 @@ def _parse(path: Path, text: bytes, data_start: int, file_bytes: int) -> dict[st
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _bad(path, "has a __metadata__ that is not a table of strings")
+        raise format_error(path, "has a __metadata__ that is not a table of strings")
     tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     at = data_start
     for tensor in tensors:
         if tensor.offset != at:
             problem = "overlaps the one before it" if tensor.offset < at else "leaves a hole before it"
-            raise _bad(path, f"tensor {tensor.name[:80]!r} begins at byte {tensor.offset} and {problem} ({at})")
+            raise format_error(path, f"tensor {tensor.name[:80]!r} begins at byte {tensor.offset} and {problem} ({at})")
         at += tensor.nbytes
     if at != file_bytes:
         problem = "truncated" if file_bytes < at else "too long"
-        raise _bad(path, f"is {problem}: it has {file_bytes} bytes, its header describes {at}")
+        raise format_error(path, f"is {problem}: it has {file_bytes} bytes, its header describes {at}")
     return {tensor.name: tensor for tensor in tensors}
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     label = f"tensor {name[:80]!r}"
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
-        raise _bad(path, f"{label} does not have exactly the fields dtype, shape, data_offsets")
+        raise format_error(path, f"{label} does not have exactly the fields dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _bad(path, f"{label} has the unknown dtype {str(dtype)[:40]!r}")
+        raise format_error(path, f"{label} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_size, shape)):
-        raise _bad(path, f"{label} has the shape {str(shape)[:80]}, which is not a list of sizes")
+        raise format_error(path, f"{label} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise _bad(path, f"{label} has the data_offsets {str(offsets)[:80]}, which are not two positions")
+        raise format_error(path, f"{label} has the data_offsets {str(offsets)[:80]}, which are not two positions")
     begin, end = offsets
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size
     if bits % 8 or end - begin != bits // 8:
-        raise _bad(
+        raise format_error(
             path,
             f"{label} ({dtype} {str(shape)[:80]}) takes {str(bits)[:40]} bits, not bytes {begin} to {end}",
         )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.errors import ConfigError, FormatError
 
-from .folder import read_json, safe_file
+from .folder import safe_file
 
 GENERATION = "generation_config.json"
 

@@ -12,31 +12,19 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
-from mlx_flash.engine.storage.header import load_json_object
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.engine.storage.lfs_pointer import is_pointer, pointer_problem
 from mlx_flash.engine.storage.writer import is_safe_name
-from mlx_flash.errors import FormatError, ReadError
+from mlx_flash.errors import FormatError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = "model*.safetensors"  # what mlx-lm loads
 NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-MAX_JSON_BYTES = 64 << 20
 GGUF = (
     "GGUF, the format of llama.cpp, which is not read here; take the repository that it was made from, whose weights "
     "are safetensors, or run it with llama.cpp"
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FormatError naming the file."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(f"{path} has {path.stat().st_size} bytes, more than a config can have")
-        return load_json_object(path, path.read_bytes())
-    except OSError as error:
-        raise ReadError(f"cannot read {path}: {error.strerror}") from error
 
 
 def leads_somewhere(path: Path) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from mlx_flash.engine.storage.bundle import ALIGN, FORMAT_VERSION, ITEM_BYTES
 from mlx_flash.engine.storage.calibration import SHIPPED
 from mlx_flash.engine.storage.header import TensorInfo, read_header
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.errors import ConfigError, FormatError, ReadError, UsageError
 from mlx_flash.models.text.tokenizer import TOKENIZERS
 
@@ -33,7 +34,6 @@ from .folder import (
     is_there,
     leads_somewhere,
     read_index,
-    read_json,
     refuse_file,
     refuse_other_formats,
     safe_file,

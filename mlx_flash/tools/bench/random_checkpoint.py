@@ -21,11 +21,11 @@ from mlx_flash.engine.residency.window import LRU
 from mlx_flash.engine.storage.bundle import ITEM_BYTES
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration, attach
 from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.engine.storage.json_file import read_json
 from mlx_flash.engine.storage.writer import check_free_space, lock_folder, remove_stale
 from mlx_flash.errors import UsageError
 from mlx_flash.models.conversion.converter import convert
 from mlx_flash.models.specs.config_reader import read_spec
-from mlx_flash.models.specs.folder import read_json
 from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.runtime.model_path import models_folder
 from mlx_flash.runtime.run import announce
