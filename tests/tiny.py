@@ -79,14 +79,14 @@ CONFIGS: dict[str, dict] = {
 }
 
 
-def make_tiny(name: str, folder: Path) -> Path:
-    """The random fp32 checkpoint of CONFIGS[name], a Hugging Face folder under `folder`.
+def make_tiny(name: str, folder: Path, config: dict | None = None) -> Path:
+    """The random fp32 checkpoint of CONFIGS[name], or of another config: a Hugging Face folder under `folder`.
 
     The matrices are scaled up to a deviation of 2 / sqrt(width): with less, a tiny model says one token for ever.
     """
     card = folder / f"{name}-card"
     card.mkdir(parents=True)
-    (card / "config.json").write_text(json.dumps(CONFIGS[name]))
+    (card / "config.json").write_text(json.dumps(config or CONFIGS[name]))
     out = make_random(card, folder / name, dtype="float32", seed=7)
     tensors = load_file(out / "model.safetensors")
     scaled = {k: w * np.float32(100 * w.shape[-1] ** -0.5 if w.ndim == 2 else 1) for k, w in tensors.items()}

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -59,7 +59,7 @@ CONVERSION = 2  # counts changes of what a conversion makes of the same files: c
 FULL_HASH_BYTES = 64_000_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 READ_ALIGN = 4096  # covers every disk's block
-_DIRECT = getattr(os, "O_DIRECT", 0)
+OpenFile = Callable[[Path, bool], FileIO]  # path, and whether to go around the page cache
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,12 @@ def is_repo_id(text: str) -> bool:
     return REPO_ID.fullmatch(text) is not None and ".." not in text
 
 
-def find_folder(path: str | Path, *, revision: str | None = None, weights: bool = True) -> Path:
+def find_folder(
+    path: str | Path, *, revision: str | None = None, weights: bool = True, download: Callable[..., str] | None = None
+) -> Path:
     """The folder of a local checkpoint or of a Hub repository, downloaded into Hugging Face's cache if it is
-    not there yet. `weights` = False asks for the tokenizer's files only. Raises UsageError."""
+    not there yet. `weights` = False asks for the tokenizer's files only. download: like huggingface_hub's
+    `snapshot_download`, None for that. Raises UsageError."""
     folder = Path(path)
     try:
         exists = leads_somewhere(folder)
@@ -93,23 +96,25 @@ def find_folder(path: str | Path, *, revision: str | None = None, weights: bool 
         raise UsageError(f"{path} is a link to {os.readlink(folder)}, which leads to no folder")
     if isinstance(path, Path) or not is_repo_id(path):
         raise UsageError(f"{path} does not exist, and is not a Hugging Face repository id (owner/name)")
-    return _from_hub(path, revision, weights)
+    if download is None:
+        from huggingface_hub import snapshot_download
+
+        download = snapshot_download
+    return _from_hub(path, revision, weights, download)
 
 
-def _from_hub(repo: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _from_hub(repo: str, revision: str | None, weights: bool, download: Callable[..., str]) -> Path:
     patterns = [*TOKENIZER_FILES, "config.json", "generation_config.json"]
     if weights:
         patterns += [SHARDS, INDEX]
     try:
-        cached = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
+        cached = Path(download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
         if _is_complete(cached, weights):
             return cached
     except Exception:  # not cached: whatever its type, the answer is to ask the Hub, which names the cause
         pass
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the HTTP library's errors share no base with Hugging Face's
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
@@ -155,11 +160,18 @@ def read_buffer(count: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, count + 2 * READ_ALIGN), np.uint8)
 
 
-class Source:
-    """A checkpoint folder opened for reading; not for several threads at once."""
+def open_file(path: Path, direct: bool) -> FileIO:
+    """A file to read, around the page cache if `direct` and where the system has such a thing. Raises OSError, EINVAL
+    where the file system has not."""
+    flag = getattr(os, "O_DIRECT", 0) if direct else 0
+    return FileIO(path, "rb", opener=lambda name, mode: os.open(name, mode | flag))
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+
+class Source:
+    """A checkpoint folder opened for reading; not for several threads at once. open_file: see the function."""
+
+    def __init__(self, folder: Path, open_file: OpenFile = open_file):
+        self.folder, self._open_file = folder, open_file
         if not is_there(folder, "config.json"):
             refuse_other_formats(folder)
         self.config = read_json(safe_file(folder, "config.json"))
@@ -208,7 +220,7 @@ class Source:
 
     def _fill(self, path: Path, begin: int, view: memoryview) -> int:
         """Read until `view` is full or the file ends; returns the bytes read."""
-        file = self._files.get(path) or self._open(path, _DIRECT)
+        file = self._files.get(path) or self._open(path, True)
         file.seek(begin)
         at = 0
         while at < len(view) and at % READ_ALIGN == 0:  # a read that stops elsewhere has met the file's end
@@ -217,7 +229,7 @@ class Source:
             except OSError as error:
                 if error.errno != errno.EINVAL or path in self._buffered:
                     raise
-                file = self._open(path, 0)  # a file system that takes the flag and then refuses the read
+                file = self._open(path, False)  # a file system that takes the flag and then refuses the read
                 file.seek(begin + at)
                 continue
             if not got:
@@ -227,17 +239,17 @@ class Source:
             os.posix_fadvise(file.fileno(), begin, at, os.POSIX_FADV_DONTNEED)
         return at
 
-    def _open(self, path: Path, flag: int) -> FileIO:
+    def _open(self, path: Path, direct: bool) -> FileIO:
         if path in self._files:
             self._files.pop(path).close()
         try:
-            file = FileIO(path, "rb", opener=lambda name, mode: os.open(name, mode | flag))
+            file = self._open_file(path, direct)
         except OSError as error:
-            if not flag or error.errno != errno.EINVAL:
+            if not direct or error.errno != errno.EINVAL:
                 raise
-            return self._open(path, 0)
+            return self._open(path, False)
         self._files[path] = file
-        if not flag:
+        if not direct or not hasattr(os, "O_DIRECT"):
             self._buffered.add(path)
         return file
 
@@ -254,9 +266,15 @@ class Source:
 
 
 def source_hash(
-    folder: Path, *, dtype: str | None = None, tokenizer: Path | None = None, more: Sequence[Any] | None = None
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    more: Sequence[Any] | None = None,
+    full_bytes: int = FULL_HASH_BYTES,
 ) -> str:
-    """SHA-256 (hex) that names a checkpoint's content and the options of its conversion; more: those of quantising.
+    """SHA-256 (hex) that names a checkpoint's content and the options of its conversion; more: those of quantising;
+    full_bytes: up to so many bytes of weights all of them count.
 
     Small files count with all their bytes. Hashing tens of GB at every start would cost more than the run, so
     above 64 MB of weights a file counts with its header, its size, its time of change and 64 blocks of 64 KiB
@@ -267,7 +285,7 @@ def source_hash(
     options = [FORMAT_VERSION, CONVERSION, dtype, *(more or [])]
     total = hashlib.sha256(json.dumps(options).encode())
     files = weight_files(folder)
-    full = sum(path.stat().st_size for path in files.values()) <= FULL_HASH_BYTES
+    full = sum(path.stat().st_size for path in files.values()) <= full_bytes
     for name, path in files.items():
         _add(total, name, _hash_file(path) if full else _hash_samples(path))
     small = ("config.json", "generation_config.json", SHIPPED)

@@ -172,36 +172,39 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[i
     return encode_plain(tokenizer, chat_text(tokenizer, messages), special=False)
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+def chat_text(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], seconds: float = TEMPLATE_SECONDS, **options: Any
+) -> str:
     """A chat, each message a {"role", "content"}, as one prompt by the tokenizer's template.
 
-    options: for the template, over add_generation_prompt=True. Raises ConfigError where there is no template, and what
-    `apply_template` raises.
+    seconds: how long the template may take. options: for the template, over add_generation_prompt=True.
+
+    Raises ConfigError where there is no template, and what `apply_template` raises.
     """
     if not tokenizer.has_chat_template:
         raise ConfigError("this tokenizer has no chat template; add chat_template.jinja to its folder")
     if not messages:
         raise UsageError("the chat is empty; give at least one message")
     options = {"add_generation_prompt": True} | options | {"tokenize": False}
-    return str(apply_template(lambda: tokenizer.apply_chat_template(list(messages), **options)))
+    return str(apply_template(lambda: tokenizer.apply_chat_template(list(messages), **options), seconds))
 
 
-def apply_template(call: Callable[[], Any]) -> Any:
+def apply_template(call: Callable[[], Any], seconds: float = TEMPLATE_SECONDS) -> Any:
     """The result of `call()`, which applies a chat template: code from a stranger, in a sandbox.
 
     Raises FormatError for a template that is not Jinja, UsageError for messages that it refuses or does not get done
-    with within TEMPLATE_SECONDS.
+    with in that time.
     """
     from jinja2 import TemplateSyntaxError
 
     try:
         with quiet_transformers():
-            return call_within(TEMPLATE_SECONDS, call)
+            return call_within(seconds, call)
     except TemplateSyntaxError as error:
         raise FormatError(f"the chat template is not valid Jinja at line {error.lineno}: {error.message}") from error
     except TimeoutError as error:
         raise UsageError(
-            f"the chat template is not done after {TEMPLATE_SECONDS:g} s; --ignore-chat-template leaves it out"
+            f"the chat template is not done after {seconds:g} s; --ignore-chat-template leaves it out"
         ) from error
     except FlashError:
         raise

@@ -21,10 +21,9 @@ LLAMA = tiny.CONFIGS["llama"] | {"intermediate_size": 640, "mlp_bias": True}
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def source(tmp_path: Path) -> Path:
     """A llama of random weights and biases."""
-    monkeypatch.setitem(tiny.CONFIGS, "llama-biases", LLAMA)
-    folder = tiny.make_tiny("llama-biases", tmp_path)
+    folder = tiny.make_tiny("llama-biases", tmp_path, LLAMA)
     rng, tensors = np.random.default_rng(6), load_file(folder / "model.safetensors")
     biases = [name for name in tensors if name.endswith(".bias")]
     assert len(biases) == 3 * LLAMA["num_hidden_layers"]

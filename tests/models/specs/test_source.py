@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ import pytest
 
 from mlx_flash.engine.storage.checkpoint import is_checkpoint
 from mlx_flash.errors import FormatError, UsageError
-from mlx_flash.models.specs.source import find_folder, source_hash
+from mlx_flash.models.specs.source import FULL_HASH_BYTES, Source, find_folder, read_buffer, source_hash
 from tests.checkpoints import (
     LLAMA,
     UP,
-    check_same,
     convert,
     make_source,
 )
@@ -71,9 +71,7 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     assert not any(path.is_symlink() for path in (tmp_path / "flash").rglob("*"))
 
 
-def test_repository_is_taken_from_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
+def test_repository_is_taken_from_the_cache_when_offline(tmp_path: Path) -> None:
     source = make_source(tmp_path, LLAMA)
     calls: list[bool] = []
 
@@ -83,55 +81,48 @@ def test_repository_is_taken_from_the_cache_when_offline(tmp_path: Path, monkeyp
             return str(source)
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert find_folder("some/model") == source
+    assert find_folder("some/model", download=snapshot) == source
     assert calls == [True]
     with pytest.raises(UsageError, match="other/model.*no route"):
-        find_folder("other/model")
+        find_folder("other/model", download=snapshot)
     (source / "model.safetensors").unlink()  # in the cache, but not all of it
     with pytest.raises(UsageError, match="not complete"):
-        find_folder("some/model")
+        find_folder("some/model", download=snapshot)
 
 
-@pytest.mark.parametrize("refusal", ["no such flag", "at opening", "at reading"])
-def test_file_systems_without_direct_reads(tmp_path: Path, refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    direct = 1 << 29  # some flag; taken out again before the system sees it
-    opened, refused = os.open, []
-
-    def open_file(path: Any, flags: int, *rest: Any) -> int:
-        if flags & direct:
-            refused.append(path)
-            if refusal == "at opening":
-                raise OSError(errno.EINVAL, "Invalid argument")
-        return opened(path, flags & ~direct, *rest)
+@pytest.mark.parametrize("refusal", ["none", "at opening", "at reading"])
+def test_file_systems_without_direct_reads(tmp_path: Path, refusal: str) -> None:
+    folder = make_source(tmp_path, LLAMA)
+    opened: list[bool] = []
 
     class Refusing(FileIO):
         def readinto(self, buffer: Any) -> int:
-            if len(refused) == 1:
-                refused.append(self.name)
-                raise OSError(errno.EINVAL, "Invalid argument")
-            return super().readinto(buffer)
+            raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("mlx_flash.models.specs.source._DIRECT", 0 if refusal == "no such flag" else direct)
-    monkeypatch.setattr("mlx_flash.models.specs.source.os.open", open_file)
-    if refusal == "at reading":
-        monkeypatch.setattr("mlx_flash.models.specs.source.FileIO", Refusing)
-    source = make_source(tmp_path, LLAMA)
-    convert(source, tmp_path / "flash")
-    assert bool(refused) == (refusal != "no such flag")
-    check_same(source, tmp_path / "flash", "bfloat16")
+    def open_file(path: Path, direct: bool) -> FileIO:
+        opened.append(direct)
+        if direct and refusal == "at opening":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return Refusing(path) if direct and refusal == "at reading" else FileIO(path)
+
+    stored = (folder / "model.safetensors").read_bytes()
+    with Source(folder, open_file) as source:
+        source.open_tensors()
+        for name, tensor in source.tensors.items():
+            begin, count = tensor.info.offset, tensor.info.nbytes
+            assert bytes(source.read(name, 0, count, read_buffer(count))) == stored[begin : begin + count], name
+    assert opened == ([True] if refusal == "none" else [True, False])  # once per file, of which there is one
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_source_hash_follows_content(tmp_path: Path, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sampled:
-        monkeypatch.setattr("mlx_flash.models.specs.source.FULL_HASH_BYTES", 0)
+def test_source_hash_follows_content(tmp_path: Path, sampled: bool) -> None:
+    hashed = partial(source_hash, full_bytes=0 if sampled else FULL_HASH_BYTES)
     source = make_source(tmp_path, LLAMA)
-    seen = {source_hash(source)}
-    assert source_hash(source) in seen
+    seen = {hashed(source)}
+    assert hashed(source) in seen
 
     def check_new(**options: Any) -> None:
-        value = source_hash(source, **options)
+        value = hashed(source, **options)
         assert value not in seen
         seen.add(value)
 
@@ -154,7 +145,7 @@ def test_source_hash_follows_content(tmp_path: Path, sampled: bool, monkeypatch:
         copy = tmp_path / "copy"
         shutil.copytree(source, copy)
         os.utime(copy / "model.safetensors", (time.time() + 5, time.time() + 5))
-        assert source_hash(copy) == source_hash(source)
+        assert hashed(copy) == hashed(source)
     (source / "config.json").write_text((source / "config.json").read_text() + " ")
     check_new()
     (source / "generation_config.json").write_text("{}")
