@@ -1,4 +1,4 @@
-"""Every name of mlx-lm that is used beyond what it documents, in one place. Needs mlx-lm.
+"""All names of mlx-lm that this package uses, in one place; many are not documented. Needs mlx-lm.
 
 Checked with mlx-lm 0.32.0, 0.32.1 and 0.32.2; pyproject.toml bounds the releases that are installed above and below.
 What its server is made of is checked by name before a server starts, see `check_server`.
@@ -55,7 +55,7 @@ SERVER = {
 
 
 def check_server() -> None:
-    """Raise BackendError for an mlx-lm whose server is not made of the pieces used here."""
+    """Raise BackendError if mlx-lm's server lacks one of the pieces that are used here."""
     for name, methods in SERVER.items():
         piece = getattr(server, name, None)
         missing = [method for method in methods if not hasattr(piece, method)]
@@ -67,7 +67,7 @@ def check_server() -> None:
 
 
 def own_copy(name: str) -> Any:
-    """A module of an architecture that is nobody else's, to be changed. Raises ImportError."""
+    """A copy of an architecture's module that may be changed. Raises ImportError."""
     spec = importlib.util.find_spec(f"mlx_lm.models.{name}")
     if spec is None or spec.loader is None:
         raise ImportError(f"mlx_lm has no models.{name}")

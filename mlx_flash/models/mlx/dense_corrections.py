@@ -27,7 +27,7 @@ USUAL_CAP = {"gemma2": 30.0, "gemma3_text": None, "nanochat": 15.0}  # of the lo
 
 
 def fit_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What mlx-lm is to read instead of a config's own keys, so that it builds a model that can be changed."""
+    """Keys to give mlx-lm in place of the config's, so that it builds a model that can then be corrected."""
     family = config.get("model_type")
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if family in OWN_HEAD_SIZE and config.get("head_dim") is not None and type(width) is type(heads) is int:
@@ -119,8 +119,8 @@ def _set_head_size(attention: Any, size: int) -> None:
 def fit_dense_weights(
     model: nn.Module, weights: Mapping[str, mx.array], config: Mapping[str, Any]
 ) -> dict[str, mx.array]:
-    """The weights, named as in the model, in the order of rows that its attention takes; the model gets the biases that
-    they have, and loses those that they lack where the config says so."""
+    """The weights, named and ordered as the model takes them. The model gets the biases that the weights have, and
+    loses those that they lack where the config says so."""
     found = dict(weights)
     if config.get("model_type") == "gpt_bigcode" and config.get("multi_query") is False:
         found = {name: _by_kind(name, array, config["n_head"]) for name, array in found.items()}

@@ -1,7 +1,7 @@
-"""A mixture of experts as downloaded, on mlx-lm's own model: where its experts lie in the files, what else it needs.
+"""A mixture of experts as downloaded, on mlx-lm's own model: where its experts lie in the files, and its memory.
 
-Builds mlx-lm's model without evaluating anything. That a file's bytes are an expert is seen, not guessed from names:
-the array that the model ends up with must be the very one that was loaded, or a stack of such. Needs mlx-lm.
+Builds mlx-lm's model without evaluating anything. Which bytes of a file are an expert is not guessed from names: the
+array in the model must be the one that was loaded, or a stack of such arrays. Needs mlx-lm.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ExpertModel:
 
     @property
     def foresees(self) -> bool:
-        """Whether a layer says what the next one will probably choose."""
+        """Whether the choice of some layer can be guessed in the layer before it."""
         return any(router is not None for router in self.routers[1:])
 
     @property
@@ -126,7 +126,7 @@ class ExpertModel:
 
     @property
     def dtype(self) -> str:
-        """Of what is computed: that of the experts' numbers, or where they have none of their own of their scales."""
+        """The dtype of activations: that of the experts' floats, weights or scales; bfloat16 if they have none."""
         names = [part.dtype for part in self.extents[0].layout.parts if part.dtype in FLOATS]
         return names[0] if names else "bfloat16"
 
@@ -135,7 +135,7 @@ class ExpertModel:
 
     @property
     def page_bytes(self) -> int:
-        """At most so much is lost to rounding slabs up to pages."""
+        """The most bytes that rounding slabs up to pages costs."""
         return 2 * PAGE * sum(len(extents.layout.parts) for extents in self.extents)
 
     def kv_bytes(self, tokens: int, chunk: int) -> int:

@@ -22,7 +22,7 @@ FFN = Callable[[mx.array], mx.array]
 
 
 class Bias(nn.Module):
-    """What stays of a linear layer whose rows are on flash."""
+    """The bias of a linear layer whose weight is on flash."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -30,8 +30,10 @@ class Bias(nn.Module):
 
 
 class FlashFFNModule(nn.Module):
-    """Stands where a layer's FFN was: calls `ffn` on x (B, T, d). No parameters but biases, where there are some:
-    (name, size) of up's, down's and, where there is a gate, its."""
+    """Replaces a layer's FFN: calls `ffn` on x (B, T, d). Its only parameters are biases, if there are any.
+
+    biases: (name, size) of those of up, down and, where there is one, gate
+    """
 
     def __init__(self, ffn: FFN, biases: Sequence[tuple[str, int]] = ()):
         super().__init__()
@@ -48,7 +50,7 @@ class FlashFFNModule(nn.Module):
 
 
 class ReplyWatch:
-    """Tells from the caches that a model is run with whether another reply begins: mlx-lm's own loops do not say so."""
+    """Tells whether a new reply begins, from the caches that a model is called with: mlx-lm's loops do not say so."""
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Any], int] | None = None  # the first layer's cache, and the tokens it then held
@@ -69,9 +71,11 @@ class ReplyWatch:
 
 
 def flash_model(model_class: type, tied: bool = False, config: Mapping[str, Any] | None = None) -> type:
-    """The architecture's class, which tells its run when a reply begins and takes no weights for an FFN on flash.
-    tied: whether the head is the embedding, whatever the architecture makes of it. config: normalised; what it says and
-    the architecture does not look at."""
+    """A subclass of the architecture's class that tells its run when a reply begins and refuses weights for FFNs.
+
+    tied: whether the head is the embedding, which the architecture may not look at. config: in its normal form, for the
+    corrections of what the architecture does not look at.
+    """
     model_class = fit_class(model_class, config or {})
 
     class FlashModel(model_class):

@@ -1,7 +1,7 @@
-"""Experts whose gate and up projections are one tensor in the files, as far as each is a run of bytes per expert.
+"""Experts whose gate and up projections are one tensor in the files, each a run of bytes per expert.
 
-Cuts such tensors itself and under the names that mlx-lm gives the halves, so that where they lie is known; what mlx-lm
-cuts otherwise, or turns, stays its own business. Needs mlx.
+Cuts such tensors under the names that mlx-lm gives the halves, so that their places in the files are known. Tensors
+that mlx-lm cuts in other ways, or transposes, are left to it. Needs mlx.
 """
 
 from __future__ import annotations

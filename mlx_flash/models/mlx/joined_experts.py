@@ -1,4 +1,4 @@
-"""Experts whose gate and up projections stay one matrix, because neither is a run of bytes in the published files.
+"""Experts whose gate and up projections stay one matrix, as neither is a run of bytes in the published files.
 
 gpt-oss (outputs alternate, in MXFP4 or turned and plain), Llama 4 and Qwen3-VL-MoE (turned). A layer of them stands in
 place of mlx-lm's, which cuts, turns and copies such tensors. Needs mlx-lm.

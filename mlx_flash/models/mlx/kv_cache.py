@@ -1,6 +1,6 @@
-"""How much memory mlx-lm's caches take for a model, whatever its architecture: asked of the model itself.
+"""The size of mlx-lm's KV cache for a model of any architecture.
 
-The model is run on one token and nothing is evaluated: only shapes are looked at. Needs mlx-lm.
+The model runs on one token without evaluating anything, and the shapes of its cache are read. Needs mlx-lm.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def fit_mixture_weights(
 
 
 def kept_weights(config: Mapping[str, Any], weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Weights without those that no model computes with."""
+    """The weights without those that are never used."""
     if config.get("model_type") not in ("longcat_flash", "longcat_flash_ngram"):
         return dict(weights)
     count = ConfigValues(config).need("n_routed_experts")
@@ -97,7 +97,7 @@ def add_correction(model: nn.Module, weights: Mapping[str, mx.array], found: dic
 
 
 def note_of(config: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """What is to be told of a checkpoint's tensors: that some are not there which mlx_lm.convert has dropped."""
+    """A note for the user if tensors are missing that mlx_lm.convert drops; else None."""
     if config.get("model_type") != "ernie4_5_moe" or any(name.endswith(CORRECTION) for name in names):
         return None
     return (
@@ -107,7 +107,7 @@ def note_of(config: Mapping[str, Any], names: Collection[str]) -> str | None:
 
 
 def fit_arithmetic(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Let the modules of a loaded model compute what a normalised config asks for. Raises ConfigError."""
+    """Change the modules of a loaded model to compute what a normalised config asks for. Raises ConfigError."""
     values, family = ConfigValues(config), str(config.get("model_type"))
     if family == "olmoe" and values.get("clip_qkv") is not None:
         limit = values.number("clip_qkv")

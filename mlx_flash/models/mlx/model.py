@@ -56,7 +56,7 @@ def build(
 
 
 def check(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raise what `build` would, from the config and the resident tensors' names and shapes: reads no numbers."""
+    """Raise what `build` would raise, from the config and the resident tensors' names and shapes alone."""
     _without_ffns(checkpoint, spec, 0, lazy=True)
 
 
@@ -113,8 +113,8 @@ def build_model(path: Path, spec: ModelSpec, ffns: Sequence[FFN], context: int =
 def _model_class(
     spec: ModelSpec, ffns: Sequence[FFN], config: Mapping[str, Any]
 ) -> tuple[Callable[[Any], nn.Module], type]:
-    """What mlx-lm calls to make a model of a family: its own class, with the FFN modules replaced from the start.
-    Strict loading then asks for the resident tensors only, and the FFN's own, lazy until used, are never allocated."""
+    """What mlx-lm calls to make a model: its own class, with the FFN modules replaced before weights are loaded. Strict
+    loading then asks for the resident tensors only, and the FFNs' own, lazy until used, are never allocated."""
     attribute = spec.table.attribute
     code = fit_architecture(spec.table.mlx_module or spec.family, config)
 
@@ -205,7 +205,7 @@ def forced(
 
 
 def keys_read(config: Mapping[str, Any]) -> frozenset[str]:
-    """The keys of a config that are looked at: what the spec is made from, or all that mlx-lm's code of it knows."""
+    """The keys of a config that are read: by our readers, or by mlx-lm's code of the architecture."""
     values = normalise(config)
     if values.get("model_type") in FAMILIES:
         return OWN

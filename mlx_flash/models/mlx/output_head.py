@@ -16,7 +16,7 @@ from mlx_flash.models.specs.head_tensors import embedding_of, fields_of, head_of
 
 
 class UntiedEmbedding(nn.Module):
-    """Stands where an architecture takes its embedding as its head, for a checkpoint that has both."""
+    """An embedding with a head of its own, for an architecture that takes the embedding as its head."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()

@@ -1,8 +1,9 @@
-"""Positions and attention windows of mlx-lm's models, made those of transformers from outside. Needs mlx-lm.
+"""Corrections of positions and attention windows in mlx-lm's models: they become those of transformers.
 
-Many architectures of mlx-lm read "rope_scaling" or "sliding_window" and compute without them, or refuse to be built.
-So mlx-lm is given a config without them (`mlx_keys`); then each layer's rotary module is tried on a few positions and
-replaced where it turns otherwise than the config says, and attention gets the window's mask where mlx-lm gives none.
+Many architectures of mlx-lm read "rope_scaling" or "sliding_window" and compute without them, or cannot be built with
+them. So mlx-lm gets a config without them (`mlx_keys`). Then each layer's rotary module is tried on a few positions and
+replaced if it does not do what the config says, and attention gets the window's mask where mlx-lm gives none. Needs
+mlx-lm.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Rotary(nn.Module):
 
 
 def mlx_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What mlx-lm is to read instead of a config's own keys, so that it builds a model whose positions can be set.
-    Raises ConfigError for keys of a wrong type or kind."""
+    """Keys to give mlx-lm in place of the config's, so that it builds a model whose positions can be set.
+
+    Raises ConfigError for keys of a wrong type or kind.
+    """
     family = str(config.get("model_type"))
     if text_config(config) is not config or family in UNTOUCHED:
         return {}
@@ -113,7 +116,7 @@ def _window_keys(values: ConfigValues, family: str, layers: int) -> dict[str, An
 
 
 def set_windows(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Let each layer's attention see as far as the config says. Raises ConfigError where that cannot be had."""
+    """Give each layer's attention the window that the config says. Raises ConfigError where that is not possible."""
     values, layers = ConfigValues(config), list(model.layers)
     family = str(values.get("model_type"))
     if family not in RULES:
@@ -158,7 +161,7 @@ def _windowed(attention: type, window: int | None) -> type:
 
 
 def set_positions(model: nn.Module, config: Mapping[str, Any], context: int) -> None:
-    """Let each layer turn queries and keys as the config says, in a run of `context` tokens. Raises ConfigError."""
+    """Give each layer the rotary positions that the config says, in a run of `context` tokens. Raises ConfigError."""
     family = str(config.get("model_type"))
     if family in UNTOUCHED:
         return

@@ -1,4 +1,4 @@
-"""How mlx-lm's models make a reply: the prompt in chunks, then token by token, a step ahead where nothing is read.
+"""The reply loop on mlx-lm's models: the prompt in chunks, then token by token, a step ahead where nothing is read.
 
 Needs mlx-lm. Knows models and KV caches; neither folders nor selectors.
 """

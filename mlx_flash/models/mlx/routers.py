@@ -1,7 +1,6 @@
-"""The routers of mlx-lm's mixtures, as far as they are a plain product: what foresees the next layer's choice.
+"""The routers of mlx-lm's mixtures, as plain products: they guess the next layer's choice of experts.
 
-Whatever a model does beyond it (groups, a bias of the choice, norms of its own) is left out: a guess may be inexact.
-Needs mlx-lm.
+Groups, a bias of the choice and the router's own norms are left out: a guess may be inexact. Needs mlx-lm.
 """
 
 from __future__ import annotations

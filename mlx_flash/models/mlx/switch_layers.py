@@ -51,7 +51,7 @@ def on_slots(switch: nn.Module, arrays: Mapping[str, mx.array]) -> nn.Module:
 
 
 class ExpertModule(nn.Module):
-    """Stands where a switch layer was: no parameters, calls `run` on x (..., d), indices (..., k) -> (..., k, d)."""
+    """Replaces a switch layer: no parameters, calls `run` on x (..., d), indices (..., k) -> (..., k, d)."""
 
     def __init__(self, run: SlotExperts | Survey):
         super().__init__()

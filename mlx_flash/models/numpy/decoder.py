@@ -1,7 +1,7 @@
-"""The numpy backend's model: one decoder for every family, driven by its `ModelSpec`. Readable from top to bottom.
+"""Our own decoder: one for every family, driven by its `ModelSpec`, on any `DecoderBackend`.
 
 Shapes: T new tokens, d the width, H query heads that share K key/value heads of size D. Activations are fp32; weights
-stay in the checkpoint's dtype. The FFN is a callable per layer: what is resident and what is read is not known here.
+have the backend's form. The FFN is a callable per layer: nothing here knows what is resident and what is read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Layer:
         return x + self.ffn(self.decoder.norm(x, *self.norms["ffn_norm"]))
 
     def decode(self, step: Callable[[], None], x: np.ndarray, start: int) -> np.ndarray:
-        """One token, x (1, d); the result is in memory that the next layer, or the next token, uses again."""
+        """Run one token, x (1, d). The result's memory is used again by the next layer, or the next token."""
         memory = self.decoder.memory
         if x is not memory.x:
             memory.x[...] = x
@@ -79,7 +79,7 @@ class Layer:
         return memory.x
 
     def step(self, cache: Cache) -> Callable[[], None] | None:
-        """All of the layer but the FFN for one token, in one call, where the backend has such a thing."""
+        """The backend's step for one token: the whole layer without its FFN. None if it has no such step."""
         if self.decoder.spec.clip is not None:
             return None
         found = cache.layers[self.index]
@@ -88,7 +88,7 @@ class Layer:
         return self._step
 
     def description(self, keys: np.ndarray, values: np.ndarray) -> Attention:
-        """What the backend needs to know for that."""
+        """What the backend needs to know for such a step."""
         spec, of, norms = self.decoder.spec, self.matrices, self.norms
         return Attention(
             heads=self.shape.heads,
@@ -205,7 +205,7 @@ class Decoder:
         return self.backend.rms_norm(x, weight, self.spec.eps)
 
     def make_cache(self) -> Cache:
-        """An empty cache, in the one piece of memory that the budget holds: those given out before are void."""
+        """An empty KV cache. There is memory for one: a cache that was made before must not be used any more."""
         if self.cache is None:
             new, size = self.backend.new_cache, self.spec.head_dim
             shapes = [(layer.kv_heads, self.context, size, self.dtype) for layer in self.spec.layers]

@@ -1,6 +1,6 @@
-"""A mixture of experts as downloaded, on our own decoder: where its experts lie in the files, and how tokens choose.
+"""A mixture of experts as downloaded, on our own decoder: where its experts lie in the files, and its routers.
 
-Families and names are in `mixtures`; what computes is the backend's. Nothing is loaded before `start`.
+Families and names are in specs/mixtures.py; the backend computes. Nothing is loaded before `start`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ IGNORED = (".rotary_emb.inv_freq",)  # what old checkpoints also hold, computed 
 
 @dataclass
 class ExpertDecoder:
-    """A mixture whose experts have not been read, nor anything else.
+    """A mixture of experts whose files were checked; nothing has been loaded until `start`.
 
-    extents, top_k, kinds: per layer that has experts: where they are, how many a token uses, and a number that layers
-    with equal experts share. dtype: of the experts, and of the KV cache.
+    extents, top_k, kinds: per layer with experts: where they are, how many a token uses, and a number that is the same
+    for layers with equal experts. dtype: of the experts, and of the KV cache.
     """
 
     spec: MixtureSpec
@@ -47,7 +47,7 @@ class ExpertDecoder:
     shapes: dict[str, tuple[int, ...]]
     dtype: str
 
-    note = None  # nothing is to be told about a checkpoint
+    note = None  # for the user, about the checkpoint: the mlx backend has some
 
     @property
     def top_k(self) -> list[int]:
@@ -59,7 +59,7 @@ class ExpertDecoder:
 
     @property
     def foresees(self) -> bool:
-        """Whether a layer says what the next one will probably choose."""
+        """Whether the next layer's choice can be guessed."""
         return len(self.extents) > 1
 
     @property
@@ -68,7 +68,7 @@ class ExpertDecoder:
 
     @property
     def page_bytes(self) -> int:
-        """At most so much is lost to rounding slabs up to pages."""
+        """The most bytes that rounding slabs up to pages costs."""
         return mmap.PAGESIZE * (len(self.extents) + 1)
 
     def slot_bytes(self, layer: int) -> int:
@@ -97,7 +97,7 @@ class ExpertDecoder:
         selectors = [make_selector(layer) for layer in range(len(self.extents))]
         tensors = load_tensors(self.tensors, self.shapes, self.backend.from_bytes)
         for name, shape in self.spec.resident_shapes().items():
-            _, scales, biases = coded_names(name)
+            _, scales, biases = affine_tensors(name)
             if scales in tensors:
                 bits = WORD_BITS * tensors[name].shape[1] // shape[1]
                 tensors[name] = AffineRows(tensors[name], tensors.pop(scales), tensors.pop(biases), bits)
@@ -167,7 +167,7 @@ def open_experts(folder: Path, tensors: Tensors, config: Mapping[str, Any], back
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in spec.resident_shapes().items():
         shapes |= _check(folder, name, shape, tensors)
-    used = shapes.keys() | set(coded_names("lm_head.weight"))
+    used = shapes.keys() | set(affine_tensors("lm_head.weight"))
     extents = [_extents(folder, spec, layer, tensors, used) for layer in spec.sparse]
     strays = sorted(name for name in tensors.keys() - used if not name.endswith(IGNORED))
     if strays:
@@ -216,7 +216,7 @@ def _part_name(matrix: str, tensor: str) -> str:
     return matrix if kind == "weight" else f"{matrix}.{kind}"
 
 
-def coded_names(name: str) -> tuple[str, str, str]:
+def affine_tensors(name: str) -> tuple[str, str, str]:
     """The tensors of a matrix `x.weight` where it is quantised: codes, scales, biases."""
     module = name.removesuffix("weight")
     return name, module + "scales", module + "biases"
@@ -227,7 +227,7 @@ def _check(folder: Path, name: str, shape: tuple[int, ...], tensors: Tensors) ->
     affine format. Raises FormatError."""
     if name not in tensors:
         raise FormatError(f"{folder} lacks the tensor {name!r}, which its config.json asks for")
-    _, scales, biases = coded_names(name)
+    _, scales, biases = affine_tensors(name)
     wanted: dict[str, tuple[int, ...]] = {name: shape}
     kinds: dict[str, tuple[str, ...]] = {name: FLOAT_TAGS}
     if scales in tensors and biases in tensors and len(shape) > 1:

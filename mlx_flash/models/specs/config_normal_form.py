@@ -37,12 +37,12 @@ Values = dict[str, Any]
 
 
 def normalise(config: Mapping[str, Any]) -> Values:
-    """The config in the one form that is read: `rope_theta`, `rope_scaling` (None, or an object with both `rope_type`
+    """The config in its normal form: `rope_theta`, `rope_scaling` (None, or an object with both `rope_type`
     and `type`), `partial_rotary_factor` and every renamed key at the top level; RoPE that differs by layer type stays
     under `rope_parameters` besides. A vision-language model that is run as text becomes its text model.
 
     Applied twice it changes nothing more. Keys that are not understood stay as they are. Raises ConfigError where two
-    keys contradict each other, or where layers differ in a way that cannot be said to what runs them.
+    keys contradict each other, or where layers differ in a way that no backend can be told.
     """
     values = unwrap(deepcopy(dict(config)))
     nested = values.get("text_config")
@@ -119,7 +119,7 @@ def _per_layer_type(parameters: Values) -> dict[str, Values]:
 
 
 def _rope(values: Values, kind: str) -> None:
-    """`rope_theta`, `rope_scaling` and `partial_rotary_factor` from wherever they are said."""
+    """Move `rope_theta`, `rope_scaling` and `partial_rotary_factor` to the top level."""
     parameters = _object(values, "rope_parameters")
     nested = _per_layer_type(parameters)
     if kind in READ_PER_LAYER_TYPE and nested:
@@ -142,7 +142,7 @@ def _rope(values: Values, kind: str) -> None:
 
 
 def rope_type(scaling: Mapping[str, Any]) -> str:
-    """What a RoPE object says it is, by one name."""
+    """The kind of RoPE that an object names, in one spelling."""
     said = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
     names = [ROPE_SYNONYMS.get(name, name) if isinstance(name, str) else name for name in said]
     if len(names) > 1 and names[0] != names[1]:
@@ -224,7 +224,7 @@ def _sliding(values: Values, kind: str, full: Values, sliding: Values) -> None:
 
 
 def _parameters(values: Values, kind: str) -> None:
-    """`rope_parameters` for what reads nothing else."""
+    """`rope_parameters` for architectures of mlx-lm that read nothing else."""
     if kind not in READ_PARAMETERS or values.get("rope_theta") is None:
         return
     parameters = _object(values, "rope_parameters")
@@ -251,7 +251,7 @@ def _layer_types(values: Values) -> list[Any] | None:
 
 
 def _period(values: Values, kind: str) -> None:
-    """Every how many layers one is of the other type, from the list of types."""
+    """The period of the layers of the other type, from the list of types."""
     types = _layer_types(values)
     if kind not in PERIODS:
         return

@@ -1,4 +1,7 @@
-"""Reads a Hugging Face config into a `ModelSpec`; what is missing, mistyped or unknown becomes a ConfigError."""
+"""Reads a Hugging Face config into a `ModelSpec`. A missing, mistyped or unknown key raises ConfigError.
+
+Each form of config has a reader here; the row of a family says which form its config has.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,8 @@ READERS = {"llama": _llama, "openelm": _openelm, "opt": _opt}  # by the form of 
 
 
 def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
-    """Up to where a model of `most` tokens runs as its config says, whatever its family. Raises ConfigError."""
+    """How long a context may be to run as the config says, for a model of `most` tokens of any family; None: as long as
+    the model's. Raises ConfigError."""
     if config.get("model_type") in UNTOUCHED:
         return None
     values = ConfigValues(text_config(config))
@@ -168,9 +172,12 @@ def read_limits(config: Mapping[str, Any], most: int) -> ContextLimit | None:
 
 
 def read_spec(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> ModelSpec:
-    """The spec of a Hugging Face config. `shapes`, of a checkpoint's tensors, decides whether the head is tied if the
-    config does not say; families that mlx-lm alone runs have no spec without it. Raises ConfigError naming the key,
-    family or activation that is missing or unknown."""
+    """The spec of a Hugging Face config.
+
+    shapes: of the checkpoint's tensors; they decide whether the head is tied if the config does not say it. Families
+    that mlx-lm alone runs have no spec without them. Raises ConfigError naming the key, family or activation that is
+    missing or unknown.
+    """
     config = normalise(config)
     family, values = family_of(config), ConfigValues(config)
     check_fixed(config)

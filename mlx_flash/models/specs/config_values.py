@@ -20,7 +20,7 @@ def short(value: Any) -> str:
 
 
 class ConfigValues:
-    """A config dict whose missing or mistyped keys become ConfigError."""
+    """A config whose keys are checked when they are read: ConfigError for one that is missing or mistyped."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values

@@ -51,9 +51,9 @@ HARMLESS = ("*rotary_emb.inv_freq", "*rope.inv_freq", "*.attn.bias", "*.attn.mas
 class DenseFamily(Family):
     """A row: `names` are those of the FFN's tensors within its module.
 
-    modules: where checkpoints have the module of layer {i}, as Hugging Face and as mlx-lm write it
-    activation: what mlx-lm's module computes, and what is
-    computed here where config.json names none; columns: the part whose tensor has neurons as columns
+    modules: names of the module of layer {i} in checkpoints, as Hugging Face and as mlx-lm write them
+    activation: that of mlx-lm's module, which also counts where config.json names none
+    columns: the part whose tensor has neurons as columns
     keys: names in config.json of `heads`, `kv_heads`, `head_dim`, `context`, where they are not the usual ones
     fourfold: mlx-lm's module has four neurons per item of the width, whatever config.json says
     """
@@ -160,10 +160,10 @@ KEYS = {
 
 @dataclass(frozen=True)
 class DenseSpec(ModelSpec):
-    """What conversion, budget and KV cache need of a model that mlx-lm builds from its own config.
+    """What conversion, budget and KV cache need to know of a model that mlx-lm builds from its config.
 
-    module: pattern of the FFN modules' names in this checkpoint; resident: shape of every tensor that is no bundle
-    bias_said: whether the config says that FFNs have biases, or none
+    module: pattern of the FFN modules' names in this checkpoint; resident: shapes of the tensors that stay resident
+    bias_said: whether the config says if FFNs have biases
     """
 
     module: str = ""

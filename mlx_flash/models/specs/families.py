@@ -15,13 +15,16 @@ from typing import Literal
 class Family:
     """One row of the table.
 
-    names: the modules of a checkpoint by their roles, {i} is the layer; backends: that run the family; activation_key:
-    of config.json; gated: whether an FFN has a gate; norm: "rms" or "layer"
-    config_form: which of the readers in config_reader.py takes its config
-    biases: which products of attention have biases; "said": as "attention_bias" says
-    ffn_bias_key: of config.json, says whether FFNs have biases; none: they have not
-    mlx_module: mlx-lm's file of the model, where it has another name than the family; attribute: of the FFN in a layer
-    of mlx-lm's model
+    names: a checkpoint's modules by role; {i} is the layer
+    backends: the backends that run the family
+    activation_key: the key of config.json that names the activation
+    gated: whether an FFN has a gate
+    norm: "rms" or "layer"
+    config_form: the reader in config_reader.py that reads its config
+    biases: of attention: "said", as "attention_bias" says; "qkv", always for queries, keys and values only
+    ffn_bias_key: the key of config.json that says whether FFNs have biases; None: they never have
+    mlx_module: mlx-lm's file of the model, if its name is not the family's
+    attribute: the FFN's name in a layer of mlx-lm's model
     """
 
     names: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint folder: where each name leads, which of them hold the weights.
+"""The files of a Hugging Face checkpoint folder: which of them hold the weights, and where links lead.
 
 Folders of another kind (GGUF, pickles, NumPy archives, Git LFS pointers) are refused by name, with what to do. A link
 in a folder that the user names may lead anywhere; a name that is read from a file may not leave the folder. Reads no
@@ -28,8 +28,8 @@ GGUF = (
 
 
 def leads_somewhere(path: Path) -> bool:
-    """Whether there is something at a path. Raises OSError or ValueError for what cannot be a path (too long, a NUL),
-    on which `Path.exists` is silent from Python 3.14 on."""
+    """Whether something exists at a path. Raises OSError or ValueError for a name that no file can have (too long, a
+    NUL), on which `Path.exists` is silent from Python 3.14 on."""
     try:
         os.stat(path)
     except OSError as error:
@@ -45,7 +45,7 @@ def is_plain(name: str) -> bool:
 
 
 def is_there(folder: Path, name: str) -> bool:
-    """Whether a folder has something of this name, be it a link that leads nowhere."""
+    """Whether a folder has an entry of this name, even a link that leads nowhere."""
     return os.path.lexists(folder / name)
 
 
@@ -99,7 +99,7 @@ def refuse_other_formats(folder: Path) -> None:
 
 
 def refuse_file(path: Path) -> None:
-    """Raise FormatError for a file of weights that was given in place of a folder, if it says what it is."""
+    """Raise FormatError for a file of weights in place of a folder, if its format is recognised."""
     try:
         with open(path, "rb") as file:
             gguf = file.read(4) == b"GGUF"

@@ -13,12 +13,12 @@ FIELDS = ("weight", "scales", "biases")  # of a matrix that is quantised
 
 
 def head_of(names: Collection[str]) -> str | None:
-    """The head's matrix, `lm_head.weight` or what it is called here; None where there is none."""
+    """The name of the output head's matrix, such as `lm_head.weight`; None if there is none."""
     return _only(HEAD, names)
 
 
 def embedding_of(names: Collection[str]) -> str | None:
-    """The embedding's matrix; None where it is not recognised."""
+    """The name of the embedding's matrix; None if it is not recognised."""
     return _only(EMBEDDING, names)
 
 

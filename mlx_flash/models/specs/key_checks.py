@@ -25,7 +25,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 def check_fixed(config: Mapping[str, Any], mixture: bool = False) -> None:
-    """Raise ConfigError for a key that asks for something else than what is computed, and that nothing reads."""
+    """Raise ConfigError for a key whose value asks for something that is not computed, although nothing reads it."""
     values = normalise(config)
     places = [values, values["text_config"]] if isinstance(values.get("text_config"), Mapping) else [values]
     for place in places:
@@ -64,7 +64,7 @@ def unknown_keys(config: Mapping[str, Any], read: Collection[str]) -> list[str]:
 
 
 def unknown_keys_text(keys: Collection[str]) -> str:
-    """What the user is told of them."""
+    """The message to the user about such keys."""
     named = ", ".join(key[:60] for key in list(keys)[:12])
     more = f" and {len(keys) - 12} more" if len(keys) > 12 else ""
     return f"config.json: not understood and not used: {named}{more}"

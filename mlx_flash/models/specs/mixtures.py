@@ -1,6 +1,6 @@
-"""Which configs are mixtures of experts, and what the numpy backend's decoder needs to know of those that it runs.
+"""Mixtures of experts: which configs are such, and one table, MIXTURES, of those that our own decoder runs.
 
-Reads configs only: neither files nor weights.
+Reads configs only: neither files nor weights. mlx-lm runs many more, which need no row.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ NESTED = ("text_config", "ffn_config")
 
 @dataclass(frozen=True)
 class MixtureFamily(Family):
-    """A mixture's tensor names besides: `router`; an expert's parts stacked as mlx-lm has them, and with a tensor per
-    expert ({e}) as Hugging Face has them, each with {part}, of which `parts` gives their spelling.
+    """A row of the table of mixtures.
 
-    wide_norms: queries and keys are normalised over all heads at once. Keys of the config: how many experts there are,
-    and an expert's neurons."""
+    names: as of a dense family, and "router"
+    stacked: the tensor of a {part} of all experts, as mlx-lm has it
+    single: that of one expert {e}, as Hugging Face has it, where the parts are spelled as in `parts`
+    experts_key, width_key: keys of the config: how many experts there are, and how many neurons one has
+    wide_norms: queries and keys are normalised over all heads at once
+    """
 
     stacked: str = ""
     single: str = ""
@@ -89,7 +92,7 @@ def _several(value: Any) -> bool:
 
 
 def mixture_backends(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The backends' columns that run this mixture of experts."""
+    """The backends that run this mixture of experts."""
     ours = config.get("model_type") in MIXTURES and _is_affine(config) and not config.get("rope_traditional")
     return _NUMPY if ours else ("mlx",)
 

@@ -41,9 +41,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class ContextLimit:
-    """Why a run's context ends before the model's: from `tokens` on, what runs here would differ from the original.
+    """Why a run's context ends before the model's: beyond `tokens` its output would differ from the original's.
 
-    hard: whether a longer context is refused; else it is a choice, and means what `beyond` says.
+    hard: whether a longer context is refused; if not, it is possible, and `beyond` says what it means
     """
 
     tokens: int
@@ -54,8 +54,11 @@ class ContextLimit:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """cutoff: FATReLU's threshold; activations up to it are zero. window: how many tokens, itself included, a token
-    sees; None: all before it."""
+    """The sizes of one layer.
+
+    cutoff: FATReLU's threshold; activations up to it are zero
+    window: how many tokens, itself included, a token sees; None: all before it
+    """
 
     heads: int
     kv_heads: int
@@ -75,10 +78,13 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All a backend needs to know of a model. Lengths in items; `max_context` in tokens; limit: why a run's context may
-    have to be shorter; clip: the most that a query, key or value may be, of either sign. norm_after: norms follow
-    attention and FFN, and there is none at the end. embed_dim: of embeddings that are projected to the width and back,
-    None where they have it."""
+    """All that a backend needs to know of a model. Lengths are in items, `max_context` in tokens.
+
+    limit: why a run's context may have to be shorter than the model's
+    clip: the largest magnitude of a query, key or value; None: any
+    norm_after: norms follow attention and FFN, and there is none at the end
+    embed_dim: the width of embeddings that are projected to the model's width and back; None: they are not
+    """
 
     family: str
     dim: int

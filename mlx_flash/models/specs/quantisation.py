@@ -1,5 +1,4 @@
-"""Which tensors of a model are quantised, and how: config.json's "quantization" object, as mlx-lm reads it, and the
-shapes of what is stored.
+"""How a model's tensors are quantised: config.json's "quantization" object, as mlx-lm reads it, and stored shapes.
 
 Knows names and shapes; neither reads tensors nor computes with them.
 """
@@ -56,7 +55,7 @@ Shape = tuple[int, ...]
 
 def check_quantisation(bits: Any, group_size: Any, what: str) -> Quantisation:
     """The quantisation of so many bits and such groups, as `convert -q` makes it; raises ConfigError if it is not
-    known. what: who asks."""
+    known. what: for the message, which setting it is."""
     if type(bits) is not int or bits not in BITS:
         raise ConfigError(f"{what}: {str(bits)[:20]} bits are not known; choose {' or '.join(map(str, BITS))}")
     if type(group_size) is not int or group_size not in GROUP_SIZES:
@@ -160,7 +159,7 @@ def find_codings(
     if entries is None:
         return {}
     found: dict[str, Quantisation] = {}
-    for name in coded_names(tensors, tensors):
+    for name in quantised_names(tensors, tensors):
         found[name] = _coding(entries, name.removesuffix(".weight"), tensors, (known or {}).get(name))
     for name, info in tensors.items():
         if name.endswith(".weight") and info.dtype == "U32" and name not in found:
@@ -266,7 +265,7 @@ def plain_shapes(tensors: Mapping[str, TensorInfo], codings: Mapping[str, Quanti
     return found
 
 
-def coded_names(shapes: Collection[str], names: Collection[str]) -> list[str]:
+def quantised_names(shapes: Collection[str], names: Collection[str]) -> list[str]:
     """Those of `shapes` that have scales among the tensors `names`."""
     return [name for name in shapes if name.endswith(".weight") and name.removesuffix("weight") + "scales" in names]
 
@@ -303,7 +302,7 @@ def quantization_object(
 
 
 def usual_coding(codings: Mapping[str, Quantisation]) -> Quantisation | None:
-    """The one that most tensors have; None where none has any."""
+    """The quantisation of most tensors; None if none is quantised."""
     found = Counter(codings.values()).most_common(1)
     return found[0][0] if found else None
 

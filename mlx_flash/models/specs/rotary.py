@@ -152,7 +152,7 @@ def uses_long(rope: Rope, context: int) -> bool:
 
 
 def attention_factor(rope: Rope, context: int) -> float:
-    """What cosines and sines are multiplied by, in a run of `context` tokens."""
+    """The factor of cosines and sines in a run of `context` tokens."""
     return rope.long_attention_factor if uses_long(rope, context) else rope.attention_factor
 
 
@@ -198,7 +198,7 @@ def _ramp(rope: Rope, dims: int) -> np.ndarray:
 
 
 def context_limit(rope: Rope, most: int) -> ContextLimit | None:
-    """Up to which length a model of `most` tokens has the positions that its config asks for."""
+    """The length up to which a model of `most` tokens has the positions that its config asks for."""
     if rope.kind == "dynamic":
         reason = "'rope_scaling' of type dynamic turns all keys anew as the text grows beyond it"
         return ContextLimit(min(most, rope.original_context), reason)

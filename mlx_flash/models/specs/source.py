@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint folder: its config, its tensors by name, its tokenizer files, a hash of it all.
+"""A Hugging Face checkpoint as a source: its config, its tensors by name, its tokenizer files, a hash of all of them.
 
-Finds the folder (here, or on the Hub through its cache) and reads raw bytes in big sequential pieces.
-Knows safetensors; knows nothing of families or bundles, and never opens a pickle.
+Finds the folder, on disk or on the Hub through its cache, and reads raw bytes in big sequential pieces. Knows
+safetensors; knows nothing of families or bundles, and never opens a pickle.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def read_buffer(count: int) -> np.ndarray:
 
 
 def open_file(path: Path, direct: bool) -> FileIO:
-    """A file to read, around the page cache if `direct` and where the system has such a thing. Raises OSError, EINVAL
-    where the file system has not."""
+    """A file opened for reading; direct: around the page cache, if the system can. Raises OSError, with EINVAL where
+    the file system cannot."""
     flag = getattr(os, "O_DIRECT", 0) if direct else 0
     return FileIO(path, "rb", opener=lambda name, mode: os.open(name, mode | flag))
 

@@ -30,7 +30,7 @@ BLOCK_ITEMS = 1 << 20
 
 @dataclass(frozen=True)
 class Settled:
-    """A config that says whether the head is tied, the tensors without a head that is not used, and what to tell."""
+    """A config that says whether the head is tied, the tensors without an unused head, and a note for the user."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -38,8 +38,8 @@ class Settled:
 
 
 def settle_head(source: Source) -> Settled:
-    """Decide for a checkpoint whose tensors are open; reads the head and the embedding where both are there and the
-    config does not say that they differ. Raises ReadError."""
+    """Decide whether the head of an open checkpoint is tied. Reads both matrices if both are there and the config does
+    not say that they differ. Raises ReadError."""
     config, tensors = source.config, source.tensors
     head, embedding = head_of(tensors), embedding_of(tensors)
     key = KEYS.get(str(config.get("model_type")), KEY)

@@ -53,7 +53,7 @@ VISION = (
 
 
 def wrapped_type(config: Mapping[str, Any]) -> str | None:
-    """The text model's type where a config is a vision-language model's that is run as text; None for others."""
+    """The text model's type, if the config is that of a vision-language model that runs as text; else None."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in WRAPPERS:
         return None

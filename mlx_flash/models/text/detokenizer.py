@@ -1,6 +1,6 @@
-"""Text of a reply while its tokens arrive, in bounded work per token, for any tokenizer of transformers.
+"""The text of a reply while its tokens arrive, for any tokenizer of transformers, with bounded work per token.
 
-Owns the tokens whose text is not final yet. Each step decodes the last piece of text anew, with and without the new
+Keeps the tokens whose text is not final yet. Each step decodes the last piece of text anew, with and without the new
 tokens, and shows the difference: `tokenizers.DecodeStream` does the same, and raises "Invalid prefix encountered" on
 decoders that strip or join (SentencePiece's), so that it is of no use here.
 """
@@ -19,7 +19,7 @@ class StreamingDetokenizer:
     """`add_token(id)` per token; `last_segment` is the text that became final since it was last read.
 
     tokenizer: of transformers. Characters of several tokens appear once they are complete. The segments joined equal
-    `decode` of all ids, but where byte tokens (SentencePiece) are not UTF-8: `decode` replaces every byte of such a
+    `decode` of all ids, except where byte tokens (SentencePiece) are not UTF-8: `decode` replaces every byte of such a
     run, here the characters that were already shown stay.
     """
 

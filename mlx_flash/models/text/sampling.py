@@ -1,6 +1,6 @@
 """Picks the next token from one row of logits with NumPy: greedy, temperature, top-p, top-k.
 
-Which tokens survive top-p and top-k is mlx-lm's rule; which of them is drawn depends on the seed alone.
+Top-p and top-k leave the same tokens as in mlx-lm; which of them is drawn depends on the seed alone.
 Knows nothing of models, caches or how a reply ends.
 """
 
@@ -59,7 +59,7 @@ def make_sampler(sampling: Sampling) -> Callable[[NDArray[np.floating]], int]:
 
 
 def surviving(logits: NDArray[np.floating], top_p: float, top_k: int) -> NDArray[np.intp]:
-    """Ids, ascending, that top-p and then top-k leave of logits (V,); of ties at place k the lowest ids."""
+    """The ids, ascending, that top-p and then top-k leave of logits (V,). Ties at place k go to the lowest ids."""
     # All in float32 and from the largest probability down, as mlx-lm does: at top_p 0.99 of 150,000 tokens
     # float64 would keep some hundred more or fewer.
     scores = logits.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Runs a call with a limit on its time: a chat template comes from a stranger, and can loop for hours."""
+"""A limit on the time of a call. A chat template is code that came with the model and can loop for hours."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The tokenizer of a model folder, by transformers, and which ids a prompt or a chat becomes.
+"""The tokenizer of a model folder, loaded by transformers, and the ids of a prompt or a chat.
 
-Owns what both backends do with one: offline loading without code from the folder, chat templates, errors. On numpy
+Owns what both backends need: loading offline and without code from the folder, chat templates, errors. On numpy
 `Tokenizer` stands for mlx-lm's wrapper; on mlx it is that wrapper itself. Knows nothing of models: ids in, ids out.
 transformers is imported when a tokenizer is loaded, not before.
 """
@@ -160,8 +160,8 @@ def encode_plain(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, use_chat_template: bool = True) -> list[int]:
-    """Ids the model is fed for `prompt`, the same as mlx-lm's: as the only user message of the chat template where
-    there is one, otherwise as `encode_plain` has it."""
+    """The ids of a prompt, the same as mlx-lm's: the only user message of a chat if there is a chat template, else as
+    `encode_plain` gives them."""
     if use_chat_template and tokenizer.has_chat_template:
         return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     return encode_plain(tokenizer, prompt)
@@ -190,7 +190,7 @@ def chat_text(
 
 
 def apply_template(call: Callable[[], Any], seconds: float = TEMPLATE_SECONDS) -> Any:
-    """The result of `call()`, which applies a chat template: code from a stranger, in a sandbox.
+    """The result of `call()`, which applies a chat template: code that came with the model, run in a sandbox.
 
     Raises FormatError for a template that is not Jinja, UsageError for messages that it refuses or does not get done
     with in that time.
