@@ -1,7 +1,8 @@
-"""The `mlx_flash` command: arguments in, text or one JSON object out, errors as one line and an exit status.
+"""The `mlx_flash` command: parses arguments, runs a command, prints text or one JSON object, turns errors into one line
+and an exit status.
 
-0 ok, 1 failure while running, 2 wrong usage, bad input or budget, 130 interrupted. The commands are in apps/commands, a
-file each.
+Exit status: 0 ok, 1 failure while running, 2 wrong usage, bad input or budget, 130 interrupted. The commands are in
+apps/commands, a file each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ COMMANDS = (  # in the order of --help; "make-random" is apps/commands/make_rand
 
 
 class Command(Protocol):
-    """A module of apps/commands."""
+    """What a module of apps/commands has."""
 
     DESCRIPTION: str
 
@@ -51,9 +52,9 @@ class Command(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage becomes a UsageError, so that `--json` can report it like any other.
+    """Raises UsageError for wrong usage, so that `--json` can report it like any other error.
 
-    No abbreviations: `--js` would be found by argparse and missed by `main`.
+    No abbreviations: argparse would accept `--js`, and `main` would miss it.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -97,7 +98,7 @@ def fail(as_json: bool, error: BaseException, status: int) -> int:
 
 
 def silence() -> None:
-    """Let Python's last flush of stdout and stderr go nowhere: it would end in a traceback."""
+    """Send Python's last flush of stdout and stderr to nowhere: otherwise it would end in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

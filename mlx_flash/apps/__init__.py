@@ -1,1 +1,1 @@
-"""What people start."""
+"""The programs that users start: commands, chat, server."""

@@ -28,7 +28,7 @@ def run_config(args: argparse.Namespace) -> FlashConfig:
 
 
 def auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse: `auto`, or what `kind` reads."""
+    """An argparse type: `auto`, or a value that `kind` reads."""
 
     def read(text: str) -> Any:
         return text if text == "auto" else kind(text)

@@ -1,1 +1,1 @@
-"""What makes and measures checkpoints."""
+"""Tools that make checkpoints and measure them."""

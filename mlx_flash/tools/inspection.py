@@ -1,4 +1,4 @@
-"""What a run would keep in memory and read, told before anything is loaded (`mlx_flash inspect`)."""
+"""The plan of a run, shown before anything is loaded: what it keeps in memory, what it reads, how fast it should be."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
 
 
 def machine_of(plan: RunPlan | ExpertPlan) -> dict[str, Any]:
-    """What was measured of the machine, or why nothing is known of it."""
+    """The measurements of this machine that a plan uses, or why there are none."""
     found = plan.machine
     if found is None:
         return {"measured": False, "problem": plan.machine_problem}
@@ -69,20 +69,20 @@ def machine_of(plan: RunPlan | ExpertPlan) -> dict[str, Any]:
 
 
 def prediction_of(plan: RunPlan | ExpertPlan) -> dict[str, Any] | None:
-    """What a token should take, in seconds; None where that is not known."""
+    """How long a token should take, in seconds; None where that is not known."""
     found = plan.prediction
     return asdict(found) | {"total_s": found.total_s, "tokens_per_s": found.tokens_per_s} if found else None
 
 
 def loss_text(loss: dict[str, Any] | None) -> str:
-    """What a selector that is not exact loses, as far as it was measured."""
+    """The measured loss of a selector that is not exact."""
     if loss is None:
         return "not exact; its loss was not measured: mlx_flash perplexity"
     return f"not exact: perplexity {loss['loss']:+.2%} when calibrated, over {loss['tokens']} tokens"
 
 
 def print_inspection(report: dict[str, Any]) -> None:
-    """The report for a person, on stdout."""
+    """Print the report on stdout."""
     exact = "exact" if report["exact"] else loss_text(report["measured_loss"])
     print(report["model"] if report["model"] == report["path"] else f"{report['model']} ({report['path']})")
     print(f"  {report['family']}, {report['activation']}, {report['dtype']}; backend {report['backend']}, "
@@ -115,7 +115,7 @@ TUNING_NAMES = {
 
 
 def print_tuning(report: dict[str, Any]) -> None:
-    """How bundles are read and why, and how fast that should be."""
+    """Print how bundles are read and why, and the speed that is predicted."""
     machine, prediction = report["machine"], report["prediction"]
     if machine["measured"]:
         print(f"reads, as measured on {machine['device']}, {machine['when']}")

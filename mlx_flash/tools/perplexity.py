@@ -1,4 +1,4 @@
-"""How well a model predicts a text, with a selector at work exactly as in decoding (`mlx_flash perplexity`)."""
+"""How well a model predicts a text while a selector works exactly as in decoding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, en
 def windows_of_files(
     tokenizer: Any, data: Sequence[str | Path], context: int, tokens: int | None
 ) -> tuple[list[Window], int]:
-    """The windows of some files, each on its own, at most `tokens` scored tokens of them evenly spread; and how many
+    """The windows of some files, each file on its own, with about `tokens` scored tokens evenly spread; and how many
     bytes of text the scored tokens are. Raises UsageError for a text that is too short."""
     check_tokens(tokens)
     found: list[Window] = []
@@ -41,13 +41,13 @@ def windows_of_files(
 
 
 def check_tokens(tokens: int | None) -> None:
-    """Raise UsageError for a number of tokens that nothing has."""
+    """Raise UsageError unless `tokens` is None or positive."""
     if tokens is not None and tokens < 1:
         raise UsageError(f"--tokens is {tokens}; it must be at least 1")
 
 
 def score(model: Any, window: Window) -> float:
-    """Nats of a window's scored tokens: the first after the prompt, the others decoded one by one."""
+    """Nats of a window's scored tokens: the first one right after the prompt, the others decoded one by one."""
     nats = 0.0
     logits_after = model.flash.forced(model, window.prompt, window.scored[:-1])
     for made, (token, logits) in enumerate(zip(window.scored, logits_after, strict=True)):
@@ -67,11 +67,11 @@ def measure_perplexity(
     tokens: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Nats per token and bits per byte of a model on text files, and what was read for it.
+    """Nats per token and bits per byte of a model on text files, and how much was read.
 
-    Windows of 128 tokens that pass as a prompt (every selector is exact there) and 256 that are scored while they
-    pass one by one, so that the selector works exactly as in decoding. tokens: score about this many, evenly spread.
-    Raises UsageError for texts that are empty, too short or no UTF-8, and what `load` raises.
+    A window is a prompt of 128 tokens, where every selector is exact, and 256 tokens that are scored one by one, where
+    the selector works exactly as in decoding. tokens: score about this many, evenly spread. Raises UsageError for texts
+    that are empty, too short or not UTF-8, and the errors of `load`.
     """
     check_tokens(tokens)
     for path in data:
@@ -87,14 +87,14 @@ def measure_perplexity(
 
 
 def check_ids(chosen: Sequence[Window], vocab: int) -> None:
-    """Raise UsageError for ids that the model does not have."""
+    """Raise UsageError for ids beyond the model's vocabulary."""
     largest = max(max(max(window.prompt), max(window.scored)) for window in chosen)
     if largest >= vocab:
         raise UsageError(f"the tokenizer gives id {largest}, the model has {vocab}: they do not belong together")
 
 
 def measure(model: Any, chosen: Sequence[Window], progress: bool = False) -> dict[str, Any]:
-    """Score windows with a loaded model; what was read counts decoding steps only."""
+    """Score windows with a loaded model; reads are counted in decoding steps only."""
     run, plan, begin = model.flash, model.flash.plan, time.perf_counter()
     nats, tokens, stats = 0.0, 0, Stats()
     check_ids(chosen, plan.spec.vocab)

@@ -1,6 +1,6 @@
-"""Random-weight Hugging Face checkpoints of a model card, where the real weights are not at hand.
+"""Hugging Face checkpoints of a model card with random weights, for use without the real weights.
 
-Knows shapes and names through models.families; the weights mean nothing.
+Knows shapes and names through models.specs.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def make_random(
     """Write a checkpoint of random weights; returns `out`.
 
     card: name of a model card (a folder under models/), or the path of a config.json or of a folder with one.
-    Weights are normal with deviation 0.02 (norms 1), set by tensor name and seed alone. A trivial byte
-    tokenizer is added where the card has none and the vocabulary has room. Raises UsageError if `out`
-    exists, ConfigError for a config that is not known, SpaceError.
+    Weights are normal with deviation 0.02 (norms 1), and depend on tensor name and seed alone. A trivial byte tokenizer
+    is added where the card has none and the vocabulary has room. Raises UsageError if `out` exists, ConfigError for a
+    config that is not known, SpaceError.
     """
     check_dtype(dtype)
     folder, config = _find_card(card)
@@ -140,7 +140,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[list[str]
 
 
 class _Numbers:
-    """Weights by tensor name, the same whatever else is asked for."""
+    """Weights by tensor name; a tensor is the same whichever others are asked for."""
 
     def __init__(self, dtype: str, seed: int):
         self._dtype, self._seed = dtype, seed

@@ -1,6 +1,6 @@
-"""`mlx_flash simulate`: what residency policies would miss on recorded traces, and the least that any could miss.
+"""Misses of residency policies on recorded traces, beside the fewest that any policy could have.
 
-Runs the engine's own policies (residency/) on ids; knows no weights, files of weights or models.
+Runs the engine's own policies (engine/residency) on ids; knows neither weights nor models.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Row:
 
 
 def check_simulation(fractions: Sequence[float], tokens: int = 1) -> None:
-    """Raise UsageError for shares and numbers of tokens that there are none of."""
+    """Raise UsageError for shares outside 0 to 1, and for less than one token."""
     if not all(0 <= fraction <= 1 for fraction in fractions):  # not NaN either
         raise UsageError(f"--fractions {list(fractions)}: give shares of the bundles, from 0 to 1")
     if tokens < 1:
@@ -64,7 +64,7 @@ def check_simulation(fractions: Sequence[float], tokens: int = 1) -> None:
 def policy_misses(
     tokens: Sequence[np.ndarray], count: int, slots: int, policy: Policy, rates: np.ndarray | None = None
 ) -> np.ndarray:
-    """(T,) int64: how many of its ids each token of one layer finds without a slot, beginning with all slots empty."""
+    """(T,) int64: how many ids of each token have no slot in one layer, beginning with all slots empty."""
     residency = Residency(count, slots, policy, rates)
     misses = np.zeros(len(tokens), np.int64)
     for token, ids in enumerate(tokens):
@@ -80,8 +80,8 @@ BETTER = 0.98  # another policy is chosen where it misses at most this share of 
 
 
 def best_policy(layers: Sequence[tuple[Sequence[np.ndarray], int, np.ndarray]]) -> Policy:
-    """The policy that misses least on these layers' (tokens, count, rates (count,)), with slots for a quarter of each
-    layer, once these are filled; the default unless another one is clearly better."""
+    """The policy with the fewest misses on these layers' (tokens, count, rates (count,)), with slots for a quarter of
+    each layer, counted once the slots are filled; the default policy unless another one is clearly better."""
     totals = np.zeros(len(CANDIDATES))
     for tokens, count, rates in layers:
         for k, policy in enumerate(CANDIDATES):
@@ -92,8 +92,9 @@ def best_policy(layers: Sequence[tuple[Sequence[np.ndarray], int, np.ndarray]]) 
 
 
 def least_misses(tokens: Sequence[np.ndarray], count: int, slots: int) -> np.ndarray:
-    """The same for Belady's optimum, which knows the future: after each token the ids needed soonest stay. No policy
-    misses fewer in all: unlike the engine's it may also drop ids, or leave them without a slot, within their call."""
+    """`policy_misses` of Belady's optimum, which knows the future: after each token the ids that are needed soonest
+    stay. No policy has fewer misses in all: unlike the engine's it may also drop ids, or leave them without a slot,
+    within their call."""
     never = len(tokens)
     next_use, following = np.full(count, never), []
     for token in range(len(tokens) - 1, -1, -1):
@@ -110,7 +111,7 @@ def least_misses(tokens: Sequence[np.ndarray], count: int, slots: int) -> np.nda
 
 
 def reuse_curve(tokens: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """(K, 2): the slots that windows take, and the misses per token with them, as `calibrate` measures them."""
+    """(K, 2): slots that windows of past tokens take, and the misses per token with them, as in a calibration."""
     last, histogram = np.full(count, -1), np.zeros(len(tokens) + 1, np.int64)
     for token, ids in enumerate(tokens):
         again = ids[last[ids] >= 0]
@@ -126,11 +127,13 @@ def simulate(
     curves: Sequence[np.ndarray] | None = None,
     policies: Mapping[str, Policy] = POLICIES,
 ) -> list[Row]:
-    """Every policy, and the optimum, on traces of one model; a row per policy, fraction and layer, then one for all.
+    """Every policy, and the optimum, on traces of one model; a row per policy, fraction and layer, then one for all
+    layers.
 
-    Each trace begins with empty slots that its prompt fills; only the tokens after it are counted. rates[l] (count,)
-    and curves[l] (K, 2) come from calibration on another text. Without rates pins are the prompt's most used; with
-    curves `default` is simulated once more, its slots split over the layers by marginal gain.
+    Each trace begins with empty slots, which its prompt fills; only the tokens after the prompt are counted. rates[l]
+    (count,) and curves[l] (K, 2) come from calibration on another text. Without rates the pinned bundles are the ones
+    that the prompt uses most; with curves `default` is simulated once more, its slots split over the layers by marginal
+    gain.
     """
     traces = [traces] if isinstance(traces, Trace) else list(traces)
     counts = traces[0].counts
@@ -158,7 +161,7 @@ def _rows(
     policy: Policy | None,
     rates: Sequence[np.ndarray] | None,
 ) -> list[Row]:
-    """A row for each layer and one for all; policy None is the optimum."""
+    """A row for each layer and one for all; policy None means the optimum."""
     counts, decoded = traces[0].counts, sum(trace.tokens - trace.prompt for trace in traces)
     asked, missed = [0] * len(counts), [0] * len(counts)
     for trace in traces:
@@ -178,7 +181,7 @@ def _rows(
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """All layers together, for a person, on stdout: misses per token, share of what was asked for, distance to the
+    """Print all layers together on stdout: misses per token, their share of the ids asked for, and the distance to the
     optimum with the same slots."""
     whole = [row for row in rows if row.layer is None]
     best = {row.fraction: row.misses for row in whole if row.policy == OPTIMUM}
@@ -190,7 +193,7 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
-    """A line per row; layer is `all` for the sums."""
+    """Write a line per row; layer is `all` in rows for all layers."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["policy", "fraction", "layer", "slots", "tokens", "asked", "misses", "miss_rate"])

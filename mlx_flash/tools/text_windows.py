@@ -1,4 +1,4 @@
-"""Texts to measure on: reading them, and cutting their tokens into windows. Knows no models."""
+"""Texts to measure on: reads them, and cuts their tokens into windows. Knows no models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCORED_TOKENS = 256  # one by one
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file. Raises UsageError for one that is empty or no text, ReadError."""
+    """The text of a UTF-8 file. Raises UsageError for an empty file or one that is not text, ReadError."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -30,7 +30,7 @@ def read_text(path: str | Path) -> str:
 
 
 def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before a text (BOS, or nothing), and the text's own ids."""
+    """The ids that the tokenizer puts before a text (BOS, or none), and the text's own ids."""
     bos, plain = tokenizer.bos_token_id, list(tokenizer.encode(text, add_special_tokens=False))
     begin = list(tokenizer.encode(text[:100], add_special_tokens=True))[:1]
     return ([bos] if bos is not None and begin == [bos] != plain[:1] else []), plain
@@ -38,14 +38,15 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class Window:
-    """`prompt` passes as a prompt, then each of `scored` is scored."""
+    """Token ids: `prompt` is prefilled, then the tokens of `scored` are scored one by one."""
 
     prompt: list[int]
     scored: list[int]
 
 
 def cut_windows(before: Sequence[int], ids: Sequence[int], context: int, scored: int) -> list[Window]:
-    """Every token of `ids` but the first `context` is scored once, after at least `context` others and `before`."""
+    """Windows in which every id but the first `context` is scored once, after at least `context` others and
+    `before`."""
     return [
         Window([*before, *ids[at - context : at]], list(ids[at : at + scored]))
         for at in range(context, len(ids), scored)
@@ -53,7 +54,7 @@ def cut_windows(before: Sequence[int], ids: Sequence[int], context: int, scored:
 
 
 def spread_evenly(found: Sequence[Window], tokens: int | None) -> list[Window]:
-    """As many windows, evenly spread, as hold `tokens` scored ones; None: all."""
+    """Windows, evenly spread over `found`, with about `tokens` scored tokens; all of them for None."""
     total = sum(len(window.scored) for window in found)
     if tokens is None or total <= tokens:
         return list(found)

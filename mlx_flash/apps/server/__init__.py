@@ -1,1 +1,1 @@
-"""`mlx_flash server`."""
+"""An HTTP server with OpenAI's API, on top of mlx-lm's."""

@@ -1,7 +1,7 @@
-"""One HTTP request of `mlx_flash server`: mlx-lm's handler over a body that was read and checked here. Needs mlx-lm.
+"""One HTTP request of `mlx_flash server`, on top of mlx-lm's handler. Needs mlx-lm.
 
-Owns what is refused, OpenAI's shape of errors, and how replies are sent: whole or streamed, one choice per prompt.
-Which requests there are and what else they may say is mlx-lm's. Never touches the model.
+Owns which requests are refused, errors in OpenAI's shape, and how replies are sent: whole or streamed, one choice per
+prompt. mlx-lm's handler owns the routes and the other fields of a request. Never touches the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Listing = ChatLogprobs | CompletionLogprobs
 
 
 class ErrorBody:
-    """A connection's file, to which an error's text is written in OpenAI's shape: its client shows no other."""
+    """A connection's file that turns the text of an error into OpenAI's shape: OpenAI's client shows no other."""
 
     def __init__(self, file: Any, status: int):
         self._file, self._status = file, status
@@ -48,7 +48,7 @@ def error_body(message: str, status: int) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Usage:
-    """Tokens of all replies to a request; prompt tokens that a KV cache held are in both."""
+    """Token counts of all replies to a request; prompt tokens that a KV cache held are counted in both fields."""
 
     prompt: int = 0
     made: int = 0
@@ -61,7 +61,8 @@ class Usage:
 
 
 class Handler(mlx_lm_server.APIHandler):
-    """mlx-lm's handler of one request, after its body was checked: what reaches the generating thread can run."""
+    """mlx-lm's handler of one request, after a check of the body: only requests that can run reach the generating
+    thread."""
 
     _status = 200
     _streaming = False  # the headers of a stream are sent
@@ -71,7 +72,7 @@ class Handler(mlx_lm_server.APIHandler):
 
     @property
     def provider(self) -> Any:
-        """What serves the model: its plan, names, tokenizer and texts."""
+        """The provider of the model: its plan, names, tokenizer and texts."""
         return self.response_generator.model_provider
 
     @property
@@ -132,7 +133,8 @@ class Handler(mlx_lm_server.APIHandler):
             self._fail(error)
 
     def _prompts(self, request: Any) -> list[tuple[Any, int]]:
-        """A request of ids for each prompt, and the characters of the prompt. All are checked before the first runs."""
+        """A request of ids for each prompt, and the number of characters of the prompt. All are checked before the
+        first runs."""
         tokenizer, found = self.provider.tokenizer, []
         prompts = prompts_of(request.prompt)
         for at, prompt in enumerate(prompts):
@@ -149,7 +151,7 @@ class Handler(mlx_lm_server.APIHandler):
         return found
 
     def _arguments(self, stop_words: list[str]) -> Any:
-        """What mlx-lm's generator wants to know, whose fields have the names that its handler reads them to."""
+        """The arguments of mlx-lm's generator, whose fields are named like those of the handler."""
 
         def made(kind: Any, **given: Any) -> Any:
             names = {each.name for each in dataclasses.fields(kind)} - given.keys()
@@ -163,7 +165,7 @@ class Handler(mlx_lm_server.APIHandler):
 
     @contextlib.contextmanager
     def _reply(self, request: Any, arguments: Any) -> Iterator[StreamedReply]:
-        """A reply that has begun: its prompt was taken."""
+        """A reply that has begun: the generating thread has taken its prompt."""
         context, steps = self.response_generator.generate(
             request, dataclasses.replace(arguments), progress_callback=self._tell_progress
         )
@@ -238,7 +240,8 @@ class Handler(mlx_lm_server.APIHandler):
         self.wfile.flush()
 
     def _fail(self, error: Exception) -> None:
-        """Tell the client, also in the midst of a stream, whose end would look like the reply's."""
+        """Send an error to the client, also within a stream: without it a broken stream would look like a finished
+        reply."""
         status, message = 400 if isinstance(error, UsageError) else 500, str(error)
         if getattr(self.server, "ending", False):
             message = "the server was stopped"

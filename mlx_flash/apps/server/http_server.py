@@ -1,7 +1,7 @@
-"""`mlx_flash server`: mlx-lm's HTTP server over one model that reads its FFN from flash. Needs mlx-lm.
+"""mlx-lm's HTTP server over one model whose FFN is read from flash. Needs mlx-lm.
 
-Owns what happens when a run fails, and what is kept of replies. Routes, sampling and batching are mlx-lm's; a request
-is read in handler.py. One thread loads the model and generates; those that serve HTTP never touch it.
+Owns what happens when a run fails, and which KV caches are kept. Routes, sampling and batching are mlx-lm's; handler.py
+reads a request. One thread loads the model and generates; the threads that serve HTTP never touch the model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ MOST_WAITING = 256
 
 
 class Provider(mlx_lm_server.ModelProvider):
-    """What mlx-lm's server asks for models: one model, loaded by the thread that generates, and no other ever.
+    """The one model that mlx-lm's server can ask for; the generating thread loads it.
 
-    names: what requests may call it, the one that replies give first
+    names: names that requests may use for the model; replies give the first one
     """
 
     def __init__(self, plan: RunPlan | ExpertPlan, names: tuple[str, ...], settings: SimpleNamespace):
@@ -76,20 +76,20 @@ class Provider(mlx_lm_server.ModelProvider):
             self.loaded.set()
 
     def load(self, model_path: Any, adapter_path: Any = None, draft_model_path: Any = None) -> tuple[Any, Any]:
-        """The one model, whatever the name: requests for others were refused before."""
+        """The one model, whatever the name: the handler has refused requests for others."""
         return self.model, self.tokenizer
 
     def reset(self) -> None:
-        """The server ends."""
+        """Called when the server ends: closes the model."""
         if self.model is not None:
             self.model.flash.close()
         self.model = self.tokenizer = None
 
 
 def likeliest(logprobs: mx.array, count: int, tokenizer: Any) -> Likeliest | tuple[()]:
-    """The `count` likeliest tokens of a step, logprobs (vocab,); nothing for a count below 0. Stands for mlx-lm's
-    function of this purpose, which knows no order and takes logprobs as they are: rounded to the model's dtype, where
-    the probabilities of 16 bits need not add up to 1."""
+    """The `count` likeliest tokens of a step, logprobs (vocab,); nothing for a count below 0. Replaces mlx-lm's
+    function, which does not order them and takes logprobs rounded to the model's dtype: in 16 bits their probabilities
+    need not add up to 1."""
     if count < 0:
         return ()
     exact = logprobs.astype(mx.float32)
@@ -102,14 +102,14 @@ def likeliest(logprobs: mx.array, count: int, tokenizer: Any) -> Likeliest | tup
 
 
 class PromptIds:
-    """Stands for the tokenizer where a prompt is ids already."""
+    """Replaces the tokenizer for a prompt that is given as ids."""
 
     def encode(self, ids: list[int]) -> list[int]:
         return list(ids)
 
 
 class Generator(mlx_lm_server.ResponseGenerator):
-    """mlx-lm's generating thread, which goes on after a failure and keeps replies within the context."""
+    """mlx-lm's generating thread, except that it goes on after a failure and keeps replies within the context."""
 
     def __init__(self, provider: Provider, prompt_cache: LRUPromptCache):
         self._waiting: list[Queue[Any]] = []  # of the last requests
@@ -173,7 +173,8 @@ class HttpServer(ThreadingHTTPServer):
         super().process_request_thread(request, client_address)
 
     def wait_for_answers(self, seconds: float) -> None:
-        """Until the threads that answer have ended, so long at most: Python aborts if one is writing when it ends."""
+        """Wait until the threads that answer have ended, at most so many seconds: Python aborts if one still writes at
+        its exit."""
         end = time.monotonic() + seconds
         for thread in list(self._answering):
             thread.join(max(0.0, end - time.monotonic()))
@@ -188,7 +189,8 @@ class HttpServer(ThreadingHTTPServer):
 
 
 class Caches(LRUPromptCache):
-    """KV caches of replies that ended, for prompts that begin as they did: at most `tokens` of them, 0 for none."""
+    """KV caches of replies that ended, for prompts with the same beginning: at most `tokens` tokens of them, 0 for
+    none."""
 
     def __init__(self, tokens: int, bytes_per_token: int):
         super().__init__(max_size=1 << 20 if tokens else 0, max_bytes=tokens * bytes_per_token)
@@ -205,12 +207,12 @@ class Caches(LRUPromptCache):
 
 
 class Server:
-    """A model behind an HTTP socket, bound at once: `start` loads it, `serve` answers until `stop`.
+    """A model behind an HTTP socket that is bound at once: `start` loads the model, `serve` answers until `stop`.
 
-    plan: what is loaded; names: of the model, in requests, the one that replies give first
-    host, port: port 0 takes a free one; replies: made at once. What `sequences` of the plan holds beyond these keeps
-    the KV caches of replies that ended. origins: of web pages whose requests are let through
-    max_tokens, temp, top_p, top_k: for requests that do not say
+    plan: the model to load; names: names that requests may use for it; replies give the first one
+    host, port: port 0 takes a free one; replies: generated at once. The plan's `sequences` beyond these hold the KV
+    caches of replies that ended. origins: web pages whose requests are allowed
+    max_tokens, temp, top_p, top_k: for requests that do not set them
     """
 
     def __init__(
@@ -267,7 +269,7 @@ class Server:
         return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/v1"
 
     def start(self) -> None:
-        """Load the model in the thread that will generate. Raises what loading raises."""
+        """Load the model in the thread that will generate. Raises the errors of loading."""
         self.generator = Generator(self.provider, self.caches)
         self.provider.loaded.wait()
         if self.provider.failure is not None:

@@ -1,7 +1,7 @@
-"""One reply of the server: the steps of mlx-lm's generating thread in, pieces of a reply and their logprobs out.
+"""One reply of the server: takes the steps of mlx-lm's generating thread, gives pieces of text and their logprobs.
 
-Owns where a reply's text ends, what of it is content, reasoning or a tool call, and the shape of logprobs in OpenAI's
-API. Knows neither HTTP nor MLX.
+Owns where a reply's text ends, which part of it is content, reasoning or a tool call, and the shape of logprobs in
+OpenAI's API. Knows neither HTTP nor MLX.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def byte_characters() -> dict[str, int]:
 
 
 class TokenTexts:
-    """The bytes of single tokens as they stand inside a text: tokenizers drop the space at a text's beginning, and a
+    """The bytes of single tokens as they stand within a text: a tokenizer drops the space at a text's beginning, and a
     token may end within a character."""
 
     def __init__(self, tokenizer: Any):
@@ -70,7 +70,7 @@ class TokenTexts:
 
 
 class StopWords:
-    """Lets text pass up to the first stop word, and holds back what may be the beginning of one.
+    """Passes text on up to the first stop word, and holds back text that may be the beginning of one.
 
     met: whether a stop word came; of two that overlap the one that is complete first counts
     """
@@ -98,8 +98,8 @@ class StopWords:
 
 @dataclass
 class ReplyPiece:
-    """A part of a reply. calls: what the model wrote of tool calls that are complete; steps: those of the tokens whose
-    text has begun, for logprobs."""
+    """A part of a reply. calls: complete tool calls, as the model wrote them; steps: those of the tokens whose text has
+    begun, for logprobs."""
 
     content: str = ""
     reasoning: str = ""
@@ -120,9 +120,9 @@ def joined(pieces: Iterable[ReplyPiece]) -> ReplyPiece:
 
 
 class StreamedReply:
-    """The pieces of a reply, each as soon as there is something to show; the last one has the finish reason.
+    """The pieces of a reply, each as soon as there is text to show; the last one has the finish reason.
 
-    context, steps: what mlx-lm's generator gives for a request; end_ids: tokens that end a reply and are no text
+    context, steps: from mlx-lm's generator; end_ids: tokens that end a reply and are not part of its text
     made: tokens so far. Raises RuntimeError when the steps end before the reply does.
     """
 
@@ -197,8 +197,8 @@ class StreamedReply:
 
 @dataclass
 class Likeliest:
-    """What a step has beside its token: the likeliest tokens (id, logprob), most likely first, at least as many as were
-    asked for, and what to take off the step's own logprob, which is rounded to the model's dtype."""
+    """The likeliest tokens of a step (id, logprob), most likely first, at least as many as the request asks for; and
+    the correction of the step's own logprob, which is rounded to the model's dtype."""
 
     tokens: list[tuple[int, float]]
     excess: float
@@ -209,7 +209,7 @@ def own_logprob(step: Any) -> float:
 
 
 class ChatLogprobs:
-    """`logprobs` of a chat's choice."""
+    """`logprobs` of a choice of a chat."""
 
     def __init__(self, texts: TokenTexts):
         self._texts = texts
@@ -230,9 +230,9 @@ class ChatLogprobs:
 
 
 class CompletionLogprobs:
-    """`logprobs` of a completion's choice, piece after piece.
+    """`logprobs` of a choice of a completion, piece by piece.
 
-    offset: characters of the prompt, after which OpenAI counts `text_offset`
+    offset: characters of the prompt; OpenAI counts `text_offset` from its beginning
     """
 
     def __init__(self, texts: TokenTexts, offset: int):

@@ -1,4 +1,4 @@
-"""What is checked of a request's body before it runs: what mlx-lm's server does not check, or reads wrongly."""
+"""Checks of a request's body before it runs: fields that mlx-lm's server does not check, or reads wrongly."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PROMPT = "prompt must be a text of at least one character, a list of texts, a li
 
 
 def without_nulls(body: Any) -> Any:
-    """The body without the fields that are null, of its messages too: null stands for the default in OpenAI's schema.
-    What is not an object is given back as it is."""
+    """The body without fields that are null, also in its messages: in OpenAI's schema null means the default. Anything
+    but an object is returned as it is."""
     if not isinstance(body, dict):
         return body
     body = {name: value for name, value in body.items() if value is not None}
@@ -32,7 +32,7 @@ def without_nulls(body: Any) -> Any:
 
 
 def listed_logprobs(body: dict[str, Any], path: str) -> int:
-    """How many of the likeliest tokens are asked for beside each token's own logprob; -1 where not even that is.
+    """How many of the likeliest tokens a request wants beside each token's own logprob; -1 where it wants no logprobs.
     Raises ValueError."""
     asked, top = body.get("logprobs", False), body.get("top_logprobs", -1)
     if path == COMPLETIONS:
@@ -53,7 +53,8 @@ def listed_logprobs(body: dict[str, Any], path: str) -> int:
 
 
 def check_body(body: dict[str, Any], path: str, vocab: int, context: int) -> None:
-    """Raise ValueError for what mlx-lm does not check, and what would stop its generating thread or be read wrongly."""
+    """Raise ValueError for values that mlx-lm does not check, and that would stop its generating thread or be read
+    wrongly."""
     if path == COMPLETIONS:
         check_prompts(body.get("prompt"), vocab, context)
     else:
@@ -92,8 +93,8 @@ def check_body(body: dict[str, Any], path: str, vocab: int, context: int) -> Non
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """The prompts of a body's `prompt`, each a text or a list of ids. Raises ValueError for what is none of its four
-    forms; ids are only looked at as far as needed."""
+    """The prompts of a body's `prompt`, each a text or a list of ids. Raises ValueError for a value that is in none of
+    the four forms; ids are only looked at as far as needed."""
     if isinstance(prompt, str) and prompt:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
@@ -134,7 +135,7 @@ def check_prompts(prompt: Any, vocab: int, context: int) -> None:
 
 
 def check_length(count: int, context: int, name: str) -> None:
-    """Raise UsageError for a prompt of so many tokens that cannot run."""
+    """Raise UsageError for a prompt of so many tokens that does not fit the context."""
     if not count:
         raise UsageError(f"{name} is empty")
     if count > context:
@@ -154,8 +155,8 @@ def _kind(value: Any) -> str:
 
 
 def check_values(value: Any) -> None:
-    """Raise ValueError for what no field takes: NaN, which every comparison lets pass, what no number of 64 bits holds,
-    and text with half a character of UTF-16, which no tokenizer reads."""
+    """Raise ValueError for values that no field takes: NaN, which passes every comparison, numbers beyond 64 bits, and
+    text with half a UTF-16 character, which no tokenizer reads."""
     if isinstance(value, dict):
         check_values(list(value.keys()))
         value = list(value.values())

@@ -1,1 +1,1 @@
-"""`mlx_flash bench`."""
+"""Measurements of this machine, and of a model that runs on it."""

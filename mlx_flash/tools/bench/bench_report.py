@@ -1,4 +1,4 @@
-"""What `mlx_flash bench` says of its measurements: a table, rows for a CSV, a picture. Measures nothing itself."""
+"""The report of `mlx_flash bench`: a table, rows for a CSV, a picture. Measures nothing itself."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ PICTURED = 2  # consecutive tokens
 
 
 def describe(found: Measured, model: str, random: bool, options: BenchOptions, place: Path) -> dict[str, Any]:
-    """The figures as plain values: seconds, bytes, shares; None for what is not known. place: what lies on the disk
-    that was read, and stays there."""
+    """The figures as plain values: seconds, bytes, shares; None for unknown ones. place: a folder on the disk that
+    was read, which still exists after the run."""
     plan, tokens, stats = found.plan, found.decoded, found.stats
     typical = median(found.untimed_s)
     split = middle(found.timed, found.phases)
@@ -148,12 +148,12 @@ def write_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def label_of(report: Mapping[str, Any]) -> str:
-    """What must be said wherever these figures stand; "" where they are a real model's own."""
+    """The label that these figures need; "" for figures of a real model that ran as it is."""
     return MECHANISM if report["random_weights"] else REPLAYED if report["trace"] else ""
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The table, on stdout."""
+    """Print the table on stdout."""
     if label := label_of(report):
         print(label)
     exact = "exact" if report["exact"] else loss_text(report["measured_loss"])
@@ -234,8 +234,8 @@ def _ms(seconds: float) -> str:
 
 
 def consecutive(tokens: Sequence[TimedToken], in_round: int) -> list[TimedToken]:
-    """Two tokens of the first round that followed each other and took about as long as most; one where no two did. Of
-    every four tokens the middle two have clocks."""
+    """Two tokens of the first round that followed each other and took about as long as most; one token where no two
+    did. Of every four tokens the middle two have clocks."""
     pairs = [list(tokens[at : at + PICTURED]) for at in range(0, in_round - 1, PICTURED)]
     typical = median(token.seconds for token in tokens)
     distances = [max(abs(token.seconds - typical) for token in pair) for pair in pairs]
@@ -243,7 +243,7 @@ def consecutive(tokens: Sequence[TimedToken], in_round: int) -> list[TimedToken]
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is here; says so where not."""
+    """Whether matplotlib is installed; says on stderr when it is not."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -253,7 +253,7 @@ def can_draw() -> bool:
 
 
 def save_picture(path: str, found: Measured, report: Mapping[str, Any], in_round: int) -> None:
-    """Two tokens along time, a row per phase; below, what a token takes in all, measured and predicted."""
+    """Draw two tokens along time, a row per phase; below them, the time of a token, measured and predicted."""
     from matplotlib.figure import Figure
 
     phases = found.phases
@@ -284,7 +284,7 @@ def save_picture(path: str, found: Measured, report: Mapping[str, Any], in_round
 
 
 def _draw_bars(axes: Any, report: Mapping[str, Any]) -> None:
-    """Stacked bars of a token's phases, those that were predicted below."""
+    """Stacked bars of a token's phases: the measured ones above, the predicted ones below."""
     bars = {"measured": {name[: -len("_s")]: value for name, value in report["split"].items()}}
     if predicted := report["predicted"]:
         bars["predicted"] = {name: predicted[f"{name}_s"] for name in ("reads", "dense", "sparse", "selection")}

@@ -1,7 +1,7 @@
-"""How fast this machine's memory and the numpy backend's kernels are, and what a layer costs beside them.
+"""Measures this machine's memory, the numpy backend's kernels, and the time of a layer beside its weights.
 
-Everything runs over memory well beyond the processor's caches, in calls about as large as a layer's of a 3B model.
-Knows no files but a tiny model's, made for it.
+All weights come from memory far larger than the processor's caches, in calls about as large as those of a layer of a
+3B model. Writes no files but a tiny model.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Clock(Protocol):
 
 
 def big_memory() -> np.ndarray:
-    """(n,) uint16 whose items are ordinary numbers as bf16, fp16 and in pairs as fp32: less than 1 GiB only where a
-    quarter of the memory that is free, or of what a control group allows, is less."""
+    """(n,) uint16 whose items are ordinary numbers as bf16, as fp16, and in pairs as fp32. 1 GiB, or a quarter of
+    the memory that is free or that a control group allows, if that is less."""
     limit = cgroup_limit()
     room = min([psutil.virtual_memory().available] + ([limit] if limit else [])) // 4
     items = max(LEAST_BYTES, min(MEMORY_BYTES, room)) // 2
@@ -61,7 +61,8 @@ def big_memory() -> np.ndarray:
 
 
 def _summing() -> Callable[[np.ndarray], Any]:
-    """A sum that lets go of the interpreter's lock; not one of the project's kernels, which are judged by it."""
+    """A sum that releases the interpreter's lock. It is not one of the project's kernels, as they are compared with
+    it."""
     try:
         import numba
     except ImportError:
@@ -80,7 +81,7 @@ def _summing() -> Callable[[np.ndarray], Any]:
 
 
 def memory_work(memory: np.ndarray) -> Work:
-    """Read all of it with as many threads as kernels use."""
+    """Reads all of the memory with as many threads as the kernels use."""
     total, threads = _summing(), default_threads()
     numbers = memory[: len(memory) // 4 * 4].view(np.int64)
     pieces = np.array_split(numbers, 8 * threads)
@@ -105,7 +106,7 @@ def memory_work(memory: np.ndarray) -> Work:
 
 
 def linear_work(backend: NumpyBackend, memory: np.ndarray, dtype: str, tokens: int = 1) -> Work:
-    """One matrix (DIM, DIM) after the other; for several tokens operations are counted, for one bytes."""
+    """Multiplies by one matrix (DIM, DIM) after the other; counts bytes for one token, operations for several."""
     items = memory.view(DTYPES[dtype])
     matrices = itertools.cycle(items[: items.size // DIM**2 * DIM**2].reshape(-1, DIM, DIM))
     x = np.random.default_rng(1).standard_normal((tokens, DIM), np.float32)
@@ -119,7 +120,7 @@ def linear_work(backend: NumpyBackend, memory: np.ndarray, dtype: str, tokens: i
 
 
 class _Slots:
-    """Bundles as they lie in a slab, in memory that is there already."""
+    """Bundles that lie as in a slab, in memory that exists already."""
 
     def __init__(self, memory: np.ndarray, layout: Layout):
         raw = memory.view(np.uint8)
@@ -132,7 +133,7 @@ class _Slots:
 
 
 def rows_work(backend: NumpyBackend, memory: np.ndarray, dtype: str) -> Work:
-    """A gated FFN over SELECTED bundles in slots, others at each call."""
+    """Computes a gated FFN over SELECTED bundles in slots, different ones in each call."""
     width = PART_BYTES // ITEM_BYTES[dtype]
     layout = Layout(
         tuple(Part(name, dtype, width) for name in ("gate", "up", "down")), memory.nbytes // 3 // PART_BYTES
@@ -154,7 +155,7 @@ def rows_work(backend: NumpyBackend, memory: np.ndarray, dtype: str) -> Work:
 
 
 def predictor_work(backend: NumpyBackend, memory: np.ndarray) -> Work:
-    """One layer's predictor after the other: DIM -> RANK -> 4 DIM."""
+    """Computes one layer's predictor after the other: DIM -> RANK -> 4 DIM."""
     numbers, count = memory.view(np.int8), 4 * DIM
     size = RANK * (DIM + count)
     step, bias = 0.01, np.zeros(count, np.float32)
@@ -174,7 +175,7 @@ def predictor_work(backend: NumpyBackend, memory: np.ndarray) -> Work:
 
 
 def measure_works(works: Mapping[str, Work], seconds: float, rounds: int) -> dict[str, float]:
-    """Amounts per second, medians of rounds in which all have their turn; `seconds` for all of it."""
+    """Amounts per second: medians of rounds in which all take turns; `seconds` in all."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()  # compiles
@@ -189,7 +190,7 @@ def measure_works(works: Mapping[str, Work], seconds: float, rounds: int) -> dic
 
 
 class Busy:
-    """Work of `threads` threads, watched for whether they had a processor each."""
+    """Work of `threads` threads, which measures how much processor time they got."""
 
     def __init__(self, work: Work, threads: int, clock: Clock = time):
         self.work, self.threads, self.clock = work, threads, clock
@@ -212,7 +213,8 @@ class Busy:
 
 
 def kernel_rates(seconds: float, rounds: int, announce: Callable[[str], None]) -> dict[str, float]:
-    """By Machine.kernels' names, and "memory" and "matmul"; `announce` is told when they cannot be trusted."""
+    """Rates by the names of Machine.kernels, and "memory" and "matmul"; `announce` is called when they cannot be
+    trusted."""
     memory, backend = big_memory(), NumpyBackend()
     reading = Busy(memory_work(memory), default_threads())
     works: dict[str, Work] = {"memory": reading}
@@ -226,8 +228,8 @@ def kernel_rates(seconds: float, rounds: int, announce: Callable[[str], None]) -
 
 
 def layer_seconds(folder: Path, seconds: float, rounds: int) -> dict[str, float]:
-    """Seconds per layer and token of a model so small that weights take no time, by Machine.layer_s' names. Writes
-    a few MB under `folder`, an empty one that the caller removes."""
+    """Seconds per layer and token of a model so small that its weights take no time, by the names of
+    Machine.layer_s. Writes a few MB into `folder`, an empty one that the caller removes."""
     card = folder / "card"
     card.mkdir()
     shape = dict(hidden_size=64, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=300)
@@ -250,7 +252,7 @@ def layer_seconds(folder: Path, seconds: float, rounds: int) -> dict[str, float]
 
 
 def _token_seconds(model: Any, seconds: float) -> list[float]:
-    """Of each token decoded in about that time, after a short prompt and a first token."""
+    """Seconds of each token decoded in about that time, after a short prompt and a first token."""
     steps = model.flash.forced(model, [1, 2, 3], itertools.repeat(4, TOKENS))
     next(steps), next(steps)
     found: list[float] = []

@@ -1,7 +1,7 @@
-"""Measures this machine for `mlx_flash bench --probe`, and shows what was found.
+"""Measures this machine for `mlx_flash bench --probe`, and prints the figures.
 
-Owns how the probe's time is spent. How reads and kernels are measured is in `probe_reads` and `probe_kernels`, what is
-done with the figures is the planner's business.
+Owns how the probe's time is divided. read_probe.py measures reads, kernel_probe.py measures kernels; plans use the
+figures.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def probe(
     announce: Callable[[str], None] = silent,
     file: Path | None = None,
 ) -> Machine:
-    """Measure the machine, and the device that `folder` lies on, in about so many seconds and a few more.
+    """Measure the machine, and the device that `folder` lies on, in about `seconds` and a few more.
 
-    file: read this one, of `probe_file`, and make none. announce: is told what could not be measured.
+    file: a file of `probe_file` to read; None: make one. announce: is called with what could not be measured.
     Raises UsageError for a folder that cannot be written, SpaceError, ReadError.
     """
     if file is None:
@@ -77,7 +77,7 @@ def probe(
 
 
 def print_machine(machine: Machine, beside: Sequence[tuple[ReadRate, ReadRate]] | None = None) -> None:
-    """A table on stdout; beside: what `fio_rates` found."""
+    """Print a table on stdout; beside: the pairs of `fio_rates`."""
     print(f"{machine.device}, {machine.cores} cores in use, probed {machine.when}")
     print(f"\nreads by {machine.reader}")
     print(f"{'':>28} {'in flight':>9} {'GB/s':>7} {'k reads/s':>10} {'CPU us a read':>14}")

@@ -1,4 +1,4 @@
-"""What `mlx_flash bench` is asked to measure, checked before the work begins."""
+"""The settings of `mlx_flash bench`, checked before the work begins."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ LEAST_TRACE, MOST_TRACE = 128, 1024  # tokens that are made up; after the last t
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured; raises UsageError for what cannot be.
+    """What a bench run measures; raises UsageError for values out of range.
 
-    tokens: decoded and timed, and as many more with clocks inside; warm: decoded before; prompt: its length; rounds:
-    replies that are decoded so. trace: a file, "synthetic", or None. recall, precision: of a replayed trace's guesses.
+    tokens: decoded and timed, and as many more with clocks inside; warm: decoded before them; prompt: its length;
+    rounds: replies that are measured
+    trace: a file, "synthetic", or None; recall, precision: of the guesses of a replayed trace
     """
 
     tokens: int = 32

@@ -48,9 +48,9 @@ def make_card(
     progress: bool = False,
     bits: int | None = None,
 ) -> Path:
-    """Write `folder`/flash, a random-weight checkpoint of a card under models/; relu: with that activation, whatever
-    the card's is; bits: quantised to so many, 4 or 8, in groups of 64. Takes twice the model's size on disk while it
-    runs. Raises the errors of make_random and convert."""
+    """Write `folder`/flash, a random-weight checkpoint of a card under models/. relu: use ReLU instead of the card's
+    activation; bits: quantise to 4 or 8 bits, in groups of 64. Takes twice the model's size on disk while it runs.
+    Raises the errors of make_random and convert."""
     source, out, described = folder / "weights", folder / "flash", folder / "card"
     config_file = models_folder() / card / "config.json"
     if relu and config_file.is_file():
@@ -96,8 +96,8 @@ def attach_random_predictors(checkpoint: Checkpoint, trace: Trace, rank: int = R
 
 
 def window_curve(tokens: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """(k, 2) fp32: slots that the ids of the last 1, 2, 4, ... tokens take in the mean, and how many of a token's ids
-    are not among them; the last row holds every id and misses none."""
+    """(k, 2) fp32: the mean number of slots that the ids of the last 1, 2, 4, ... tokens take, and how many of a
+    token's ids are not among them; the last row holds every id and misses none."""
     last = np.full(count, -(1 << 30), np.int64)
     windows = [1 << k for k in range(8) if 1 << k <= len(tokens) // 2]
     held, missed = np.zeros(len(windows)), np.zeros(len(windows))

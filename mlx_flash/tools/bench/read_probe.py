@@ -1,6 +1,7 @@
-"""What this machine's storage reads, by size and depth of reads: measured with the project's own readers, or with fio.
+"""Measures this machine's storage by size and depth of reads, with the project's own readers or with fio.
 
-Owns the temporary file beside the checkpoint, which is gone when the probe ends, however it ends. Knows no kernels.
+Owns the temporary file beside the checkpoint, which is removed when the probe ends, also after an error. Knows no
+kernels.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Kind:
 
 
 def silent(message: str) -> None:
-    """Nobody is told."""
+    """Announces nothing."""
 
 
 # The file.
@@ -70,8 +71,8 @@ def silent(message: str) -> None:
 
 @contextmanager
 def probe_file(folder: str | os.PathLike[str], nbytes: int = FILE_BYTES, progress: bool = False) -> Iterator[Path]:
-    """A file of random bytes in a hidden folder of its own, both gone afterwards: `nbytes`, or half of what the disk
-    has free. Also removes what killed probes left. Raises UsageError, SpaceError."""
+    """A file of random bytes in a hidden folder, both removed afterwards. Its size is `nbytes`, or half of the free
+    space of the disk if that is less. Also removes files of probes that were killed. Raises UsageError, SpaceError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"cannot probe {folder}: it is no folder; give one on the disk that the model will lie on")
@@ -106,7 +107,7 @@ def _file_bytes(folder: Path, nbytes: int) -> int:
 
 
 def _write(path: Path, nbytes: int, progress: bool) -> None:
-    """Random bytes, which neither a disk nor a file system can make smaller."""
+    """Write random bytes, which neither a disk nor a file system can compress."""
     numbers = np.random.Generator(np.random.SFC64())
     try:
         with (
@@ -153,13 +154,13 @@ def goes_around(file: Path) -> bool:
 
 
 def _drop(file: Path) -> None:
-    """Take the file out of the page cache, for which it need not be root's: it is ours, and written."""
+    """Remove the file from the page cache. That needs no root: the file is this user's, and written."""
     with open(file, "rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def can_drop(file: Path) -> bool:
-    """Whether `_drop` empties the page cache, seen from what the system would answer from there at once."""
+    """Whether `_drop` empties the page cache, judged by reads that only the page cache can answer."""
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
         return False
     _drop(file)
@@ -176,7 +177,7 @@ def can_drop(file: Path) -> bool:
 
 
 def kinds(reader: str, direct: bool, can_drop: bool, announce: Callable[[str], None] = silent) -> list[Kind]:
-    """Which reads to measure, given what file and reader can do."""
+    """The kinds of reads to measure, given what the file and the reader can do."""
     deepest = {"AioReader": DEPTH, "PreadReader": 32}.get(reader, 1)
     found = [Kind(size, depth, True) for size in SIZES for depth in DEPTHS if size * depth <= IN_FLIGHT_BYTES]
     found = [kind for kind in found if kind.depth <= deepest]
@@ -202,7 +203,7 @@ def measure_reads(
     step: Callable[[], object] = lambda: None,
     rounds: int = ROUNDS,
 ) -> dict[str, tuple[ReadRate, ...]]:
-    """What each contestant reaches in each kind of reads: medians of rounds in which they take turns."""
+    """The rates that each contestant reaches in each kind of reads: medians of rounds in which they take turns."""
     found: dict[tuple[str, Kind], list[tuple[float, float]]] = {(name, kind): [] for name in runs for kind in asked}
     each = seconds / rounds / len(asked) / len(runs)
     for number in range(rounds):
@@ -257,8 +258,8 @@ class Reading:
             reader.close()
 
     def __call__(self, kind: Kind, seconds: float) -> tuple[float, float]:
-        """Requests, UNDER_WAY at a time. Through the page cache, which is emptied first, every byte is read once at
-        most, and the time may be shorter."""
+        """Measure requests, UNDER_WAY at a time. Through the page cache, which is emptied first, every byte is read
+        at most once, so the time may be shorter."""
         nbytes = kind.nbytes if kind.scattered else SCAN_BUNDLE
         layer = self.sizes.index(nbytes)
         count = self.layers[layer].layout.count
@@ -307,8 +308,8 @@ class Reading:
 def fio_rates(
     file: Path, seconds: float = FIO_SECONDS, announce: Callable[[str], None] = silent
 ) -> list[tuple[ReadRate, ReadRate]] | None:
-    """Pairs of what the project's reader reaches and what fio does, in turn, with the same size, depth and file (one of
-    `probe_file`). None, and `announce` is told why, where fio is missing or cannot read so."""
+    """Pairs of rates, the project's reader and fio in turn, with the same size, depth and file (one of
+    `probe_file`). None where fio is missing or cannot read like this; `announce` is called with the reason."""
     name = reader_name(file)
     if not shutil.which("fio"):
         announce("fio is not installed: nothing to compare the reader with (apt install fio)")
@@ -330,7 +331,7 @@ def fio_rates(
 
 
 def run_fio(file: Path, kind: Kind, seconds: float) -> tuple[float, float]:
-    """The same reads by fio. Raises OSError where it fails, and what a JSON answer gives rise to that is another."""
+    """The same reads by fio. Raises OSError where fio fails; a JSON answer of another form raises other errors."""
     command = ["fio", "--name=reads", f"--filename={file}", "--readonly", "--ioengine=libaio", "--direct=1"]
     command += [f"--rw={'randread' if kind.scattered else 'read'}", f"--bs={kind.nbytes}", f"--iodepth={kind.depth}"]
     command += [f"--runtime={max(1, round(1000 * seconds))}ms", "--time_based", "--norandommap"]

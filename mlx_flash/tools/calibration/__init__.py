@@ -1,1 +1,1 @@
-"""`mlx_flash calibrate`."""
+"""Calibration: learns from a text what lossy selectors need."""

@@ -1,7 +1,7 @@
-"""`mlx_flash calibrate`: learns statistics, cut-offs and predictors from a text, and writes them into a checkpoint.
+"""Calibration: learns statistics, cut-offs and predictors from a text, and writes them into a checkpoint.
 
-The text passes through the model once; then one layer after the other is worked on, from files. What is done is kept
-in a workspace, so that an interrupted calibration goes on; the old calibration is valid until the end.
+The text passes through the model once; then the layers are worked on one after the other, from files. Finished steps
+are kept in a workspace, so that an interrupted calibration goes on; the old calibration is valid until the end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOSSY = ("predictor", "threshold:0.5", "prompt:0.5", "static:0.5")  # whose loss
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of token ids to learn from, and windows to measure on, which come after them."""
+    """Windows of token ids to learn from, and windows to measure on, which come later in the text."""
 
     learn: list[list[int]]
     measure: list[Window]
@@ -53,8 +53,8 @@ class Texts:
 
 
 def split_text(tokenizer: Any, data: Sequence[str | Path], tokens: int, window: int, loss_windows: int) -> Texts:
-    """The last tokens of the text are measured on, `tokens` of the rest, in windows spread evenly, learnt from.
-    Raises UsageError for a text that is too short."""
+    """Take the last tokens of the text to measure on, and `tokens` of the rest, in windows spread evenly, to learn
+    from. Raises UsageError for a text that is too short."""
     before: list[int] = []
     ids: list[int] = []
     for path in data:
@@ -137,7 +137,7 @@ def calibrate(
 
 
 def _check_known(plan: RunPlan) -> None:
-    """Raise UsageError for a model that there is nothing to calibrate in."""
+    """Raise UsageError for a model that calibration does not know, or does not help."""
     if plan.spec.kernel_activation not in ("silu", "relu"):
         raise UsageError(
             f"calibrate knows FFNs with SiLU or ReLU, {plan.spec.table.title} has {plan.spec.activation}: "
@@ -159,7 +159,7 @@ def _check_known(plan: RunPlan) -> None:
 def _learn(
     work: Workspace, plan: RunPlan, texts: Texts, config: FlashConfig, recall: float, seed: int, progress: bool
 ) -> Calibration:
-    """Every layer's statistics and, for a ReLU model, predictors; steps that the workspace has are not done again."""
+    """The statistics of every layer and, for a ReLU model, its predictors; steps in the workspace are not repeated."""
     checkpoint, spec = plan.checkpoint, plan.spec
     check_free_space(work.path, 2 * texts.tokens * spec.dim * len(spec.layers))
     inputs = FfnInputs(work.path, len(spec.layers), texts.tokens, spec.dim)
@@ -189,7 +189,7 @@ def _learn(
 
 
 def _overall(layers: Sequence[LayerCalibration], reports: Sequence[PredictorReport], plan: RunPlan) -> dict[str, Any]:
-    """The predictors of the whole model on held-out tokens of the calibration."""
+    """Figures of all predictors together, on held-out tokens of the calibration."""
     counts = [len(layer.rate) for layer in layers]
     fired = sum(n * report.firing for n, report in zip(counts, reports, strict=True))
     found = sum(n * report.firing * report.recall for n, report in zip(counts, reports, strict=True))
@@ -235,7 +235,7 @@ def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, start
 def measure_losses(
     plan: RunPlan, chosen: Sequence[Window], config: FlashConfig, calibration: Calibration, progress: bool
 ) -> dict[str, dict[str, float]]:
-    """What each lossy selector that this model can run loses on some windows, by its name."""
+    """The loss of each lossy selector that this model can run, on some windows, by the selector's name."""
     found: dict[str, float] = {}
     for select in ("all", *LOSSY):
         try:

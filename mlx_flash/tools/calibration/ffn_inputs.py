@@ -1,6 +1,6 @@
-"""What each layer's FFN saw over a text: the model runs once over it, and every FFN input goes to a file per layer.
+"""Captures the input of every FFN while the model runs once over a text; a file per layer.
 
-On either backend, within a memory budget; an interrupted capture goes on where it stopped. Knows no statistics.
+Runs on either backend within a memory budget; an interrupted capture goes on where it stopped. Knows no statistics.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SAVE_EVERY = 8  # windows
 
 
 class FfnInputs:
-    """The FFN inputs of every layer, float16 (N, d) on disk; `windows_done` of the text's windows are in them.
+    """The FFN inputs of every layer, float16 (N, d) on disk, of the first `windows_done` windows of the text.
 
-    float16 halves the disk it takes; only gates within 0.05 % of zero may change their sign by it.
+    float16 takes half the disk space; it changes the sign only of gates within 0.05 % of zero.
     """
 
     def __init__(self, folder: Path, layers: int, tokens: int, dim: int):
@@ -47,7 +47,7 @@ class FfnInputs:
         return self.folder / f"inputs-{layer:03d}.npy"
 
     def save(self, windows_done: int) -> None:
-        """What has been written so far will be there after an interrupt."""
+        """Flush the arrays, so that they survive an interrupt."""
         for array in self.arrays:
             array.flush()
         self.windows_done = windows_done
@@ -59,7 +59,7 @@ class FfnInputs:
 def capture(
     model: Path, config: FlashConfig, windows: Sequence[Sequence[int]], inputs: FfnInputs, progress: bool = False
 ) -> str:
-    """Run windows of token ids through the whole model, and keep every FFN input; returns the backend's name."""
+    """Run windows of token ids through the whole model, and store every FFN input; returns the backend's name."""
     plan = plan_run(model, config, calibrated=False)
     run = Run(plan)
     at = [sum(len(window) for window in windows[: inputs.windows_done])] * inputs.layers

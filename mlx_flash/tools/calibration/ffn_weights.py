@@ -1,4 +1,4 @@
-"""The weights of a checkpoint's FFNs, a layer at a time in fp32, for what is learnt from them."""
+"""Reads the weights of a checkpoint's FFNs, a layer at a time in fp32."""
 
 from __future__ import annotations
 

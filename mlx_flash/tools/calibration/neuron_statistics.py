@@ -1,4 +1,4 @@
-"""What a layer's neurons did over a text: how often they fire, how soon again, with what energy, and where to cut.
+"""Statistics of a layer's neurons over a text: how often they fire, how soon again, with what energy; and cut-offs.
 
 Arithmetic on arrays, a slice of tokens or neurons at a time; knows no files and no models.
 """
@@ -65,8 +65,8 @@ def firing(x: np.ndarray, weights: FfnWeights) -> np.ndarray:
 
 
 def gaps(packed: np.ndarray, count: int) -> np.ndarray:
-    """How many tokens lie between a neuron's uses: hist[g] uses came g tokens after the one before. (N + 1,) int64;
-    a neuron's first use has no gap and is left out."""
+    """A histogram of the tokens between a neuron's uses: hist[g] uses came g tokens after the one before. (N + 1,)
+    int64; a neuron's first use has no gap and is left out."""
     tokens = len(packed)
     histogram = np.zeros(tokens + 1, np.int64)
     for begin in range(0, packed.shape[1], NEURONS // 8):
@@ -96,8 +96,9 @@ def rates(packed: np.ndarray, count: int) -> np.ndarray:
 
 
 def energy(x: np.ndarray, weights: FfnWeights, starts: Collection[int] = ()) -> np.ndarray:
-    """The mean of (h |down|)^2 over the tokens of x (N, d), (m,) fp32. starts: tokens that begin a text are left out,
-    their activations are like no others'. All tokens count: what fires seldom needs many."""
+    """The mean of (h |down|)^2 over the tokens of x (N, d), (m,) fp32. starts: tokens that begin a text, which are
+    left out because their activations are unlike all others. All tokens count: a neuron that seldom fires needs
+    many."""
     total, left_out = np.zeros(len(weights.first)), np.zeros(len(x), bool)
     left_out[list(starts)] = True
     for index, part in enumerate(slices(x)):
@@ -109,8 +110,9 @@ def energy(x: np.ndarray, weights: FfnWeights, starts: Collection[int] = ()) -> 
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """From a sample of tokens: for each of SPARSITIES the magnitude under which that share of gate (or up) values lies;
-    which share of the output's energy each loses; the share of the neurons that hold 99 % of a token's energy."""
+    """From a sample of tokens: for each of SPARSITIES the magnitude below which that share of gate (or up) values
+    lies; the share of the output's energy that each loses; the share of the neurons that hold 99 % of a token's
+    energy."""
 
     cutoffs: dict[str, list[float]]
     lost: dict[str, float]

@@ -1,6 +1,6 @@
-"""Fits one low-rank predictor: prepared inputs, gradient descent, rounding, and counting what its scores do.
+"""Fits one low-rank predictor: prepared inputs, gradient descent, rounding, and counts of its scores.
 
-Arrays only: knows no prices of a whole model and no ranks to choose from. Everything goes by in blocks or minibatches.
+Knows arrays only: no prices of a whole model and no ranks to choose from. Works in blocks or minibatches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_BALANCE = 20.0  # a firing counts at most so many times a silence: beyond i
 
 
 class TrainingData:
-    """Whitened inputs and packed firing of the tokens to train on, and the held-out tail as it came."""
+    """Whitened inputs and packed firing of the tokens to train on, and the held-out tail unchanged."""
 
     def __init__(self, x: np.ndarray, gate: np.ndarray | Firing, tokens: int | None):
         if x.ndim != 2 or len(x) < LEAST_TOKENS:
@@ -154,7 +154,7 @@ def _slope(scores: np.ndarray, firing: np.ndarray, weight: float) -> np.ndarray:
 
 
 def round_pair(a: np.ndarray, b: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The pair as `dtype` can hold it; between them they may share scales as they like."""
+    """The pair rounded to what `dtype` can hold; scales may move between the two."""
     if dtype != "int8":
         return to_float32(from_float32(a, dtype), dtype), to_float32(from_float32(b, dtype), dtype)
     if not a.size or not b.any():

@@ -1,6 +1,6 @@
-"""The predictors of a whole model, trained layer by layer from captured FFN inputs; every step is kept in a workspace.
+"""Trains the predictors of a whole model, layer by layer, from captured FFN inputs; keeps each step in a workspace.
 
-How one is trained and what makes a good choice of ranks is `predictors`' business.
+predictors.py trains a single one and chooses the ranks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _train(
 
 
 def as_stored(predictor: Predictor) -> dict[str, np.ndarray]:
-    """A predictor as a checkpoint holds it: whole numbers of 8 bits, and the step of b, a power of two."""
+    """A predictor as a checkpoint stores it: 8-bit integers, and the step of b, a power of two."""
     largest = float(np.abs(predictor.b).max(initial=0.0))
     step = np.exp2(np.ceil(np.log2(largest / 127))) if largest else 1.0
     a, b = predictor.a, predictor.b / step
@@ -120,8 +120,8 @@ def predicted_firing(x: np.ndarray, predictor: Predictor) -> np.ndarray:
 
 
 def look_ahead(plan: RunPlan, inputs: Sequence[np.ndarray], layer: int, predictor: Predictor) -> dict[str, float]:
-    """How well the layer before's input names this layer's firing neurons: recall and precision on the last tokens,
-    at the margin where their product is largest. Neurons that are asked for whatever the input are left out."""
+    """How well the input of the layer before names this layer's firing neurons: recall and precision on the last
+    tokens, at the margin where their product is largest. Neurons that are always asked for are left out."""
     if layer == 0:
         return {"margin": 0.0, "recall": 0.0, "precision": 0.0}
     held = slice(-min(2 * TOKENS, len(inputs[layer])), None)
@@ -138,5 +138,5 @@ def look_ahead(plan: RunPlan, inputs: Sequence[np.ndarray], layer: int, predicto
 
 
 def layer_figures(report: PredictorReport, count: int, ahead: dict[str, float]) -> dict[str, Any]:
-    """What is said of a layer's predictor."""
+    """The figures of a layer's predictor, as plain values."""
     return {"predictor": asdict(report), "look_ahead": ahead, "bundles": count}

@@ -1,11 +1,14 @@
-"""Trains the low-rank predictors of a model: which FFN neurons will fire, from the FFN's input.
+"""Trains low-rank predictors, which name the FFN neurons that will fire from the FFN's input, and chooses their
+ranks.
 
-Knows inputs and which neurons fired on them; not where they come from, nor how predictors are stored. One layer at a
-time, in minibatches: beside the inputs it takes N d halves, N count bits, some (count, d) and (d, d) matrices.
+Knows inputs and which neurons fired on them; not where they come from, nor how predictors are stored. Works on one
+layer at a time, in minibatches: beside the inputs it takes N d halves, N count bits, some (count, d) and (d, d)
+matrices.
 
-A neuron is asked for where its odds of firing exceed 1 / price: one more firing found is worth `price` bundles asked
-for in vain, in every layer alike, which makes the fewest requests for a recall of the whole model. Neurons that nearly
-every token would ask for are *always on*: they stay resident, are never read, and leave the rank to the others.
+A neuron is asked for where its odds of firing exceed 1 / price: finding one more firing neuron is worth `price`
+bundles asked for in vain, in every layer alike. That makes the fewest requests for a recall of the whole model.
+Neurons that nearly every token would ask for are *always on*: they stay resident, are never read, and leave the rank
+to the others.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class Predictor:
 
 @dataclass(frozen=True)
 class PredictorReport:
-    """How a predictor did on `tokens` held-out tokens: `firing`, `predicted` and `always` are shares of the neurons."""
+    """Figures of a predictor on `tokens` held-out tokens: `firing`, `predicted` and `always` are shares of the
+    neurons."""
 
     rank: int
     tokens: int
@@ -96,7 +100,8 @@ class PriceCurve:
 
 @dataclass(frozen=True)
 class TrainedPredictor:
-    """A predictor whose price is still open. A score of 0 means odds of `weight`, what a silence counts in the loss."""
+    """A predictor whose price is not chosen yet. A score of 0 means odds of `weight`, the weight of a silent neuron
+    in the loss."""
 
     predictor: Predictor
     weight: float
@@ -114,7 +119,8 @@ class TrainedPredictor:
 
 @dataclass(frozen=True)
 class RankChoice:
-    """What `choose_ranks` decided: a rank per layer, which neurons are always on, and what to expect per token."""
+    """The result of `choose_ranks`: a rank per layer, the neurons that are always on, and figures to expect per
+    token."""
 
     ranks: tuple[int, ...]
     always: tuple[np.ndarray, ...]
@@ -169,7 +175,7 @@ def sketch_layer(
     tokens: int = 16384,
     progress: Progress | None = None,
 ) -> list[PriceCurve]:
-    """What one layer's predictor would do at rank 0 and at `ranks`, from short trainings on the first `tokens`."""
+    """Price curves of one layer's predictor at rank 0 and at `ranks`, from short trainings on the first `tokens`."""
     data, curves = TrainingData(x, gate, tokens), []
     tried = sorted({0, *ranks})
     for rank in tried:

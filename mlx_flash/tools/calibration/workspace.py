@@ -1,6 +1,6 @@
-"""Where an unfinished calibration keeps what it has: a folder of the checkpoint, found again by what it is made from.
+"""The folder in which an unfinished calibration keeps its finished steps, inside the checkpoint.
 
-One process at a time; what another model, text or setting left there is thrown away.
+One process at a time; results for another model, text or setting are thrown away.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Workspace:
         self.path = path
 
     def load(self, step: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """What `save` kept of a step; None where there is nothing or it is damaged, so that it is done again."""
+        """The result that `save` kept of a step; None where there is none or it is damaged, so that the step is
+        repeated."""
         file = self.path / f"{step}.npz"
         if not file.exists():
             return None

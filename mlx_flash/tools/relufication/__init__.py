@@ -1,1 +1,1 @@
-"""`mlx_flash relufy`."""
+"""Relufication: gives a model with SiLU exact zeros, by ReLU or FATReLU and distillation."""

@@ -1,4 +1,4 @@
-"""Teaches a decoder with exact zeros to say what the original says: cut-offs, losses, steps, and what they reached.
+"""Trains a decoder with exact zeros to give the original's output: cut-offs, losses, steps, and scores.
 
 Knows tensors and token ids; reads and writes no files.
 """
@@ -25,8 +25,8 @@ RAMP, WARM_UP = 0.6, 0.05  # shares of the steps: until the target is asked for 
 
 @dataclass
 class Score:
-    """On held-out text: `nats_per_token`, `zeros` (share of exact zeros after the activation, all layers), `kl` (nats
-    per token from the original), `layer_zeros`."""
+    """A decoder's figures on held-out text: `nats_per_token`, `zeros` (share of exact zeros after the activation,
+    all layers), `kl` (nats per token from the original), `layer_zeros`."""
 
     nats_per_token: float
     zeros: float
@@ -49,7 +49,7 @@ def divergence(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(decoder: TorchDecoder, original: TorchDecoder, rows: torch.Tensor, size: int, bos: int | None) -> Score:
-    """The score on rows (N, T), `size` at a time. `bos` as a target is not scored: nobody has to guess it."""
+    """The score on rows (N, T), `size` at a time. `bos` as a target is not scored: a model never has to predict it."""
     nats = kl = scored = 0.0
     neurons = torch.tensor([layer.intermediate for layer in decoder.spec.layers], dtype=torch.float64)
     zeros = torch.zeros(len(neurons), dtype=torch.float64)
@@ -71,7 +71,8 @@ def evaluate(decoder: TorchDecoder, original: TorchDecoder, rows: torch.Tensor, 
 
 @torch.no_grad()
 def choose_cutoffs(original: TorchDecoder, rows: torch.Tensor, size: int, target: float, seed: int) -> list[float]:
-    """Per layer the `target` quantile of its gates on `rows` (N, T), at least 0: so many activations become zero."""
+    """Per layer the `target` quantile of its gates on `rows` (N, T), at least 0, so that this share of the
+    activations becomes zero."""
     generator = torch.Generator().manual_seed(seed)
     wanted = max(1, SAMPLES // math.ceil(len(rows) / size))
     samples: list[list[torch.Tensor]] = [[] for _ in original.spec.layers]
@@ -85,7 +86,8 @@ def choose_cutoffs(original: TorchDecoder, rows: torch.Tensor, size: int, target
 
 
 class Pressure:
-    """The weight of the sparsity loss, steered so that the zeros follow a ramp to `target`. None: no pressure."""
+    """The weight of the sparsity loss, adjusted so that the share of zeros follows a ramp to `target`. None: no such
+    loss."""
 
     def __init__(self, target: float | None, steps: int):
         self.target, self.steps = target, steps
@@ -111,8 +113,8 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 
 
 def activity(decoder: TorchDecoder, seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
-    """(L1, zeros): per layer the mean of what exceeds the cut-off, over the mean size of a gate, then the mean over
-    all neurons; and the share of zeros."""
+    """(L1, zeros): per layer the mean of activations above the cut-off, divided by the mean size of a gate, then the
+    mean over all neurons; and the share of zeros."""
     assert decoder.cutoffs is not None
     neurons = [layer.intermediate for layer in decoder.spec.layers]
     l1, zeros = [], []
@@ -131,7 +133,7 @@ def hidden_distance(original: Sequence[torch.Tensor], seen: Sequence[torch.Tenso
 
 
 class Distillation:
-    """The original and its copy with exact zeros, and all that one step changes.
+    """The original, its copy with exact zeros, and the state that a training step changes.
 
     cutoffs: of the copy; led_to: share of zeros that the loss leads to, None for no such loss
     """

@@ -1,7 +1,7 @@
-"""Gives a checkpoint with SiLU exact zeros: ReLU or FATReLU in its place, then distillation from the original.
+"""Relufication: replaces SiLU by ReLU or FATReLU in a checkpoint, then recovers by distillation from the original.
 
-Owns what can be relufied; the settings are in options.py, a run is in relufication_run.py. PyTorch is imported only
-when something runs.
+Owns which checkpoints can be relufied; the settings are in options.py, a run is in relufication_run.py. PyTorch is
+imported only when something runs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def relufy(
 
 
 def import_torch() -> Any:
-    """PyTorch, or UsageError that says how to get it."""
+    """PyTorch; where it is missing, UsageError that names the extra to install."""
     try:
         import torch
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""One relufication from the original's weights to the new folder, and the state of one that is not finished.
+"""One relufication, from the original's weights to the new folder, and the saved state of an unfinished one.
 
 Knows files, text and scores; the arithmetic is in distillation.py. PyTorch is imported only when something runs.
 """
@@ -48,7 +48,7 @@ def tensor_names(spec: ModelSpec) -> list[str]:
 
 
 class RelufyRun:
-    """One relufication, from the original's weights to the folder that comes out."""
+    """One relufication: `begin`, `learn`, then `write` the folder."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class RelufyRun:
         return self.torch.from_numpy(to_float32(raw, kind).reshape(info.shape))
 
     def begin(self, data: str | Path | np.ndarray | None, resume: bool) -> None:
-        """The text, the cut-offs and the scores before anything is learnt, or those of the run to go on with."""
+        """Prepare the text, the cut-offs and the scores before training, or restore those of an unfinished run."""
         from .distillation import Distillation, choose_cutoffs
 
         config, spec = self.config, self.spec
@@ -134,7 +134,7 @@ class RelufyRun:
         return data[:count].astype(np.int32)
 
     def write_text(self, count: int) -> np.ndarray:
-        """(count, context) ids that the original writes itself; what was written before an interruption is kept."""
+        """(count, context) ids that the original writes itself; rows written before an interruption are kept."""
         from .torch_decoder import sample_texts
 
         bos = self.spec.bos_id if self.spec.bos_id is not None else next(iter(self.spec.eos_ids), None)
@@ -158,7 +158,7 @@ class RelufyRun:
         return self.state["ids"].numpy()
 
     def learn(self) -> None:
-        """The steps that are left; the state is saved every `save_every_s` seconds."""
+        """Run the remaining steps; the state is saved every `save_every_s` seconds."""
         config, timer = self.config, SaveTimer(self.save_every_s)
         with self._bar("relufy", config.steps, self.run.step_number) as bar:
             while self.run.step_number < config.steps:
@@ -169,7 +169,7 @@ class RelufyRun:
                 timer.save_when_due(lambda: self._save(self.run.state()))
 
     def write(self) -> dict[str, Any]:
-        """The folder, whole or not at all; returns the report."""
+        """Write the folder, whole or not at all; returns the report."""
         from safetensors.torch import save_file
 
         kinds = {"float32": self.torch.float32, "float16": self.torch.float16, "bfloat16": self.torch.bfloat16}

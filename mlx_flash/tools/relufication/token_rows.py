@@ -1,4 +1,4 @@
-"""Rows of token ids to learn from, out of a text file, and which row comes when. Knows no model and no PyTorch."""
+"""Rows of token ids from a text file to train on, and the order in which they come. Knows no model and no PyTorch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ PIECE_BYTES = 1 << 20
 
 
 def read_rows(path: Path, tokenizer: Tokenizer, bos: int | None, vocab: int, count: int, context: int) -> np.ndarray:
-    """(at most `count`, context) int32 ids of a UTF-8 text file, each row behind BOS where there is one.
+    """(at most `count`, context) int32 ids of a UTF-8 text file, each row after BOS where the model has one.
 
-    Reads no more of the file than is needed. Raises UsageError for one that is too short, not UTF-8 or unreadable.
+    Reads no more of the file than is needed. Raises UsageError for a file that is too short, not UTF-8 or
+    unreadable.
     """
     first = [] if bos is None else [bos]
     width = context - len(first)
@@ -41,7 +42,7 @@ def read_rows(path: Path, tokenizer: Tokenizer, bos: int | None, vocab: int, cou
 
 
 def pick(position: int, batch: int, count: int, seed: int) -> np.ndarray:
-    """(batch,) rows of `count` at this position of an endless walk, each epoch in an order of its own."""
+    """(batch,) rows of `count` at this position of an endless sequence in which every epoch has its own order."""
     places = np.arange(position, position + batch)
     orders = {e: np.random.default_rng([seed, int(e)]).permutation(count) for e in np.unique(places // count)}
     return np.array([orders[place // count][place % count] for place in places])

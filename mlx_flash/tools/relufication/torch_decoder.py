@@ -1,4 +1,4 @@
-"""The decoder of models/numpy/decoder.py once more, in PyTorch, so that it can be trained; driven by its `ModelSpec`.
+"""The numpy decoder (models/numpy/decoder.py) again in PyTorch, so that it can be trained; built from a `ModelSpec`.
 
 Shapes: B texts of T tokens, d the width, H query heads that share K key/value heads of size D, I neurons of a layer.
 Weights are a dict under the checkpoint's names. Knows no files, no text and no losses.
@@ -21,8 +21,8 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass
 class Seen:
-    """What one call saw, per layer: `gates` (B, T, I) before the activation, `ups` (B, T, I), `hidden` (B, T, d)
-    after the layer."""
+    """Intermediate values of one call, per layer: `gates` (B, T, I) before the activation, `ups` (B, T, I), `hidden`
+    (B, T, d) after the layer."""
 
     gates: list[torch.Tensor] = field(default_factory=list)
     ups: list[torch.Tensor] = field(default_factory=list)
@@ -129,7 +129,7 @@ class TorchDecoder:
 def sample_texts(
     decoder: TorchDecoder, count: int, length: int, bos: int, ends: Sequence[int], generator: torch.Generator
 ) -> torch.Tensor:
-    """(count, length) ids that the model writes after `bos` at temperature 1; after an end a new text begins."""
+    """(count, length) ids that the model writes after `bos` at temperature 1; after an end token a new text begins."""
     ids = torch.full((count, length), bos, device=decoder.embed.device)
     cache = TorchCache(decoder.spec, count, length, decoder.embed)
     stops = torch.tensor([end for end in ends if end != bos], device=ids.device)
