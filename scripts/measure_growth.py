@@ -24,13 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from mlx_flash.config import FlashConfig
 from mlx_flash.engine.storage.checkpoint import Checkpoint
+from mlx_flash.tools.bench.bench_report import can_draw
 from mlx_flash.tools.bench.random_checkpoint import attach_random_predictors, make_card
 from mlx_flash.tools.bench.trace_replay import synthetic_trace
 from mlx_flash.tools.inspection import inspect_model
@@ -142,7 +138,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.2))
+    axes = figure.subplots(1, 3)
 
     def line(axis: Any, curve: str, selector: str, x: str, label: str, **where: Any) -> None:
         mine = [r for r in rows if r["curve"] == curve and r["selector"] == selector]
@@ -181,6 +180,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints for a further run")
     args = parser.parse_args()
+    if not can_draw():  # which says so, before the work
+        raise SystemExit(1)
     draw(measure(args), args.picture)
 
 

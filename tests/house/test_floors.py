@@ -115,7 +115,7 @@ def test_no_module_only_hands_on_names() -> None:
         assert others or not body, f"{module} only imports what is defined elsewhere"
 
 
-SHARED_NAMES = {"Request"}  # still to be renamed
+SHARED_NAMES = {"Context", "Request"}  # still to be renamed
 
 
 def test_public_classes_have_names_of_their_own() -> None:
