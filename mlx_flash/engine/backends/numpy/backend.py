@@ -37,7 +37,7 @@ COUNTED_THREADS = 2
 class NumpyBackend:
     """See `decoder_base.ExpertBackend`. T tokens, H heads of size hd; activations are fp32.
 
-    numba: as in `kernels.load`.
+    numba: as in `kernels.base.load`.
     """
 
     name, lazy = "numpy", False
@@ -182,7 +182,7 @@ class NumpyBackend:
         return out
 
     def attention(self, layer: Attention, memory: Activations) -> Callable[[], None] | None:
-        """See `kernels.Kernels.attention`."""
+        """See `kernels.base.Kernels.attention`."""
         return self.kernels.attention(layer, memory)
 
     def decode(self, step: Callable[[], None]) -> None:

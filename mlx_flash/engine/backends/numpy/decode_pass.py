@@ -1,7 +1,7 @@
-"""One FFN on the numpy backend, for one token, through the kernels (several tokens: `numpy_prefill`).
+"""One FFN on the numpy backend for one token, through the kernels (several tokens: `prefill_pass`).
 
-Owns the order of the sum: blocks of `BLOCK` ids ascending, ids ascending within a block, wherever the rows lie.
-Knows slabs only by `part(name)`; neither files nor residency.
+Puts the terms into the order that `base.BLOCK` states, wherever their rows lie. Knows slabs only by `part(name)`;
+neither files nor residency.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NO_IDS = np.empty(0, np.int64)
 
 
 class Rows(Protocol):
-    """What a pass needs of a slab: a part of every row, (rows, length) in its storage dtype."""
+    """A slab as a pass sees it: `part` gives one part of every row, (rows, length) in its storage dtype."""
 
     def part(self, name: str) -> Weights: ...
 
@@ -68,7 +68,7 @@ class BlockSums:
         self._finish: Callable[[], Any] | None = None
 
     def take(self, blocks: int, d: int) -> np.ndarray:
-        """(blocks, d) fp32 of any values."""
+        """(blocks, d) fp32, contents undefined."""
         if self._finish is not None:
             self._finish()  # a pass that was cut short may still be writing
             self._finish = None
@@ -77,12 +77,12 @@ class BlockSums:
         return self._memory[: blocks * d].reshape(blocks, d)
 
     def used_until(self, finish: Callable[[], Any]) -> None:
-        """What was taken is being written to until `finish` has returned."""
+        """The memory taken last is written to until `finish` has returned."""
         self._finish = finish
 
 
 class Term:
-    """Ids (n,) whose scalars are being computed: `down` (., d) holds their last part, in `rows`."""
+    """Ids (n,) whose scalars are being computed, and where their down rows lie: `rows` of `down` (., d)."""
 
     def __init__(self, ids: np.ndarray, down: Weights, rows: np.ndarray, begun: Callable[[], np.ndarray]):
         self.ids, self.down, self.rows, self._begun = ids, down, rows, begun
@@ -96,7 +96,7 @@ class Term:
         return self._fired
 
     def left(self, of: np.ndarray | None = None) -> Term:
-        """Those that fired (and are marked in `of`), once finished."""
+        """The ids that fired (and are marked in `of`), once finished."""
         wanted = self._fired if of is None else self._fired & of
         if wanted.all():
             return self
@@ -119,7 +119,8 @@ def _in_order(terms: list[Term]) -> tuple[np.ndarray | None, np.ndarray, np.ndar
 
 
 class BegunSums(NamedTuple):
-    """Sums (blocks, d) of the blocks from `first` that are being made; those of `lacking` (n,) still want terms."""
+    """Sums (blocks, d) that are being computed of the blocks from `first` on; the blocks `lacking` (n,) wait for more
+    terms."""
 
     first: int
     lacking: np.ndarray

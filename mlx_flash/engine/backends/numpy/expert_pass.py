@@ -1,7 +1,7 @@
-"""A mixture's experts on the numpy backend: memory for them, and what they make of their tokens.
+"""A mixture's experts on the numpy backend: their memory, and their FFNs on the tokens routed to them.
 
 An expert's FFN is act(gate . x) * (up . x), then down . that, rows as they are in the checkpoint. Every (token, expert)
-pair is a result of its own, whose bits depend on neither the expert's slot nor on what is computed beside it. Knows
+pair is a result of its own, whose bits depend neither on the expert's slot nor on the other pairs. Knows
 slots and arrays; neither files nor routers.
 """
 

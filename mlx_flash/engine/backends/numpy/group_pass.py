@@ -1,8 +1,8 @@
-"""One FFN on the numpy backend whose bundles are groups of neurons, quantised before they came here.
+"""One FFN on the numpy backend whose bundles are groups of neurons, as a checkpoint quantised them.
 
 A group's columns of `down` share scales along the neurons, so its terms are sums of short rows: y_r += scale_r *
-(codes_r . h) + bias_r * sum(h). The order of the sum is that of single neurons: blocks of BLOCK of them,
-ascending, groups ascending within a block. Knows slabs only by `part(name)`.
+(codes_r . h) + bias_r * sum(h). The order of the sum is that of single neurons (`base.BLOCK`), groups ascending within
+a block. Knows slabs only by `part(name)`.
 """
 
 from __future__ import annotations

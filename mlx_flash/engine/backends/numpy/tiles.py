@@ -1,7 +1,7 @@
-"""Matrix products of a prompt: cut into tiles of fixed shapes, each done by one thread of BLAS, shared by a few.
+"""A prompt's matrix products: cut into tiles of fixed shapes, which a few threads share, each with one BLAS thread.
 
-BLAS's own threads wait for each other within every product, which takes many times longer where another process holds
-a core; and its sums depend on how many there are. Tiles do neither. Knows arrays only.
+BLAS's own threads wait for each other within every product, which takes many times longer when another process uses a
+core, and their number changes the sums. Tiles avoid both. Knows arrays only.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Tiles:
             yield
 
     def each(self, count: int, task: Task) -> None:
-        """`task(scratch, k)` for k in 0..count-1, in any order; what one raises is raised when all have ended."""
-        numbers = iter(range(count))  # one for all: the next number goes to whoever asks first
+        """Run `task(scratch, k)` for k in 0..count-1, in any order. A task's error is raised when all have ended."""
+        numbers = iter(range(count))  # shared: each thread takes the next number
 
         def work(scratch: Scratch) -> None:
             for k in numbers:

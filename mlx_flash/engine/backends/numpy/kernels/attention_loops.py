@@ -1,6 +1,6 @@
 """The compiled half of a decoded token's attention: norms, rotary positions, the cache, and the attention itself.
 
-As `kernels_llvm`: addresses instead of arrays, no checks. What changes from token to token, the position, is read from
+As in `loops`, arguments are addresses and are not checked. What changes from token to token, the position, is read from
 memory, so that a layer's steps are put together once (`attention`).
 """
 

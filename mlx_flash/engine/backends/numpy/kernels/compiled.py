@@ -1,7 +1,7 @@
-"""The Numba kernels: bf16 and fp16 rows are decoded in registers, and only the rows asked for are touched.
+"""The Numba kernels: bf16 and fp16 rows are decoded in registers, and only the rows asked for are read.
 
-Checks what compiled code takes on trust, cuts the work into tasks and shares it among threads. Row lengths, dtypes and
-rows are checked here; the arithmetic is in `kernels_llvm`.
+Checks row lengths, dtypes and row numbers, which compiled code does not, cuts the work into tasks and shares it among
+threads. The arithmetic is in `loops`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 from . import loops as compiled
 from .attention_compiled import attention_steps
 from .base import EarlySums, Weights, add_dense
-from .quantised import QuantisedKernels
+from .quantised import QuantisedKernels, when
 from .thread_pool import Steps, Workers
 from .vector_code import BFLOAT16, FLOAT16, FLOAT32, INT8
 
@@ -45,7 +45,7 @@ def _check_rows(*arrays: np.ndarray) -> None:
 
 
 def _check_alike(*parts: np.ndarray) -> None:
-    """Row i of all parts is at one distance from their beginnings, and of one length."""
+    """Raise ValueError unless the parts have one dtype, shape and distance between rows."""
     _check_rows(*parts)
     w = parts[0]
     if any(part.dtype != w.dtype or part.shape != w.shape or part.strides != w.strides for part in parts):
@@ -58,7 +58,7 @@ def _check_input(x: np.ndarray, n: int) -> None:
 
 
 def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
-    """Rows as int64, checked to lie in 0..count-1; none for None."""
+    """Rows as int64, empty for None. Raises IndexError for one outside 0..count-1."""
     if rows is None:
         return _ALL
     chosen = np.array(rows, np.int64)
@@ -79,7 +79,7 @@ def _check_sums(sums: np.ndarray, blocks: int, d: int) -> None:
 
 
 def _checked_segments(segments: np.ndarray, blocks: int, y: np.ndarray) -> np.ndarray:
-    """The segment of each block as int64, where y has a row for it."""
+    """The segment of each block as int64. Raises ValueError unless y (SEGMENTS, d) has a row for it."""
     _check_sums(y, SEGMENTS, y.shape[-1])
     found = np.array(segments, np.int64)
     if found.shape != (blocks,) or compiled.outside(found, SEGMENTS):
@@ -88,7 +88,7 @@ def _checked_segments(segments: np.ndarray, blocks: int, y: np.ndarray) -> np.nd
 
 
 def _checked_spans(early: EarlySums, count: int) -> np.ndarray:
-    """The spans as contiguous int64, all within 0..count."""
+    """The spans as contiguous int64. Raises ValueError for one outside 0..count."""
     spans = early.spans
     begin, end = spans[:, 0], spans[:, 1]
     if (begin < 0).any() or (begin > end).any() or (end > count).any():
@@ -98,7 +98,7 @@ def _checked_spans(early: EarlySums, count: int) -> np.ndarray:
 
 
 class CompiledKernels:
-    """See `kernels.Kernels`."""
+    """See `base.Kernels`."""
 
     name = "numba"
 
@@ -152,13 +152,7 @@ class CompiledKernels:
             out, z, tasks = np.empty(count, np.float32), np.empty(rank, np.float32), self._workers.tasks
             first = tasks(a.nbytes, rank)
             run = compiled.low_rank, first + tasks(b.nbytes, count), first
-            finish = self._workers.start(*run, *weights, x, n, np.float32(step), bias, z, out)
-
-            def found() -> np.ndarray:
-                finish()
-                return out
-
-            return found
+            return when(self._workers.start(*run, *weights, x, n, np.float32(step), bias, z, out), out)
 
         return begin
 
@@ -220,12 +214,7 @@ class CompiledKernels:
             0 if down is None else down,
             0 if early is None else early.sums,
         )
-
-        def result() -> np.ndarray:
-            finish()
-            return h
-
-        return result
+        return when(finish, h)
 
     def add_blocks(
         self,

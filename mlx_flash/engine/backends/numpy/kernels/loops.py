@@ -1,7 +1,8 @@
-"""The compiled half of the Numba kernels: the loops over rows, and who takes which of them.
+"""The compiled half of the Numba kernels: the loops over rows, and which task takes which rows.
 
-Arguments are addresses: an array's type, layout or writability would cost a compilation of its own, and helpers get
-them without Python's help. Checks nothing: `kernels_numba` does. Importing compiles nothing.
+Arguments are addresses: each array type, layout or writability would need a compilation of its own, and threads
+outside Python can take addresses. `compiled` checks the arguments, this module checks nothing. Importing compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RELU, SILU = 1, 2  # activations; 0: none
 
 @jit
 def row_at(w, stride, rows, i, end):  # type: ignore[no-untyped-def]
-    """the address of row i of w (item i of rows, unless that is 0), the last one's for what lies beyond"""
+    """The address of row i of w (row rows[i], unless rows is 0); for i >= end that of the last row"""
     i = min(i, end - 1)
     return w + (integers(rows, end)[i] if rows else i) * stride
 
@@ -58,7 +59,7 @@ def share(count, task, tasks):  # type: ignore[no-untyped-def]
     return count * task // tasks, count * (task + 1) // tasks
 
 
-# A kernel does one task of a call whose arguments, int64, lie at address p (see `workers`).
+# A kernel does one task of a call whose arguments, int64, lie at address p (see `thread_pool`).
 
 
 @task_kernel
@@ -252,7 +253,7 @@ def addresses(table, source, rows, out):  # type: ignore[no-untyped-def]
 
 @jit
 def outside(rows, count):  # type: ignore[no-untyped-def]
-    """how many of rows are not in 0..count-1"""
+    """How many of rows are not in 0..count-1"""
     wrong = 0
     for row in rows:
         wrong += row < 0 or row >= count

@@ -1,6 +1,7 @@
-"""The kernels in plain NumPy, for where Numba is missing: same order of sums within the set, several times slower.
+"""The kernels in plain NumPy, for machines without Numba: several times slower.
 
-No BLAS here: its order changes with the number of rows. `einsum` adds up each row the same way wherever it lies.
+Terms are added in the same order as in the compiled set; dot products are not, so the two agree to 1e-5. BLAS is not
+used, since its order of sums changes with the number of rows. `einsum` sums a row in the same way wherever it lies.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROWS = 256  # widened at a time
 
 
 class PlainKernels:
-    """See `kernels.Kernels`."""
+    """See `base.Kernels`."""
 
     name, executor = "plain", None
     threads = 1
@@ -173,7 +174,7 @@ class PlainKernels:
         return out
 
     def attention(self, layer: Attention, memory: Activations) -> None:
-        """None: see `kernels.Kernels`."""
+        """None: see `base.Kernels`."""
 
 
 def _sum_rows(

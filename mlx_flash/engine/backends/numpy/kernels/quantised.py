@@ -1,7 +1,7 @@
 """The Numba kernels on quantised rows: their checks, and how the work is cut into tasks.
 
-The same promises as `kernels_numba`, which calls it for `AffineRows` and `AffineBundles`; the arithmetic is in
-`kernels_quant_llvm`.
+`compiled` calls these for `AffineRows` and `AffineBundles`; they keep the same promises. The arithmetic is in
+`quantised_loops`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,18 @@ def _address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
 
 
+def when(finish: Callable[[], Any], result: np.ndarray) -> Callable[[], np.ndarray]:
+    """A function that waits for `finish` and returns `result`, which is then complete."""
+
+    def wait() -> np.ndarray:
+        finish()
+        return result
+
+    return wait
+
+
 class _Form:
-    """How rows are quantised, in the numbers that the kernels take. Raises ValueError for what they do not know."""
+    """How rows are quantised, as the numbers that the kernels take. Raises ValueError for a form without a kernel."""
 
     def __init__(self, w: AffineRows):
         n = w.shape[1]
@@ -55,11 +65,11 @@ class _Form:
             raise ValueError(f"x is {x.dtype} {x.shape}, the rows have {self.n} items; x must be contiguous fp32")
 
     def memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For an input as the kernels take it."""
+        """Memory for an input in the form that the kernels take."""
         return np.empty(self.n, np.float32), np.empty(self.words, np.float32), np.empty(self.groups, np.float32)
 
     def prepared(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x (n,) as the kernels take it."""
+        """x (n,) in the form that the kernels take."""
         self.check_input(x)
         held = self.memory()
         compiled.prepare(x, self.bits, self.size, self.rest, *held)
@@ -67,8 +77,8 @@ class _Form:
 
 
 def _places(w: AffineRows | AffineBundles | None) -> np.ndarray:
-    """Of codes, scales and biases the address, the bytes from one bundle to the next and from one row to the next; then
-    the logarithm of the rows in a bundle."""
+    """Where rows lie, for `quantised_loops.place`: of codes, scales and biases the address, the bytes from one bundle
+    to the next and from one row to the next; then the base-2 logarithm of the rows in a bundle."""
     if w is None:
         return NOWHERE
     numbers: list[int] = []
@@ -87,14 +97,14 @@ def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
 
 
 class QuantisedKernels:
-    """`dots`, `begin_neurons` and `add_blocks` of `kernels.Kernels` on quantised rows."""
+    """`dots`, `begin_neurons` and `add_blocks` of `base.Kernels` on quantised rows."""
 
     def __init__(self, workers: Workers):
         self._workers = workers
         self._known: WeakKeyDictionary[AffineRows, tuple[_Form, np.ndarray]] = WeakKeyDictionary()
 
     def _described(self, w: AffineRows) -> tuple[_Form, np.ndarray]:
-        """A slab's rows are asked for twice a layer and token: their form and places, kept as long as they are."""
+        """The form and the places of rows, kept as long as the rows: they are needed twice per layer and token."""
         found = self._known.get(w)
         if found is None:
             found = self._known[w] = _Form(w), _places(w)
@@ -113,7 +123,7 @@ class QuantisedKernels:
         return out
 
     def add_dots(self, steps: Steps, w: AffineRows, x: np.ndarray, out: np.ndarray) -> None:
-        """`dots` of all rows, as further steps."""
+        """Append `dots` of all rows to `steps`."""
         form = _Form(w)
         form.check_input(x)
         x3 = form.memory()
@@ -184,12 +194,7 @@ class QuantisedKernels:
             h,
             keep=parts,
         )
-
-        def result() -> np.ndarray:
-            finish()
-            return h
-
-        return result
+        return when(finish, h)
 
     def add_blocks(
         self,

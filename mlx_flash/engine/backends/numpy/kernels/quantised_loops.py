@@ -1,7 +1,7 @@
-"""The compiled half of the kernels on quantised rows: the loops over rows and bundles, and who takes which of them.
+"""The compiled half of the kernels on quantised rows: the loops over rows and bundles, and which task takes which.
 
-As `kernels_llvm`, whose place in the project this has: addresses instead of arrays, no checks. A block's rows are added
-up four at a time, in the order of the ids, so that its sum depends on nothing but which rows they are.
+As in `loops`, arguments are addresses and are not checked. A block's rows are summed four at a time in the order of the
+ids, so the sum depends only on which rows they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .quantised_vector_code import ROWS, SHAPES, codes_add, codes_dot, ends_add,
 from .thread_pool_loops import floats, integers, jit, task_kernel
 
 LANES = 16
-PLACES = 10  # numbers that say where rows are: see `kernels_quant`
+PLACES = 10  # numbers that say where rows are: see `quantised._places`
 PER_WORD = tuple(32 // bits for bits, _ in SHAPES)
 # What a function is built on goes into its name, for the disk cache.
 BUILT_ON = built_on(quantised_vector_code.__file__)
@@ -88,7 +88,7 @@ def row_dot(shape, kind, w, row, following, words, groups, middle, x, scratch): 
     return more + codes_dot(shape, place(w, 0, row), following, words, x[0], x[1], scratch)
 
 
-# A kernel does one task of a call whose arguments, int64, lie at address p (see `workers`).
+# A kernel does one task of a call whose arguments, int64, lie at address p (see `thread_pool`).
 
 
 @task_kernel
@@ -107,7 +107,7 @@ def dots(p, task):  # type: ignore[no-untyped-def]
 
 @task_kernel
 def neurons(p, task):  # type: ignore[no-untyped-def]
-    """See `kernels_llvm.neurons`; first, second: addresses of what `place` takes, its first 0 where there is none"""
+    """See `loops.neurons`; first, second: addresses of what `place` takes, its first 0 where there is none"""
     a = integers(p, 20)
     tasks, shape, kind, rows, count = a[0], a[1], a[2], a[5], a[6]
     first, second = integers(a[3], PLACES), integers(a[4], PLACES)

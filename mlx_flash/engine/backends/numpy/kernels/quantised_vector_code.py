@@ -311,7 +311,7 @@ def _emit_group(builder: Any, number: int, codes: Any, rows: Any, h: Any, less: 
 @intrinsic
 def group_dots(typing: Any, shape: Any, codes: Any, rows: Any, h: Any, less: Any, out: Any) -> Any:
     """out[r] = sum of (code - middle) h over the codes of row r, a group each; rows: a multiple of 16. h, less: as
-    `kernels_quant.spread_group` gives them."""
+    `quantised_loops.spread_group` gives them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         shape, *rest = arguments
