@@ -71,16 +71,16 @@ class FFNSpec:
 
     @property
     def first(self) -> str:
-        """The part that leads."""
+        """The part that is computed first and decides which neurons are active."""
         return self.lead or ("gate" if self.gated else "up")
 
     @property
     def second(self) -> str | None:
-        """The part that is multiplied with it."""
+        """The part that the first one is multiplied with, None where there is none."""
         return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
 
     def bias(self, part: str | None) -> Any:
-        """(count,) backend array, or None: what is added to the products of "gate" or "up"."""
+        """The bias of "gate" or "up", a backend array (count,), or None."""
         return {"gate": self.gate_bias, "up": self.up_bias}.get(part or "")
 
 
@@ -90,7 +90,7 @@ Predictor = Callable[[Any], Callable[[], np.ndarray]]  # begins; what it returns
 
 @dataclass(frozen=True)
 class Widths:
-    """What prefill scratch depends on, in items: the largest over the layers."""
+    """The sizes that prefill scratch depends on, in items, each the largest over the layers."""
 
     dim: int
     intermediate: int
@@ -121,17 +121,17 @@ class FFNPass(Protocol):
         zero for any token, ascending, int32."""
 
     def scalars(self, ids: np.ndarray, slab: OwnSlab, rows: np.ndarray, late: np.ndarray | None = None) -> Fired | None:
-        """Begin to compute h of these ids, which lie in `rows` of `slab`; any order, same bits. Without `gate` before
-        it `slab` holds the leading part too. Returns what tells, once `down` has been called, which of them fired; None
-        where that would cost something.
+        """Begin to compute h of these ids, which lie in `rows` of `slab`; any order gives the same bits. Without `gate`
+        before it, `slab` holds the leading part too. Returns a function that says which of them fired, to be called
+        after `down`; None where finding out would cost time.
 
-        late: with a pass's first ids, which then ascend: all that `scalars` will be given before `down`. Blocks that
-        wait for none of these may be summed up at once.
+        late: given with a pass's first ids, which then ascend: all further ids that `scalars` will get before `down`.
+        Blocks without any of these may be summed at once.
         """
 
     def down(self) -> None:
-        """Add `sum h_i d_i` over all ids given to `scalars` since the last `down`, by fixed blocks. Their rows may
-        be overwritten after `settle`, or once the layer's next `gate` has returned."""
+        """Add h_i d_i of all ids given to `scalars` since the last `down`, block by block. Their rows may be
+        overwritten after `settle`, or once the layer's next `gate` has returned."""
 
     def dense(self, slab: OwnSlab, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         """Add the terms of ids `first_id..first_id+count`, whole blocks in consecutive rows, all parts there.

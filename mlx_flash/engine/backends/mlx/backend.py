@@ -1,8 +1,8 @@
-"""The arithmetic on bundles in MLX arrays, on whatever device MLX runs. Needs mlx; knows no model or file.
+"""One layer's FFN in MLX arrays, on the device that MLX runs on. Needs mlx; knows no model or file.
 
-Every product has a shape that the selection alone decides (blocks of ids, groups of selected ids), never where rows lie
-or how many are resident: on one device the same bits come out at every budget (DESIGN 2). Run on Linux CPU only; what
-is said of Metal was read off MLX's source.
+The shape of every product depends on the selection alone (blocks of ids, groups of selected ids), not on where rows lie
+or how many are resident. So one device gives the same bits at every budget (DESIGN 2). This was run on Linux's CPU
+only; comments about Metal come from MLX's source.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .slab import (
 )
 from .terms import ACTIVATIONS, Sum
 
-# One token's terms summed by one product: for 256 rows MLX's CPU takes up to twice as long in bfloat16. Layers of fewer
-# than MANY neurons keep blocks of 256, as there each operation costs more than what it computes.
+# Rows per product when one token's terms are summed: with 256 MLX's CPU takes up to twice as long in bfloat16. Layers
+# of fewer than MANY neurons keep blocks of 256, because there starting an operation costs more than its arithmetic.
 DOWN_ROWS, MANY = 64, 4 * BLOCK
 PIECE = 8 * BLOCK  # rows gathered at once in decode, twice: bounds the copy that a gather makes
 LAZY_BYTES = 32 << 20  # temporaries that prefill leaves to MLX before it waits for them
@@ -90,7 +90,7 @@ class MlxPass:
         return np.flatnonzero(np.array(fires)).astype(np.int32)
 
     def scalars(self, ids: np.ndarray, slab: MlxSlab, rows: np.ndarray, late: np.ndarray | None = None) -> None:
-        """Start computing h of `ids` (n,), which lie in `rows` (n,) of `slab`."""
+        """Start to compute h of `ids` (n,), which lie in `rows` (n,) of `slab`."""
         if not len(ids):
             return
         run = self._one_token and is_run(rows)
@@ -166,14 +166,14 @@ class MlxPass:
         return (products if self._one_token else products.swapaxes(0, 1)).reshape(1, self._tokens, -1)
 
     def _lead(self, product: mx.array, bias: mx.array | None) -> mx.array:
-        """What the leading part's products become: activation, unless it is the second part's, and cut."""
+        """The leading part, from its products: bias, activation (unless that is the second part's) and cut-off."""
         product = _plus(product, bias)
         if not (self._spec.gated and self._spec.first == "up"):
             product = self._activation.alone(product)
         return mx.where(mx.abs(product) > self._spec.cutoff, product, 0) if self._spec.cutoff else product
 
     def _follows(self, product: mx.array, bias: mx.array | None) -> mx.array:
-        """What the second part's products become."""
+        """The second part, from its products: bias, and activation if it is the gate."""
         product = _plus(product, bias)
         return self._activation.alone(product) if self._spec.second == "gate" else product
 
@@ -334,9 +334,9 @@ def _block_bytes(dim: int, item: int, tokens: int) -> int:
 
 
 def cache_limit_bytes(dim: int) -> int:
-    """What MLX may keep of freed buffers for a model of this width: 16 fp32 arrays of 256 tokens. By default it keeps
-    them up to its memory limit, which is the machine's, on top of the budget; none at all would make it allocate
-    anew in every layer."""
+    """How many bytes of freed buffers MLX may keep for a model of this width: 16 fp32 arrays of 256 tokens. By default
+    it keeps as many as the machine's memory allows, on top of the budget. With none it would allocate again in every
+    layer."""
     return 16 * 256 * dim * 4
 
 

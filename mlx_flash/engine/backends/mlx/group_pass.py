@@ -1,9 +1,9 @@
 """One layer's FFN in MLX arrays where bundles are groups of neurons that share the scales of `down`. Needs mlx.
 
 The products are mlx-lm's own, bit for bit: gate and up with the rows at hand, `down` in one product over all of its
-columns, which are put side by side first. Each matrix has its own quantisation, or none. Columns that passed through
-staging are copied before they go, so that the result is the same at every budget. Copying takes as long as two products
-more: little, next to reading from a disk.
+columns, which are put side by side first. So this pass does not add segments of blocks as the others do. Each matrix
+has its own quantisation, or none. Columns in staging are copied before staging is used again, so the result is the same
+at every budget. A copy takes as long as two products: little, compared with reading from a disk.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _joined(arrays: list[mx.array], axis: int) -> mx.array:
 
 
 def scratch_bytes(layout: Layout, tokens: int, item: int) -> int:
-    """What a pass takes at most: copies of a layer's `down`, of gate and up where they are gathered, and h and what it
-    is made of."""
+    """Most bytes that a pass takes: copies of a layer's `down`, of gate and up where they are gathered, and h with the
+    products that it is computed from."""
     neurons = layout.count * layout.neurons
     return layout.count * (DOWN_COPIES + 2) * layout.matrix_bytes("down") + 4 * tokens * neurons * item
