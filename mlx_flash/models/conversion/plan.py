@@ -1,6 +1,7 @@
-"""All that `convert` decides before it writes a byte: which tensors there must be, and what becomes of them.
+"""The plan of a conversion, made before a byte is written: which tensors the source must have, and what is written of
+each.
 
-What is where in a family is models.families' to say.
+Where a family keeps its tensors is said in specs/families.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mlx_flash.models.specs.folder import first_names, is_there, safe_file
 from mlx_flash.models.specs.mixtures import is_mixture
 from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.models.specs.quantisation import (
+    Entries,
     check_no_small_floats,
     coded_shapes,
     find_codings,
@@ -42,8 +44,10 @@ MARGIN_BYTES = 16 << 20  # config, headers and the file system's own
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion is asked for. quantise: bits, group size, bits of the dense part (None: the same); requantise:
-    also what is quantised already."""
+    """The options of a conversion.
+
+    quantise: bits, group size, bits of the dense part (None: the same); requantise: also weights that are quantised
+    """
 
     dtype: str | None = None
     quantise: tuple[int, int, int | None] | None = None
@@ -51,7 +55,7 @@ class Settings:
 
     @property
     def options(self) -> list[Any] | None:
-        """What the hash of the source covers beside the dtype; None for nothing."""
+        """The options that the hash of the source covers, besides the dtype; None for none."""
         return None if self.quantise is None else [*self.quantise, *(["requantise"] if self.requantise else [])]
 
     def encoder(self, spec: ModelSpec, dtype: str) -> Encoder | None:
@@ -60,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """All that is decided before the first byte is written."""
+    """What a conversion will write, and from what."""
 
     spec: ModelSpec
     dtype: str
@@ -73,7 +77,7 @@ class ConversionPlan:
     stored: dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape on disk of the same, scales and biases included
     tokenizer: tuple[Path, ...]
     copies: tuple[Path, ...]
-    note: str | None = None  # to be told to whoever asked for the conversion
+    note: str | None = None  # what to tell the user
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +86,63 @@ class ConversionPlan:
         return resident + others + sum(layout.file_bytes for layout in self.layouts) + MARGIN_BYTES
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A source whose headers have been read and fit its config.
+
+    entries: config.json's "quantization", if any; note: what to tell the user about the head
+    """
+
+    spec: ModelSpec
+    entries: Entries | None
+    codings: Codings
+    note: str | None
+
+    @property
+    def groups(self) -> bool:
+        """Whether the FFNs are quantised, so that they are copied in groups of neurons."""
+        return any(name in self.codings for name in self.spec.ffn_shapes())
+
+
 def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> ConversionPlan:
+    """What a conversion will write; `source` gets its tensors opened and its head settled.
+
+    tokenizer: the folder or file that it is taken from, if not the source's. Raises UsageError, ConfigError,
+    FormatError.
+    """
+    read = _read(source, settings)
+    spec, codings = read.spec, read.codings
+    kind, layouts = _layouts(source, settings, read)
+    encoder = settings.encoder(spec, kind)
+    if encoder is not None:
+        layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
+    resident = dict(sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0])))
+    flash = {
+        "format_version": max(layout.version for layout in layouts),
+        "activation": spec.activation,
+        "dtype": kind,
+        "layers": [layout.to_json() for layout in layouts],
+        "source_hash": source_hash(source.folder, dtype=settings.dtype, tokenizer=tokenizer, more=settings.options),
+    }
+    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if is_there(source.folder, n)]
+    return ConversionPlan(
+        spec=spec,
+        dtype=kind,
+        config=_config(source, read, kind, encoder) | {"flash": flash},
+        layouts=layouts,
+        encoder=encoder,
+        groups=read.groups,
+        copied=bool(codings),
+        resident=resident,
+        stored=_stored(source, resident, kind, encoder, codings),
+        tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
+        copies=tuple(copies),
+        note=read.note,
+    )
+
+
+def _read(source: Source, settings: Settings) -> _Read:
+    """Raises what makes a source impossible to convert."""
     if "flash" in source.config:
         raise UsageError(f"{source.folder} is a flash checkpoint already; it needs no conversion")
     if is_mixture(source.config):
@@ -103,53 +163,35 @@ def make_plan(source: Source, settings: Settings, tokenizer: Path | None) -> Con
     codings = {name: coding for name, coding in codings.items() if name in source.tensors}
     spec = read_spec(source.config, plain_shapes({name: every[name] for name in source.tensors}, codings))
     end_ids(source.folder, source.config, spec.vocab)  # what is wrong with them is said before anything is written
-    plain = spec.resident_shapes() | spec.ffn_shapes()
-    check_tensors(source, spec, coded_shapes(plain, codings))
-    groups = any(name in codings for name in spec.ffn_shapes())
-    if groups:
-        layouts = group_layouts(source, spec, codings)
-        kind = numbers_dtype(source, spec, layouts)
-    else:
-        for name in plain:
-            stored_dtype(source, name) if name in codings else source.dtype(name)
-        kind = settings.dtype or _ffn_dtype(source, spec)
-        layouts = tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
-    encoder = settings.encoder(spec, kind)
-    order = sorted(spec.resident_shapes().items(), key=lambda item: _place(source, item[0]))
-    config = normalised_config(source.config, spec, kind)
-    if entries is not None:
-        config["quantization"] = quantization_object(entries, codings, spec.resident_shapes())
-    if encoder is not None:
-        layouts = tuple(quantised(layout, encoder.bundles) for layout in layouts)
-        if encoder.dense is not None:  # for mlx-lm
-            sizes = {"group_size": encoder.dense.group_size, "bits": encoder.dense.bits}
-            config["quantization"] = sizes | {"mode": "affine"}
-    flash = {
-        "format_version": max(layout.version for layout in layouts),
-        "activation": spec.activation,
-        "dtype": kind,
-        "layers": [layout.to_json() for layout in layouts],
-        "source_hash": source_hash(source.folder, dtype=settings.dtype, tokenizer=tokenizer, more=settings.options),
-    }
-    copies = [safe_file(source.folder, n) for n in ("generation_config.json",) if is_there(source.folder, n)]
-    return ConversionPlan(
-        spec=spec,
-        dtype=kind,
-        config=config | {"flash": flash},
-        layouts=layouts,
-        encoder=encoder,
-        groups=groups,
-        copied=bool(codings),
-        resident=dict(order),
-        stored=_stored(source, dict(order), kind, encoder, codings),
-        tokenizer=tuple(tokenizer_files(tokenizer or source.folder)),
-        copies=tuple(copies),
-        note=settled.note,
-    )
+    check_tensors(source, spec, coded_shapes(spec.resident_shapes() | spec.ffn_shapes(), codings))
+    return _Read(spec, entries, codings, settled.note)
+
+
+def _layouts(source: Source, settings: Settings, read: _Read) -> tuple[str, tuple[Layout, ...]]:
+    """The dtype of the numbers, and the layers' bundles before they are quantised."""
+    spec = read.spec
+    if read.groups:
+        layouts = group_layouts(source, spec, read.codings)
+        return numbers_dtype(source, spec, layouts), layouts
+    for name in spec.resident_shapes() | spec.ffn_shapes():
+        stored_dtype(source, name) if name in read.codings else source.dtype(name)  # raises for one that is not known
+    kind = settings.dtype or _ffn_dtype(source, spec)
+    return kind, tuple(spec.layout(i, kind) for i in range(len(spec.layers)))
+
+
+def _config(source: Source, read: _Read, kind: str, encoder: Encoder | None) -> dict[str, Any]:
+    """The config of the flash checkpoint, without its "flash" object."""
+    config = normalised_config(source.config, read.spec, kind)
+    if read.entries is not None:
+        config["quantization"] = quantization_object(read.entries, read.codings, read.spec.resident_shapes())
+    if encoder is not None and encoder.dense is not None:  # for mlx-lm
+        sizes = {"group_size": encoder.dense.group_size, "bits": encoder.dense.bits}
+        config["quantization"] = sizes | {"mode": "affine"}
+    return config
 
 
 def _check_settings(source: Source, settings: Settings, quantised: str | None) -> None:
-    """Raise UsageError for what cannot be asked of a source that is quantised (so), or is not (None)."""
+    """Raise UsageError for options that do not go with the source. quantised: how it is quantised; None: it is not."""
     if settings.requantise and settings.quantise is None:
         raise UsageError("--requantize goes with -q, which says how")
     if settings.requantise and not isinstance(source, Dequantised):
@@ -208,7 +250,7 @@ def check_tensors(source: Source, spec: ModelSpec, wanted: Mapping[str, tuple[in
     ]
     if extra:
         raise ConfigError(
-            f"{source.folder} has {len(extra)} tensors that {spec.table.title} has no use for, so it is "
+            f"{source.folder} has {len(extra)} tensors that {spec.table.title} does not have, so it is "
             f"not what config.json says: {first_names(extra)}"
         )
 
