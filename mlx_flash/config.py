@@ -1,4 +1,4 @@
-"""Settings of a run: one frozen dataclass, validated once; a command-line flag maps to a field one to one."""
+"""Settings of a run: one frozen dataclass, validated once. Every command-line flag is one field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOK_AHEAD = ("auto", "on", "off")
 DIRECT = ("auto", "on", "off")
 MOST_READS_IN_FLIGHT = 4096
 MOST_STAGING_BLOCKS = 1024
-LONGEST_GAP = 1 << 20  # as long as the longest read
+LONGEST_GAP = 1 << 20  # bytes: the longest read
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -43,8 +43,8 @@ def format_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """A selector by name, with its share of the neurons: kept (`prompt`, `static`) or dropped (`threshold`); None for
-    `prompt:auto` and for selectors without one."""
+    """A selector and its share of the neurons: kept (`prompt`, `static`) or dropped (`threshold`). None for
+    `prompt:auto`, and for selectors without a share."""
 
     name: str
     fraction: float | None = None
@@ -88,18 +88,18 @@ class FlashConfig:
     select: "auto" (exact: router for a mixture of experts, else gate where it fits and pays, else all), "router",
         "all", "gate", or one that loses quality: "predictor", "prompt:F" and "static:F" (share of neurons kept),
         "prompt:auto" (as many as fit), "threshold:S" (dropped)
-    reselect: with `prompt`, every so many decoded tokens one is computed whole and the selection made anew
-    look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors,
-        or routers
+    reselect: with `prompt`, after this many decoded tokens one is computed with all neurons, and the neurons are
+        selected anew
+    look_ahead: "auto" (the next layer's reads begin early where that pays), "on" or "off"; needs predictors or routers
     prefill_chunk: prompt tokens per pass over the layers
     sequences: KV caches of max_context tokens that the budget holds
 
-    How bundles are read; none of these changes the output. "auto" is chosen for the machine, once
+    The rest says how bundles are read. None of it changes the output. "auto" is chosen for the machine, once
     `mlx_flash bench --probe` has measured it:
-    merge_gap: bundles so many bytes apart, or less, are one read; bytes, or a size such as "16KiB"
-    reads_in_flight: reads that the disk is given at once
+    merge_gap: bundles at most this many bytes apart are read at once; bytes, or a size such as "16KiB"
+    reads_in_flight: reads that the disk works on at the same time
     direct: "on" (around the page cache, where the system can) or "off"
-    staging_blocks: blocks of 256 bundles that are read ahead, the one being computed included
+    staging_blocks: blocks of 256 bundles that are read ahead, including the one being computed
     slots: share of every layer's bundles that stay in memory, 0 to 1; "auto": as many as the budget holds
     """
 

@@ -1,12 +1,12 @@
-"""Every error a user can cause, with the exit status the command line gives it.
+"""Every error that a user can cause, with the exit status of the command line.
 
 FlashError                1
 +-- UsageError            2   wrong arguments, an empty or too long prompt
 |   +-- BudgetError       2   the memory budget is too small or unreadable
 |   +-- ConfigError       2   config.json lacks a key, or names an unknown family or activation
-|   +-- FormatError       2   a file that is not what it claims to be: truncated, oversized, lying header
+|   +-- FormatError       2   a file that contradicts its header or config: truncated, oversized, another version
 +-- ReadError             1   the disk failed, or a file ended, while reading
-+-- IntegrityError        1   `verify` found a changed byte
++-- IntegrityError        1   `verify` found a file that has changed
 +-- SpaceError            1   not enough room on the disk
 +-- BackendError          2   the backend asked for is not installed or cannot run here
 """
@@ -35,7 +35,7 @@ class ConfigError(UsageError):
 
 
 class FormatError(UsageError):
-    """A checkpoint file is truncated, oversized, of another version, or its header lies."""
+    """A checkpoint file is truncated, oversized, of another version, or contradicts its header."""
 
 
 class BackendError(UsageError):

@@ -10,9 +10,12 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Stats:
-    """Since `reset`: bytes and reads asked of the disk, seconds waited for them, and how many of the bundles that
-    decoding steps asked for were resident (hits) or had to be read (misses); bundles read ahead (guessed), and those of
-    them that were asked for then (guessed_right)."""
+    """Counts since `reset`.
+
+    bytes_read, reads: from the disk; wait_s: seconds that the generating thread waited for them
+    hits, misses: bundles that decoding steps asked for, and that were in memory, or not
+    guessed, guessed_right: bundles that were read ahead, and those of them that were asked for afterwards
+    """
 
     bytes_read: int = 0
     reads: int = 0
@@ -33,7 +36,7 @@ class Stats:
             setattr(self, field.name, field.default)
 
     def add(self, other: Stats) -> None:
-        """Count what another one counted, too."""
+        """Add another one's counts."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 

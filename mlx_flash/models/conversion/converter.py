@@ -1,8 +1,7 @@
-"""Turns a Hugging Face checkpoint into a flash checkpoint: FFN neurons become bundles, the rest is copied.
+"""`convert`: a Hugging Face checkpoint becomes a flash checkpoint. FFN neurons become bundles, the rest is copied.
 
-Streams: one thread reads, another transposes and writes, through a few reused buffers; of a layer no more
-than a panel of its down projection is in memory at once. What is where in a family is models.families' to
-say.
+One thread reads, another transposes and writes, through a few buffers that are used again; at most a panel of one
+layer's down projection is in memory. Where a family keeps its tensors is said in specs/families.py.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def convert(
 
 
 def _open(folder: Path, requantise: bool) -> Source:
-    """The source; what is quantised in it as numbers, if it is to be quantised again."""
+    """The source; for one that is quantised again, with its weights as numbers."""
     source = Source(folder)
     if requantise and source.config.get("quantization"):
         source.close()
@@ -148,7 +147,7 @@ def _write(source: Source, plan: ConversionPlan, out: Path, progress: bool, anno
 def _with_calibration(
     source: Source, plan: ConversionPlan, writer: FolderWriter, announce: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The config; a calibration that lies beside the model goes along if it is of these very weights."""
+    """The config. A calibration that lies beside the model is copied if it was made from exactly these weights."""
     if not (source.folder / SHIPPED).exists():
         return plan.config
     path = safe_file(source.folder, SHIPPED)
@@ -166,8 +165,8 @@ def _with_calibration(
 class _Pipeline:
     """Reads on the calling thread; transposes and writes on the worker, in order.
 
-    A buffer is filled again only when the worker's last use of it has ended; waiting for that also raises
-    what went wrong there.
+    A buffer is filled again only when the worker's last use of it has ended. Waiting for that also raises the worker's
+    error.
     """
 
     def __init__(self, source: Source, plan: ConversionPlan, worker: ThreadPoolExecutor):
@@ -212,7 +211,7 @@ class _Pipeline:
         self._submit(file.close)
 
     def resident(self, file: HashedFile) -> None:
-        """model.safetensors: the tensors that are no bundles, under their names."""
+        """model.safetensors: the resident tensors, under their names."""
         stored, encoder = self.plan.stored, self.plan.encoder
         dtypes = {name: dtype for name, (dtype, _) in stored.items()}
         self._submit(
@@ -237,7 +236,7 @@ class _Pipeline:
         self._submit(file.close)
 
     def finish(self) -> None:
-        """Wait until everything is written; raises what went wrong."""
+        """Wait until everything is written; raises the worker's error."""
         self._submit(lambda: None).result()
 
     def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -277,7 +276,7 @@ class _Pipeline:
 
 
 class _Ring:
-    """A few arrays used in turn; `take` waits until the oldest one's last user is done."""
+    """A few arrays used in turn; `take` waits until the task that used the oldest one last is done."""
 
     def __init__(self, arrays: list[np.ndarray]):
         self._arrays = arrays
@@ -303,8 +302,8 @@ def _turn_and_write(
     panel: np.ndarray,
     encode: Callable[[np.ndarray], np.ndarray] | None,
 ) -> None:
-    """block (n, stride items) with panel (dim, n) turned into its `target` (n, dim) columns, to the file; encode: into
-    what is written of it."""
+    """Write block (n, stride items) with panel (dim, n) transposed into its `target` (n, dim) columns. encode: makes
+    the bytes to write of the block."""
     for row in range(0, len(panel), 32):  # a whole .T walks panel and block a cache line per item: ten times slower
         target[:, row : row + 32] = panel[row : row + 32].T
     file.write((block if encode is None else encode(block)).data)

@@ -1,7 +1,7 @@
-"""`convert` of checkpoints that are quantised already: groups of neurons become bundles, byte for byte; or, if asked
-for, all is made numbers again, for bundles of single neurons.
+"""Conversion of checkpoints that are quantised already: groups of neurons become bundles, copied byte for byte.
 
-The scales of `down` are shared by `group_size` neurons, so that many make a bundle. Nothing is computed for that.
+The scales of `down` are shared by `group_size` neurons, so a bundle is that many neurons. With `requantise` the weights
+are made numbers again, for bundles of single neurons.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Codings = Mapping[str, Quantisation]
 
 
 def known_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    """The shapes of the matrices, where the config alone says them: of codes alone several are possible."""
+    """The shapes of the matrices, where the config gives them. Codes of one shape can be several matrices' shapes."""
     if family_of(source.config) in DENSE:
         return {}
     spec = read_spec(source.config, source.shapes)
@@ -71,8 +71,8 @@ def group_layouts(source: Source, spec: ModelSpec, codings: Codings) -> tuple[La
 
 
 def _numbers(source: Source, name: str, coded: Quantisation | None) -> str:
-    """The dtype of a matrix of an FFN, or of its scales; some dtype where these are no numbers of their own. Raises
-    ConfigError for codes that are none."""
+    """The dtype of an FFN's matrix, or of its scales; bfloat16 where the scales are codes too. Raises ConfigError for
+    tensors that are not quantised as config.json says."""
     if coded is None:
         return source.dtype(name)
     if coded.mode != AFFINE:
@@ -85,7 +85,7 @@ def _numbers(source: Source, name: str, coded: Quantisation | None) -> str:
 
 
 def numbers_dtype(source: Source, spec: ModelSpec, layouts: Sequence[Layout]) -> str:
-    """What is computed in: the dtype of the FFNs' scales, or where they have none of their own that of most of the
+    """The dtype to compute in: that of the FFNs' scales, or where the scales are codes, the most frequent one among the
     resident tensors that are numbers."""
     found = {part.dtype for layout in layouts for part in layout.parts if part.dtype in DTYPE_OF.values()}
     if found:
@@ -94,7 +94,7 @@ def numbers_dtype(source: Source, spec: ModelSpec, layouts: Sequence[Layout]) ->
 
 
 def usual_dtype(source: Source) -> str:
-    """The dtype that most of the tensors have which are numbers; bfloat16 where none is."""
+    """The most frequent dtype among the tensors that are numbers; bfloat16 where there are none."""
     tags = Counter(tensor.info.dtype for tensor in source.tensors.values() if tensor.info.dtype in DTYPE_OF)
     return DTYPE_OF[tags.most_common(1)[0][0]] if tags else "bfloat16"
 
@@ -108,14 +108,14 @@ def stored_dtype(source: Source, name: str) -> str:
 
 
 class GroupPipeline:
-    """Writes layers as groups, and the resident tensors as they are. stored: their dtypes and shapes."""
+    """Writes layers as groups of neurons, and the resident tensors unchanged. stored: their dtypes and shapes."""
 
     def __init__(self, source: Source, spec: ModelSpec, stored: Mapping[str, tuple[str, tuple[int, ...]]]):
         self.source, self.spec, self.stored = source, spec, stored
         self._memory = read_buffer(0)
 
     def layer(self, file: HashedFile, layout: Layout, index: int) -> None:
-        """One layer's file, groups ascending; the codes of one `down` are in memory."""
+        """Write one layer's file, groups ascending. The codes of its `down` are in memory meanwhile."""
         file.write(layer_header(layout))
         refs = self.spec.ffn_sources(index)
         down = self._down(layout, refs["down"].name)
@@ -147,7 +147,7 @@ class GroupPipeline:
         return found
 
     def resident(self, file: HashedFile) -> None:
-        """model.safetensors: the tensors that are no bundles, under their names."""
+        """Write model.safetensors: the resident tensors, under their names."""
         dtypes = {name: dtype for name, (dtype, _) in self.stored.items()}
         file.write(safetensors_header({name: shape for name, (_, shape) in self.stored.items()}, dtypes, self.stored))
         for name in self.stored:
@@ -157,7 +157,7 @@ class GroupPipeline:
         file.close()
 
     def finish(self) -> None:
-        """All is written."""
+        """Nothing is left to write."""
 
     def _read(self, name: str, start: int, count: int) -> np.ndarray:
         """Good until the next read."""
@@ -173,7 +173,7 @@ def _field(tensor: str, part: str) -> str:
 
 
 class Dequantised(Source):
-    """A quantised checkpoint as if it were one of numbers, in the dtype of its scales."""
+    """A quantised checkpoint, read as numbers in the dtype of its scales."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -205,7 +205,7 @@ class Dequantised(Source):
             self.tensors[name] = Tensor(fields[0].path, TensorInfo(name, tag, shape, fields[0].info.offset, size))
 
     def read(self, name: str, start: int, count: int, memory: np.ndarray) -> np.ndarray:
-        """See `Source.read`; what was quantised is computed, in memory of its own."""
+        """See `Source.read`. Rows that are quantised are widened, into new memory."""
         if name not in self._coded:
             return super().read(name, start, count, memory)
         coded, fields = self._coded[name]

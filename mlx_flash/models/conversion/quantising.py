@@ -1,6 +1,6 @@
-"""What `convert` writes where it quantises: blocks of bundles as codes, scales and biases, and the dense part's rows.
+"""Quantising during a conversion: rows of bundles and of the dense part become codes, scales and biases.
 
-Knows raw rows in memory; `convert` reads and writes.
+Works on rows in memory; reading and writing is the converter's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DENSE_BITS_KEPT = 16
 
 
 class Loss:
-    """By how much weights that are quantised again differ from what they were."""
+    """How much weights change that are quantised again."""
 
     def __init__(self) -> None:
         self._squares, self._errors = 0.0, 0.0
@@ -36,7 +36,7 @@ class Loss:
 
     @property
     def share(self) -> float:
-        """Root mean square of the differences, of that of the weights."""
+        """Root mean square of the differences over that of the weights."""
         return (self._errors / self._squares) ** 0.5 if self._squares else 0.0
 
 
@@ -107,7 +107,7 @@ def make_encoder(
 
 
 class Matrix:
-    """A matrix of the dense part, written as codes, then all scales, then all biases: what takes room is not kept."""
+    """A matrix of the dense part, written row by row: codes at once, then all scales, then all biases."""
 
     def __init__(self, encoder: Encoder, columns: int, name: str):
         self.encoder, self.columns, self.name = encoder, columns, name
