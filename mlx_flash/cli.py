@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from mlx_flash import __version__
 from mlx_flash.engine.system.address_space import explain
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.notices import announce
 
 from .errors import FlashError, UsageError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def unmeasured() -> Iterator[None]:
     load models too; a test that wants a measured machine puts its own in the same place."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["mlx_flash.runtime.loading"], "load_machine", lambda path: None)
+        patch.setattr("mlx_flash.runtime.planning.planner.load_machine", lambda path: None)
         yield
 
 

@@ -69,7 +69,12 @@ class Chat:
         try:
             ids = self._fitting_ids()
             steps = stream_generate(
-                self.model, self.tokenizer, ids, max_tokens=self.max_tokens, kept=self.prompt_cache, **self.sampling
+                self.model,
+                self.tokenizer,
+                ids,
+                max_tokens=self.max_tokens,
+                prompt_cache=self.prompt_cache,
+                **self.sampling,
             )
             with contextlib.closing(steps):  # type: ignore[type-var]
                 for response in steps:

@@ -1,4 +1,4 @@
-"""The backends by name. Each is one file; which model code goes with it is named beside it.
+"""The backends by name, and which model code goes with each.
 
 A further backend is registered with `register` and needs no change anywhere else.
 """
@@ -9,22 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlx_flash.engine.backends.base import Backend
-from mlx_flash.engine.backends.decoder_base import ExpertBackend
 from mlx_flash.errors import BackendError
+
+from .model_code import ExpertCode, ModelCode
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`make()` gives the backend; `models` is the module with `build`, `steps` and `load_tokenizer` for it, and `check`
-    if it can refuse a checkpoint before that is there; `families` the column of the family table that says what it
-    runs; `preferred()`: does `auto` take it here? `experts`: the module with `open_experts`, for mixtures of experts
-    that are read in place."""
+    """One backend. Its modules are imported by the functions, when they are needed.
+
+    make: the backend; models: its model code; experts: the code for mixtures of experts, None where it runs none
+    families: the column of the family table that says which families it runs; preferred: whether `auto` takes it here
+    """
 
     make: Callable[[], Backend]
-    models: str
+    models: Callable[[], ModelCode]
     families: str
     preferred: Callable[[], bool]
-    experts: str | None = None
+    experts: Callable[[], ExpertCode] | None = None
 
 
 def _make_mlx() -> Backend:
@@ -46,17 +48,39 @@ def _mlx_has_gpu() -> bool:
     return available()
 
 
-def _make_numpy() -> ExpertBackend:
-    from mlx_flash.engine.backends.numpy.backend import NumpyBackend  # its kernels are not needed for `--help`
+def _mlx_models() -> ModelCode:
+    from mlx_flash.models.mlx import model
+
+    return model
+
+
+def _mlx_experts() -> ExpertCode:
+    from mlx_flash.models.mlx import experts
+
+    return experts
+
+
+def _make_numpy() -> Backend:
+    from mlx_flash.engine.backends.numpy.backend import NumpyBackend
 
     return NumpyBackend()
 
 
+def _numpy_models() -> ModelCode:
+    from mlx_flash.models.numpy import decoder
+
+    return decoder
+
+
+def _numpy_experts() -> ExpertCode:
+    from mlx_flash.models.numpy import experts
+
+    return experts
+
+
 _ENTRIES: dict[str, Entry] = {
-    "mlx": Entry(_make_mlx, "mlx_flash.models.mlx.model", "mlx", _mlx_has_gpu, "mlx_flash.models.mlx.experts"),
-    "numpy": Entry(
-        _make_numpy, "mlx_flash.models.numpy.decoder", "numpy", lambda: True, "mlx_flash.models.numpy.experts"
-    ),
+    "mlx": Entry(_make_mlx, _mlx_models, "mlx", _mlx_has_gpu, _mlx_experts),
+    "numpy": Entry(_make_numpy, _numpy_models, "numpy", lambda: True, _numpy_experts),
 }
 
 
@@ -68,7 +92,7 @@ def register(name: str, entry: Entry) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise BackendError for the name of a backend that there is not."""
+    """Raise BackendError for the name of a backend that does not exist."""
     if name != "auto" and name not in _ENTRIES:
         raise BackendError(f"unknown backend {name!r}; known: auto, {', '.join(_ENTRIES)}")
 

@@ -1,4 +1,4 @@
-"""From a prompt to text: the token loop, streaming text, and what to say of a run afterwards."""
+"""From a prompt to text: `generate`, `stream_generate`, and the figures of a finished reply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlx_flash.models.text.tokenizer import encode_plain
 
 @dataclass
 class GenerationResponse:
-    """One step of `stream_generate`: the text that became whole with this token, and the figures so far.
+    """One step of `stream_generate`: the text that this token completes, and the figures so far.
 
     peak_memory in GB (10^9), as in mlx-lm; bytes_read_per_token counts decoding steps only.
     """
@@ -78,12 +78,12 @@ def stream_generate(
     top_p: float = 0.0,
     top_k: int = 0,
     seed: int | None = None,
-    kept: PromptCache | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[GenerationResponse]:
     """Yield a response per token until an end-of-sequence id, `max_tokens` or the context's end.
 
-    temp 0 is greedy. kept: a conversation's, so that a turn does not compute anew what the last one left. Raises
-    UsageError for a prompt that is empty or longer than the context, ReadError when a read fails: the model can be used
+    temp 0 is greedy. prompt_cache: a conversation's, so that only the tokens after the last turn are computed. Raises
+    UsageError for a prompt that is empty or longer than the context, ReadError when a read fails. The model can be used
     again afterwards.
     """
     run, sampling = model.flash, Sampling(temp, top_p, top_k, seed)
@@ -95,7 +95,7 @@ def stream_generate(
     run.stats.reset()
     begin = time.perf_counter()
     prompt_s = decode_begin = 0.0
-    steps = run.steps(model, ids, limit, sampling, kept)
+    steps = run.steps(model, ids, limit, sampling, prompt_cache)
     try:
         for made, token in enumerate(steps, 1):
             now = time.perf_counter()
@@ -133,7 +133,7 @@ def generate(model: Any, tokenizer: Any, prompt: str | Sequence[int], **options:
 
 @dataclass
 class Reply:
-    """A finished reply and its figures, as `generate --json` prints them (DESIGN 11)."""
+    """A finished reply and its figures, as `generate --json` prints them."""
 
     text: str
     tokens: list[int]
@@ -149,7 +149,7 @@ class Reply:
 
 
 def make_reply(model: Any, tokenizer: Any, responses: Sequence[GenerationResponse], finish_reason: str) -> Reply:
-    """Sum up a run; `tokens` leaves out the end-of-sequence id."""
+    """Sum up a reply; `tokens` leaves out the end-of-sequence id."""
     plan, last = model.flash.plan, responses[-1]
     tokens = [r.token for r in responses if r.finish_reason != "stop"]
     return Reply(

@@ -1,6 +1,6 @@
-"""How fast this machine reads and computes, as `mlx_flash bench --probe` measured it, and the file that keeps it.
+"""How fast this machine reads and computes, as `mlx_flash bench --probe` measured it, and the file with the figures.
 
-One file per storage device in the user's cache folder. Knows figures and files; neither readers nor kernels.
+There is one file per storage device in the user's cache folder. This module neither reads bundles nor computes.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ KERNELS = (
 
 
 def _check(value: Any, name: str, zero: bool = False) -> None:
-    """Raise ValueError unless it is a number above zero, or zero where that can be, that a machine can reach."""
+    """Raise ValueError unless it is a number above zero, or zero where that is possible, that a machine can reach."""
     if type(value) not in (int, float) or not (0 < value <= MOST_RATE or (zero and value == 0)):
-        raise ValueError(f"has the {name} {str(value)[:40]!r}, which is no number above 0 that can be")
+        raise ValueError(f"has the {name} {str(value)[:40]!r}, which is not a possible number above 0")
 
 
 def _check_count(value: object, name: str) -> None:
     if type(value) is not int or not 1 <= value <= MOST:
-        raise ValueError(f"has the {name} {str(value)[:40]!r}, which is no whole number from 1 to {MOST}")
+        raise ValueError(f"has the {name} {str(value)[:40]!r}, which is not a whole number from 1 to {MOST}")
 
 
 @dataclass(frozen=True)
 class ReadRate:
-    """What reads of one kind reach, all of them together; cpu_s is what one of them costs the processor.
+    """The rate of reads of one kind.
 
     nbytes: of one read; depth: reads in flight; scattered: at random places, else one after the other; direct: around
-    the page cache.
+    the page cache; bytes_per_s: of all of them together; cpu_s: processor time of one read
     """
 
     nbytes: int
@@ -63,7 +63,7 @@ class ReadRate:
     cpu_s: float
 
     def check(self) -> None:
-        """Raise ValueError for figures that cannot be."""
+        """Raise ValueError for impossible figures."""
         _check_count(self.nbytes, "read size")
         _check_count(self.depth, "depth")
         _check(self.bytes_per_s, "read rate")
@@ -76,10 +76,12 @@ class ReadRate:
 class Machine:
     """One machine and one of its storage devices (see `device_of`).
 
-    when: ISO date and time. memory_bytes_per_s: reading, with as many threads as kernels use. kernels: bytes of weights
-    per second by KERNELS' names, "rows" being a gated FFN over scattered bundles of 18 KiB. matmul_flops: of a prompt's
-    matrix products, bf16 weights, 256 tokens. layer_s: seconds per layer and token that are neither weights nor reads,
-    by SELECTORS' names. reader: the class that `open_reader` picks here.
+    when: ISO date and time
+    memory_bytes_per_s: reading, with as many threads as kernels use
+    kernels: bytes of weights per second by KERNELS' names; "rows" is a gated FFN over scattered bundles of 18 KiB
+    matmul_flops: of a prompt's matrix products, bf16 weights, 256 tokens
+    layer_s: seconds per layer and token besides weights and reads, by SELECTORS' names
+    reader: the class that `open_reader` picks here
     """
 
     device: str
@@ -94,10 +96,10 @@ class Machine:
     reader: str
 
     def check(self) -> None:
-        """Raise ValueError for figures that cannot be, or that are not all there."""
+        """Raise ValueError for impossible figures, and where some are missing."""
         for name in ("device", "host", "when", "reader"):
             if type(getattr(self, name)) is not str or not getattr(self, name):
-                raise ValueError(f"has the {name} {str(getattr(self, name))[:40]!r}, which is no text")
+                raise ValueError(f"has the {name} {str(getattr(self, name))[:40]!r}, which is not a text")
         datetime.fromisoformat(self.when)
         _check_count(self.cores, "number of cores")
         _check(self.memory_bytes_per_s, "memory bandwidth")
@@ -120,8 +122,8 @@ class Machine:
         return any(read.scattered == scattered and read.direct == direct for read in self.reads)
 
     def read_rate(self, nbytes: float, depth: float, scattered: bool, direct: bool = True) -> float:
-        """Bytes per second of reads of `nbytes` with `depth` of them in flight: between the measured sizes and depths
-        on straight lines in logarithms, beyond them as at the nearest."""
+        """Bytes per second of reads of `nbytes` with `depth` of them in flight: interpolated between the measured sizes
+        and depths, linearly in logarithms; beyond them that of the nearest."""
         return math.exp(self._at(nbytes, depth, scattered, direct, lambda read: math.log(read.bytes_per_s)))
 
     def read_cpu_s(self, nbytes: float, depth: float, scattered: bool, direct: bool = True) -> float:
@@ -148,7 +150,7 @@ def _between(x: float, curve: Mapping[int, float]) -> float:
 
 
 def cache_folder() -> Path:
-    """Where what is made once for the user is kept: the platform's cache folder, under mlx_flash."""
+    """The folder of converted models and measurements: mlx_flash in the platform's cache folder."""
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     elif sys.platform == "win32":
@@ -170,8 +172,8 @@ def cache_file(device: str) -> Path:
 
 
 def save_machine(machine: Machine) -> Path:
-    """Keep the figures, whole or not at all; returns the file. Raises UsageError, SpaceError; ValueError for figures
-    that `load_machine` would refuse."""
+    """Write the figures to their file, whole or not at all; returns the file. Raises UsageError, SpaceError, and
+    ValueError for figures that `load_machine` would refuse."""
     machine.check()
     path = cache_file(machine.device)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -196,8 +198,8 @@ def save_machine(machine: Machine) -> Path:
 
 
 def load_machine(path: str | os.PathLike[str]) -> Machine | None:
-    """The figures of the device that a checkpoint lies on; None when it was never probed, or where the user has no
-    cache. Raises FormatError for a damaged file and for one of another device."""
+    """The figures of the device that holds a checkpoint; None when it was never probed, or where the user has no
+    cache folder. Raises FormatError for a damaged file and for one of another device."""
     device = device_of(path)
     try:
         file = cache_file(device)
@@ -221,7 +223,7 @@ def load_machine(path: str | os.PathLike[str]) -> Machine | None:
 
 
 def _from_json(data: bytes) -> Machine:
-    """Raises ValueError that continues "the file"."""
+    """Raises ValueError, whose message goes on after "the file"."""
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
     try:
@@ -246,8 +248,8 @@ def _fields(value: Any, kind: type[Any], what: str) -> dict[str, Any]:
 
 
 def device_of(path: str | os.PathLike[str]) -> str:
-    """The storage device of a file or folder, which need not exist yet, and the machine: "nvme0n1 (Samsung 980, 1.00
-    TB) on host (8 x processor)"."""
+    """The storage device of a file or folder, which need not exist yet, and the machine, such as "nvme0n1 (Samsung 980,
+    1.00 TB) on host (8 x processor)"."""
     place = Path(path).absolute()
     while True:
         with suppress(OSError, ValueError):  # not there; a name that cannot be
@@ -285,14 +287,14 @@ def _block_device(number: int, root: Path = Path("/")) -> str:
     driver = disk / "device/driver"
     model = model or (driver.resolve().name if driver.exists() else "")
     serial = _text(disk / "serial") or _text(disk / "device/serial") or _text(disk / "wwid") or _text(disk / "dm/uuid")
-    # Two of a kind are told apart without telling the number to whoever is shown a measurement.
+    # Tells two disks of one kind apart without printing the serial number in published measurements.
     mark = "#" + hashlib.sha256(serial.encode()).hexdigest()[:6] if serial else ""
     about = [model, format_bytes(512 * int(_text(disk / "size"))), mark]
     return f"{disk.name} ({', '.join(part for part in about if part)})"
 
 
 def _mounted(place: Path, root: Path = Path("/")) -> str:
-    """The file system that a place belongs to, by what is mounted there."""
+    """The file system that a place belongs to, from the list of mounts."""
     best, line = -1, [""]
     for words in (text.split() for text in (root / "proc/self/mountinfo").read_text().splitlines()):
         mount = Path(_unescaped(words[4]))
@@ -318,5 +320,5 @@ def _host() -> str:
 
 
 def host_name() -> str:
-    """Without the domain, which on a laptop changes with the network."""
+    """The machine's name without the domain, which on a laptop changes with the network."""
     return platform.node().split(".")[0] or "this machine"

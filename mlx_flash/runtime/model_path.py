@@ -1,6 +1,6 @@
-"""From what a user names as a model to a flash checkpoint's folder, converting once into the user's cache.
+"""Finds the folder of a model that a user names, and converts it once into the user's cache where that is needed.
 
-Owns where model cards and converted copies lie. Reads no weights itself.
+Owns where model cards and converted copies are. Reads no weights itself.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def models_folder() -> Path:
 
 
 def model_name(model: str | Path | None) -> str:
-    """What a model is called in messages: what the user wrote."""
+    """The name of a model in messages: what the user wrote."""
     return DEFAULT_MODEL if model is None else str(model)
 
 
 def in_place_folder(model: str | Path | None) -> Path | None:
-    """The folder of a mixture of experts, whose experts are read from the files as they are; None for other models.
+    """The folder of a mixture of experts, which is read in place; None for other models.
     Raises UsageError for one that cannot be downloaded."""
     if model is None:
         return None

@@ -1,7 +1,7 @@
-"""What a conversion would write, known from a folder's config.json and the headers of its files alone.
+"""Checks before a conversion: what it would write is derived from config.json and the headers of the files.
 
-With it everything that can refuse a model is asked before its first byte is converted. Reads no weights but those of
-the head, and writes nothing but a hollow file in a temporary folder.
+A model that cannot run is so refused before its first byte is converted. Reads no weights but those of the head, and
+writes nothing but a file without content in a temporary folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -29,11 +28,17 @@ from mlx_flash.models.specs.folder import is_there, safe_file
 from mlx_flash.models.specs.source import TAG_OF, Source, safetensors_header
 from mlx_flash.models.text.tokenizer import TOKENIZERS
 
+from .model_code import CheckpointCheck
+from .planning.neuron_plan import NeuronPlan
+
 
 @dataclass(frozen=True)
 class PlannedCheckpoint(Checkpoint):
-    """A flash checkpoint that is not there yet. path: the folder that it is made from; stored: dtype and shape of the
-    resident tensors; calibration: one that lies beside the model, taken to be of these weights."""
+    """A flash checkpoint that a conversion would make.
+
+    path: the folder to convert; stored: dtype and shape of the resident tensors; calibration: one that lies beside the
+    model, assumed to be of these weights
+    """
 
     stored: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -47,8 +52,8 @@ class PlannedCheckpoint(Checkpoint):
 
     @contextmanager
     def hollow(self) -> Iterator[Checkpoint]:
-        """A temporary folder with the config and the resident tensors, whose numbers are a hole in the file. Errors
-        raised within name the folder that the checkpoint is made from."""
+        """A temporary folder with the config and the resident tensors, whose numbers take no room (a sparse file).
+        Errors raised within name the folder that would be converted."""
         with TemporaryDirectory(prefix="mlx_flash-") as name:
             (Path(name) / CONFIG).write_text(json.dumps(self.config), encoding="utf-8")
             shapes = {tensor: shape for tensor, (_, shape) in self.stored.items()}
@@ -64,7 +69,7 @@ class PlannedCheckpoint(Checkpoint):
 
 
 def planned_checkpoint(folder: Path, dtype: str | None = None) -> PlannedCheckpoint:
-    """What `convert` would make of a folder. Raises what it raises before it writes."""
+    """What `convert` would make of a folder. Raises what `convert` raises before it writes."""
     with Source(folder) as source:
         plan = make_plan(source, Settings(dtype), None)
     layouts = list(plan.layouts)
@@ -72,8 +77,8 @@ def planned_checkpoint(folder: Path, dtype: str | None = None) -> PlannedCheckpo
 
 
 def _shipped(folder: Path, dim: int, layouts: list[Layout]) -> Calibration | None:
-    """The calibration that lies beside the model, None where it is unusable, as the conversion will say. Whether it is
-    of these weights is known by their hashes only."""
+    """The calibration that lies beside the model; None where it is unusable, which the conversion reports. Whether it
+    was made from these weights is not known before they are hashed."""
     if not is_there(folder, SHIPPED):
         return None
     path = safe_file(folder, SHIPPED)
@@ -84,20 +89,19 @@ def _shipped(folder: Path, dim: int, layouts: list[Layout]) -> Calibration | Non
         return None
 
 
-def check_runs(plan: Any, planned: PlannedCheckpoint, loads: bool) -> None:
-    """Raise what loading would, of all that can be known before the conversion. plan: of `planned`; loads: as for
-    `load.decide`."""
+def check_runs(plan: NeuronPlan, planned: PlannedCheckpoint, loads: bool) -> None:
+    """Raise what loading would raise, as far as that is known before the conversion. plan: of `planned`; loads: whether
+    the model will be loaded, so that its budget and its tokenizer count."""
     if loads:
         check_room(plan.backend_name, plan.name, plan.memory.total_bytes)
-    check = getattr(plan.models, "check", None)
-    if check is not None:
+    if isinstance(plan.models, CheckpointCheck):
         with ExitStack() as stack:
             try:
                 hollow = stack.enter_context(planned.hollow())
             except OSError:  # no room for temporary files: loading asks again
                 hollow = None
             if hollow is not None:
-                check(hollow, plan.spec)
+                plan.models.check(hollow, plan.spec)
     if loads:
         if not any(is_there(planned.path, file) for file in TOKENIZERS):
             raise UsageError(

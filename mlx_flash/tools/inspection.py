@@ -10,17 +10,17 @@ import psutil
 
 from mlx_flash.config import FlashConfig, format_bytes
 from mlx_flash.errors import BudgetError
-from mlx_flash.runtime.backends import check_name
-from mlx_flash.runtime.loading import RunPlan, decide
-from mlx_flash.runtime.mixture import ExpertPlan, decide_experts
-from mlx_flash.runtime.model_path import in_place_folder, model_name
+from mlx_flash.runtime.planning.planner import plan_model
+from mlx_flash.runtime.planning.run_plan import RunPlan
 
 
 def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, Any]:
     """The plan of a run as plain values, bytes throughout. A budget that is too small is reported, not raised."""
-    check_name(config.backend)  # before what has to be downloaded is
-    folder = in_place_folder(model)
-    plan = decide(model, config) if folder is None else decide_experts(folder, config, model_name(model))
+    return inspect_plan(plan_model(model, config, loads=False))
+
+
+def inspect_plan(plan: RunPlan) -> dict[str, Any]:
+    """The same, of a plan."""
     problem, memory = None, None
     try:
         memory = plan.memory
@@ -60,7 +60,7 @@ def inspect_model(model: str | Path | None, config: FlashConfig) -> dict[str, An
     }
 
 
-def machine_of(plan: RunPlan | ExpertPlan) -> dict[str, Any]:
+def machine_of(plan: RunPlan) -> dict[str, Any]:
     """The measurements of this machine that a plan uses, or why there are none."""
     found = plan.machine
     if found is None:
@@ -68,7 +68,7 @@ def machine_of(plan: RunPlan | ExpertPlan) -> dict[str, Any]:
     return {"measured": True, "problem": None, "device": found.device, "host": found.host, "when": found.when}
 
 
-def prediction_of(plan: RunPlan | ExpertPlan) -> dict[str, Any] | None:
+def prediction_of(plan: RunPlan) -> dict[str, Any] | None:
     """How long a token should take, in seconds; None where that is not known."""
     found = plan.prediction
     return asdict(found) | {"total_s": found.total_s, "tokens_per_s": found.tokens_per_s} if found else None

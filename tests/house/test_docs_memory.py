@@ -16,7 +16,8 @@ from mlx_flash.errors import BudgetError
 from mlx_flash.models.conversion.plan import Settings, make_plan
 from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.models.specs.source import Source, safetensors_header
-from mlx_flash.runtime.loading import RunPlan, plan_checkpoint
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan, plan_neurons
+from mlx_flash.runtime.planning.neuron_setup import make_setup
 from mlx_flash.runtime.preflight import PlannedCheckpoint
 
 from .pages import ROOT, rows
@@ -55,7 +56,7 @@ CONFIGS = {
     "Qwen2.5-14B": dense("qwen2", 5120, 48, 40, 13824, 152064),
 }
 
-Planner = Callable[[str, int | None, int], RunPlan]
+Planner = Callable[[str, int | None, int], NeuronPlan]
 
 
 @pytest.fixture
@@ -77,13 +78,14 @@ def plan(tmp_path: Path) -> Planner:
             found = make_plan(source, Settings(quantise=None if bits is None else (bits, 64, None)), None)
         return PlannedCheckpoint(folder, found.config, list(found.layouts), {}, found.stored)
 
-    def make(name: str, bits: int | None, memory: int) -> RunPlan:
-        return plan_checkpoint(planned(name, bits), FlashConfig(memory=memory, select="all", backend="mlx"), None, name)
+    def make(name: str, bits: int | None, memory: int) -> NeuronPlan:
+        config = FlashConfig(memory=memory, select="all", backend="mlx")
+        return plan_neurons(make_setup(planned(name, bits), config, None, name))
 
     return make
 
 
-def on_disk(plan: RunPlan) -> int:
+def on_disk(plan: NeuronPlan) -> int:
     bundles = sum(layout.count * layout.stride for layout in plan.checkpoint.layouts)
     return bundles + sum(info.nbytes for _, info in plan.checkpoint.resident_tensors().values())
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import mlx_flash
 from mlx_flash.models.text.sampling import Sampling
-from mlx_flash.runtime.planning.selective_persistence import MemoryPlan
 from mlx_flash.tools.inspection import inspect_model
+from mlx_flash.tools.random_model import make_random
+from tests.runtime.plans import load_split
 from tests.tiny import CONFIGS, make_tiny
 
 PROMPTS = (1, 17, 300)
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 600}
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
@@ -31,7 +34,11 @@ def silu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def all_logits(path: Path, memory: int, select: str, tokens: int = 12, **fields) -> np.ndarray:
     """Logits after each prompt and along a fixed reply (prompts, 1 + tokens, vocab)."""
-    model, _ = mlx_flash.load(path, backend="numpy", memory=memory, select=select, **fields)
+    return logits_of(mlx_flash.load(path, backend="numpy", memory=memory, select=select, **fields)[0], tokens)
+
+
+def logits_of(model: Any, tokens: int = 12) -> np.ndarray:
+    """The same of a model, which is closed."""
     rng = np.random.default_rng(5)
     rows = []
     try:
@@ -74,14 +81,13 @@ def test_logits_are_bit_identical_at_every_budget(relu_model: Path, select: str)
     ],
 )
 def test_uneven_slots_and_read_ahead_change_nothing(
-    relu_model: Path, select: str, capacities: tuple[int, ...], staging: int, monkeypatch: pytest.MonkeyPatch
+    relu_model: Path, select: str, capacities: tuple[int, ...], staging: int
 ) -> None:
     """Capacities are chosen here, not by a budget: partly resident layers, and streams of several slabs."""
     high = some_budgets(relu_model, select)[-1]
     wanted = all_logits(relu_model, high, select, tokens=6)
-    module = sys.modules["mlx_flash.runtime.loading"]
-    monkeypatch.setattr(module, "split_budget", lambda costs, size: MemoryPlan(size, {}, capacities, staging))
-    assert (all_logits(relu_model, high, select, tokens=6) == wanted).all()
+    model = load_split(relu_model, capacities, staging, backend="numpy", select=select)
+    assert (logits_of(model, tokens=6) == wanted).all()
 
 
 def test_a_second_reply_voids_the_first(relu_model: Path) -> None:
@@ -124,20 +130,32 @@ def test_gate_gives_what_all_gives(relu_model: Path) -> None:
     assert (both[0] == both[1]).all()
 
 
-def test_every_thread_count_gives_the_same(relu_model: Path) -> None:
-    numba = pytest.importorskip("numba")
-    if numba.config.NUMBA_NUM_THREADS < 2:
-        pytest.skip("one core: there is only one thread count")
-    budget = some_budgets(relu_model, "gate")[2]
-    before = numba.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            numba.set_num_threads(threads)
-            results.append(all_logits(relu_model, budget, "gate"))
-    finally:
-        numba.set_num_threads(before)
-    assert (results[0] == results[1]).all()
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough that every matrix is worth several tasks for the kernels' threads."""
+    folder = tmp_path_factory.mktemp("wide")
+    (folder / "config.json").write_text(json.dumps(CONFIGS["llama-relu"] | WIDE))
+    make_random(folder, folder / "hf", dtype="bfloat16", seed=7)
+    return mlx_flash.convert(folder / "hf", folder / "flash")
+
+
+@pytest.mark.parametrize("select", ["all", "gate"])
+def test_every_thread_count_gives_the_same(wide_model: Path, select: str) -> None:
+    pytest.importorskip("numba", reason="plain NumPy has BLAS's threads, whose sums are BLAS's business")
+    from mlx_flash.engine.backends.numpy.kernels.thread_pool import TASK_BYTES
+
+    def logits(threads: int) -> np.ndarray:
+        model, _ = mlx_flash.load(wide_model, backend="numpy", select=select, slots=0.5)
+        backend, layout = model.flash.plan.backend, model.flash.plan.checkpoint.layouts[0]
+        assert layout.count * layout.parts[0].nbytes >= 4 * TASK_BYTES
+        backend.threads = threads
+        assert backend.threads == backend.kernels.threads == backend.tiles.threads == threads
+        return logits_of(model, tokens=4)
+
+    wanted = logits(1)
+    assert np.isfinite(wanted).all() and wanted.std() > 0
+    for threads in (2, 3, 8):
+        assert (logits(threads) == wanted).all(), f"{threads} threads give other logits than one"
 
 
 def test_what_fits_reads_nothing_after_the_first_token(relu_model: Path) -> None:

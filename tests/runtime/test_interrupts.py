@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import mlx_flash
 from mlx_flash.engine.residency.slots import Residency, SlotPlan
 from mlx_flash.engine.storage.pread_reader import PreadReader
 from mlx_flash.engine.storage.readers import open_reader
-from mlx_flash.runtime.planning.selective_persistence import split_budget
+from tests.runtime.plans import load_split
 from tests.tiny import make_tiny
 
 PROMPT, FORCED, LIMIT_S = [5, 6, 7, 8], [30, 90, 17, 250], 60
@@ -42,14 +41,7 @@ def threads_only(files, executor=None, **options) -> PreadReader:
 
 def load(path: Path, select: str, reader=open_reader):
     """Some bundles of each layer resident, and three staging slabs: a budget gives tiny models one or the other."""
-
-    def split(*args):
-        return replace(split_budget(*args), capacities=CAPACITIES[select], staging_blocks=3)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["mlx_flash.runtime.loading"], "split_budget", split)
-        patch.setattr(sys.modules["mlx_flash.runtime.loading"], "open_reader", reader)
-        return mlx_flash.load(path, backend="numpy", select=select)[0]
+    return load_split(path, CAPACITIES[select], 3, reader, backend="numpy", select=select)
 
 
 def reply(model) -> bytes:

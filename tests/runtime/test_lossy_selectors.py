@@ -1,32 +1,33 @@
 """Selectors that lose quality lose nothing else: the same logits at every budget, exact prompts, no memory of the last
-reply, no stale rows after faults; and look-ahead, which may cost time but never changes a bit.
+reply.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.engine.selection.look_ahead import Trial
-from mlx_flash.engine.storage.readers import FaultyReader, MemoryReader
-from mlx_flash.runtime.planning.selective_persistence import MemoryPlan
+from mlx_flash.engine.storage.readers import FaultyReader
 from mlx_flash.tools.inspection import inspect_model
-from tests.calibrated import calibrate_by_hand, check_slots, make_calibrated, selectors, stored_bundles
+from tests.calibrated import selectors
+from tests.runtime.lossy_models import (
+    PROMPTS,
+    TOKENS,
+    Models,
+    all_logits,
+    assert_same,
+    exact_logits,
+    ids_of,
+    load,
+    logits_of,
+    reply,
+)
+from tests.runtime.plans import load_split
 from tests.tiny import three_budgets
 
-PROMPTS = (1, 17, 257)  # the last one is a chunk of 256 and one token, which is prompt all the same
-TOKENS = 4
-BACKENDS = ("numpy", "mlx")
-MODELS = {"relu": "openelm-relu", "silu": "openelm", "silu-up": "llama", "opt": "opt"}
 LOSSY = [
     ("relu", "predictor", None),
     ("relu", "prompt:0.3", None),
@@ -39,74 +40,9 @@ LOSSY = [
 ]
 
 
-@dataclass
-class Models:
-    """Tiny checkpoints with a made-up calibration, one of each kind and dtype."""
-
-    folder: Path
-    made: dict[tuple[str, str, float], Path]
-
-    def __call__(self, kind: str, dtype: str = "bfloat16", share: float = 0.4) -> Path:
-        key = kind, dtype, share
-        if key not in self.made:
-            lead = "up" if kind == "silu-up" else "gate"
-            folder = self.folder / f"{kind}-{dtype}-{share}"
-            folder.mkdir()
-            predicts = share if kind == "relu" else None
-            self.made[key] = make_calibrated(MODELS[kind], folder, dtype, predicts, lead)
-        return self.made[key]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("lossy"), {})
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "mlx":
-        pytest.importorskip("mlx_lm", reason="the mlx backend needs mlx-lm")
-    return str(request.param)
-
-
-def load(path: Path, backend: str, memory: int | str = "auto", select: str = "all", **fields: Any) -> Any:
-    return mlx_flash.load(path, backend=backend, memory=memory, select=select, **fields)[0]
-
-
-def ids_of(length: int, tokens: int = TOKENS) -> tuple[list[int], list[int]]:
-    ids = np.random.default_rng(length).integers(0, 256, length + tokens).tolist()
-    return ids[:length], ids[length:]
-
-
-def reply(model: Any, length: int, tokens: int = TOKENS) -> np.ndarray:
-    """Logits (1 + tokens, vocab) after a prompt and along a fixed reply."""
-    return np.array(list(model.flash.forced(model, *ids_of(length, tokens))))
-
-
-def all_logits(path: Path, backend: str, memory: int | str, select: str, **fields: Any) -> np.ndarray:
-    model = load(path, backend, memory, select, **fields)
-    try:
-        return np.array([reply(model, length) for length in PROMPTS])
-    finally:
-        model.flash.close()
-
-
-@cache
-def exact_logits(path: Path, backend: str) -> np.ndarray:
-    return all_logits(path, backend, "auto", "all")
-
-
-def assert_same(got: np.ndarray, wanted: np.ndarray, backend: str, what: str = "") -> None:
-    """Bit for bit where both did the same sums: numpy with Numba. Else within what fp32 sums of another order give."""
-    if backend == "numpy" and importlib.util.find_spec("numba"):
-        assert (got == wanted).all(), what
-    else:
-        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max(), what
-
-
 @pytest.mark.parametrize(("kind", "select", "reselect"), LOSSY)
 def test_logits_are_identical_at_every_budget(
-    models: Models, backend: str, kind: str, select: str, reselect: int | None, monkeypatch: pytest.MonkeyPatch
+    models: Models, backend: str, kind: str, select: str, reselect: int | None
 ) -> None:
     path = models(kind)
     low, partly, high = three_budgets(path, backend, select)
@@ -117,12 +53,8 @@ def test_logits_are_identical_at_every_budget(
         got = all_logits(path, backend, memory, select, reselect=reselect)
         assert (got == wanted).all(), f"{select} differs at {memory} bytes"
     counts = inspect_model(path, mlx_flash.FlashConfig(backend=backend, select=select))["bundles"]
-    module = sys.modules["mlx_flash.runtime.loading"]
     for capacities, staging in (((0, counts[1], 7), 3), ((counts[0], 1, counts[2] - 1), 1)):
-        monkeypatch.setattr(
-            module, "split_budget", lambda costs, size, c=capacities, s=staging: MemoryPlan(size, {}, c, s)
-        )
-        got = all_logits(path, backend, high, select, reselect=reselect)
+        got = logits_of(load_split(path, capacities, staging, backend=backend, select=select, reselect=reselect))
         assert (got == wanted).all(), f"{select} differs with {capacities} slots"
 
 
@@ -270,186 +202,3 @@ def test_mlx_lms_own_loop_selects_anew_for_a_new_prompt(models: Models) -> None:
     for got, selector in zip(selected, selectors(fresh), strict=True):
         assert (got == selector.energy).all(), "a prompt that failed counts for the next one"
     fresh.flash.close()
-
-
-# Faults
-
-
-@pytest.mark.parametrize(
-    ("kind", "select", "fields"),
-    [
-        ("relu", "predictor", {"look_ahead": "off"}),
-        ("relu", "predictor", {"look_ahead": "on"}),
-        ("relu", "gate", {"look_ahead": "on"}),
-        ("silu", "prompt:0.4", {"reselect": 2}),
-        ("silu-up", "threshold:0.5", {}),
-    ],
-)
-def test_after_every_failed_read_the_model_is_as_good_as_new(
-    models: Models,
-    backend: str,
-    kind: str,
-    select: str,
-    fields: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = models(kind)
-    counts = inspect_model(path, mlx_flash.FlashConfig(backend=backend))["bundles"]
-    capacities = tuple(int(0.6 * count) for count in counts)
-    module = sys.modules["mlx_flash.runtime.loading"]
-    monkeypatch.setattr(module, "split_budget", lambda costs, size: MemoryPlan(size, {}, capacities, 2))
-    fail_at = failed = 0
-    guesses = fields.get("look_ahead") == "on"  # the last layer's are for no token
-    model = load(path, backend, "auto", select, **fields)
-    try:
-        wanted = reply(model, 5, 3)
-        reader = model.flash.shared.reader
-        while True:
-            fail_at += 1 if backend == "numpy" else 3
-            for selector in selectors(model):  # every run makes the same reads
-                selector.residency.reset()
-                selector.loaded = False
-            faulty = model.flash.shared.reader = FaultyReader(reader, fail_at)
-            try:
-                got = reply(model, 5, 3)
-                assert faulty.submits < fail_at or guesses, f"read {fail_at} failed unnoticed"
-                assert (got == wanted).all(), f"read {fail_at} failed unnoticed, and the logits are others"
-            except mlx_flash.ReadError:
-                failed += 1
-            model.flash.shared.reader = reader
-            check_after_fault(model)
-            assert (reply(model, 5, 3) == wanted).all(), f"after read {fail_at} failed the logits are others"
-            check_slots(model)
-            if faulty.submits < fail_at:
-                break
-    finally:
-        model.flash.close()
-    assert failed > 3, "the run made almost no reads: this tested nothing"
-
-
-def check_after_fault(model: Any) -> None:
-    """What the next call will take for granted: the layer that was cut short has forgotten its slots by then."""
-    unfinished = model.flash.shared.unfinished
-    model.flash.shared.begin(unfinished or next(selectors(model)))
-    model.flash.shared.end()
-    check_slots(model)
-    if unfinished is not None:
-        assert unfinished.residency.num_used == 0
-
-
-# Look-ahead
-
-
-@pytest.mark.parametrize("select", ["predictor", "gate"])
-def test_look_ahead_changes_no_bit(models: Models, backend: str, select: str) -> None:
-    path = models("relu")
-    for memory in three_budgets(path, backend, select)[:2]:
-        off = all_logits(path, backend, memory, select, look_ahead="off")
-        for mode in ("on", "auto"):
-            try:
-                got = all_logits(path, backend, memory, select, look_ahead=mode)
-            except mlx_flash.BudgetError:  # `gate` alone has no predictors in memory
-                continue
-            assert (got == off).all(), f"{select} at {memory} bytes: look-ahead {mode} gives other logits"
-
-
-def with_guesses(model: Any, guess: Callable[[int], np.ndarray]) -> None:
-    """Replace what look-ahead expects of each layer by `guess(layer)` (count,) logits."""
-    ahead = model.flash.selectors[0].look_ahead
-    ahead.predictors = [lambda x, layer=layer: partial(guess, layer) for layer in range(len(ahead.predictors))]
-    ahead.margins = [0.0] * len(ahead.predictors)
-
-
-@pytest.mark.parametrize("mode", ["right", "wrong", "everything", "nothing", "half right"])
-def test_guesses_of_every_quality_change_no_bit(models: Models, backend: str, mode: str) -> None:
-    path = models("relu")
-    counts = inspect_model(path, mlx_flash.FlashConfig(backend=backend))["bundles"]
-    rng = np.random.default_rng(3)
-    asked = [[np.flatnonzero(rng.random(n) < 0.2).astype(np.int32) for n in counts] for _ in range(TOKENS)]
-    at = {"step": -1}
-
-    def wanted(layer: int) -> np.ndarray:
-        at["step"] += layer == 0
-        logits = np.full(counts[layer], -1.0, np.float32)
-        logits[asked[at["step"] % TOKENS][layer]] = 1.0
-        return logits
-
-    def guess(layer: int) -> np.ndarray:
-        truth = np.full(counts[layer], -1.0, np.float32)
-        truth[asked[at["step"] % TOKENS][layer]] = 1.0
-        swap = truth * np.where(rng.random(counts[layer]) < 0.5, -1, 1)
-        return {"right": truth, "wrong": -truth, "everything": truth * 0 + 1, "nothing": truth * 0 - 1}.get(mode, swap)
-
-    results = []
-    for look_ahead in ("off", "on"):
-        at["step"] = -1
-        partly = three_budgets(path, backend, "predictor")[1]
-        model = load(path, backend, partly, "predictor", look_ahead=look_ahead)
-        for selector in model.flash.selectors:
-            selector.predict = lambda x, layer=selector.layer: partial(wanted, layer)
-        # From memory: a read from disk may not have ended when its bundles are due, and is then given up.
-        files = [(f.layout, stored_bundles(f)) for f in model.flash.plan.checkpoint.layer_files]
-        model.flash.shared.reader = MemoryReader(files)
-        if look_ahead == "on":
-            with_guesses(model, guess)
-        results.append(np.array([reply(model, length) for length in PROMPTS]))
-        check_slots(model)
-        stats = model.flash.stats
-        guessed, right = stats.guessed, stats.guessed_right
-        model.flash.close()
-    assert (results[0] == results[1]).all()
-    # Who expects everything wants no resident bundle to give way.
-    assert (guessed > 0) == (mode in ("right", "wrong", "half right"))
-    assert (right > 0) == (mode in ("right", "half right"))
-    if mode == "right":
-        assert right == guessed
-
-
-@pytest.mark.parametrize("gain", [0.0, 1e9])
-def test_a_trial_that_ends_either_way_changes_no_bit(models: Models, backend: str, gain: float) -> None:
-    path, seen = models("relu"), []
-
-    class WatchedTrial(Trial):
-        def token(self, seconds: float) -> None:
-            super().token(seconds)
-            seen.append((self.on, self.kept))
-
-    memory = three_budgets(path, backend, "predictor")[1]
-    model = load(path, backend, memory, "predictor", look_ahead="auto")
-    model.flash.selectors[0].look_ahead.trial = WatchedTrial(tokens=1, keep=2, gain=gain)
-    got = reply(model, 17, 12)
-    model.flash.close()
-    off = load(path, backend, memory, "predictor", look_ahead="off")
-    assert (reply(off, 17, 12) == got).all()
-    off.flash.close()
-    kept = {on for on, left in seen if left}
-    assert kept == {gain > 1}, "the verdict of a trial is not kept"
-    assert {on for on, _ in seen} == {True, False}, "a trial tries both"
-
-
-def test_a_dropped_model_is_gone_at_once_with_look_ahead_too(models: Models) -> None:
-    import gc
-    import weakref
-
-    path = models("relu")
-    gc.disable()  # no cycle may keep gigabytes until the collector comes by
-    try:
-        model = load(path, "numpy", three_budgets(path, "numpy", "predictor")[1], "predictor", look_ahead="on")
-        reply(model, 3)
-        assert model.flash.plan.look_ahead == "on"
-        model.flash.close()
-        alive = weakref.ref(next(selectors(model)))
-        del model
-        assert alive() is None
-    finally:
-        gc.enable()
-
-
-def test_a_calibration_of_its_own_is_read(models: Models, tmp_path: Path) -> None:
-    """`static` follows the calibrated energies: with others it keeps others."""
-    import shutil
-
-    path = shutil.copytree(models("silu"), tmp_path / "copy")
-    before = all_logits(path, "numpy", "auto", "static:0.3")
-    calibrate_by_hand(path, None, "gate")
-    assert (all_logits(path, "numpy", "auto", "static:0.3") == before).all()

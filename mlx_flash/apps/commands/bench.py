@@ -96,7 +96,7 @@ def check_writable(path: str | None, flag: str) -> None:
 def probe_machine(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the machine and the disk of `--dir`, and keep the figures."""
     from mlx_flash.runtime.machine import cache_folder, save_machine
-    from mlx_flash.runtime.run import announce
+    from mlx_flash.runtime.notices import announce
     from mlx_flash.tools.bench.bench_report import write_rows
     from mlx_flash.tools.bench.machine_probe import machine_rows, print_machine, probe
     from mlx_flash.tools.bench.random_checkpoint import make_folder
@@ -121,8 +121,8 @@ def probe_machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_model(args: argparse.Namespace, config: FlashConfig, options: BenchOptions) -> dict[str, Any]:
     """Measure a checkpoint, or a card in a temporary folder."""
-    from mlx_flash.runtime.loading import plan_run
     from mlx_flash.runtime.machine import cache_folder
+    from mlx_flash.runtime.planning.planner import plan_checkpoint
     from mlx_flash.tools.bench.bench_report import (
         can_draw,
         describe,
@@ -144,7 +144,7 @@ def measure_model(args: argparse.Namespace, config: FlashConfig, options: BenchO
                 args.card, args.dtype or "bfloat16", config, options, work, keep=args.keep, progress=not args.json
             )
             path = stack.enter_context(making)
-        plan = plan_run(path, config)
+        plan = plan_checkpoint(path, config, loads=True)
         options.check_context(plan.spec, config)
         trace = options.make_trace(tuple(layout.count for layout in plan.checkpoint.layouts))
         replay = Replay(trace, options.recall, options.precision) if trace else None

@@ -17,7 +17,7 @@ from mlx_flash.apps.options import (
 )
 from mlx_flash.config import format_bytes
 from mlx_flash.errors import UsageError
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.notices import announce
 
 DESCRIPTION = "Write a text that continues the prompt."
 

@@ -11,7 +11,7 @@ from mlx_flash.apps.options import add_run_options, check_address_space, run_con
 from mlx_flash.config import format_bytes
 from mlx_flash.errors import UsageError
 from mlx_flash.runtime.model_path import DEFAULT_MODEL
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.notices import announce
 
 DESCRIPTION = "Answer over HTTP, as OpenAI's API."
 LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_flash.config import format_bytes
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.notices import announce
 
 DESCRIPTION = "Check every byte of a flash checkpoint against its hashes."
 

@@ -31,8 +31,8 @@ from mlx_flash.models.mlx.compat import (
 )
 from mlx_flash.models.mlx.compat import server as mlx_lm_server
 from mlx_flash.models.text.tokenizer import apply_template
-from mlx_flash.runtime.loading import RunPlan, load_planned
-from mlx_flash.runtime.mixture import ExpertPlan
+from mlx_flash.runtime.loading import load_planned
+from mlx_flash.runtime.planning.run_plan import RunPlan
 
 from .handler import Handler
 from .replies import Likeliest, TokenTexts
@@ -47,7 +47,7 @@ class Provider(mlx_lm_server.ModelProvider):
     names: names that requests may use for the model; replies give the first one
     """
 
-    def __init__(self, plan: RunPlan | ExpertPlan, names: tuple[str, ...], settings: SimpleNamespace):
+    def __init__(self, plan: RunPlan, names: tuple[str, ...], settings: SimpleNamespace):
         # Not the base's own beginning: it prepares to load by path.
         self.plan, self.names, self.name = plan, names, names[0]
         self.cli_args: Any = settings
@@ -217,7 +217,7 @@ class Server:
 
     def __init__(
         self,
-        plan: RunPlan | ExpertPlan,
+        plan: RunPlan,
         names: tuple[str, ...],
         host: str,
         port: int,

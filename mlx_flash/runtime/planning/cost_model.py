@@ -1,88 +1,41 @@
-"""What a token costs on a measured machine, and the settings of the reads that make it cheapest. Arithmetic only.
+"""How long a token takes on a measured machine. Arithmetic only.
 
-Bytes of weights over the rates of their kernels, reads over the rate of reads of their size, and of the two what the
-engine lets run at the same time. Knows a machine's figures and a model's demand; neither files nor readers.
+Computing takes the bytes of weights over the rates of their kernels; reading takes the bytes over the rate of reads of
+that size; what the engine does at the same time is counted once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 import numpy as np
 
-from mlx_flash.config import LONGEST_GAP, FlashConfig, format_bytes
-from mlx_flash.engine.storage.aio_reader import DEPTH
 from mlx_flash.engine.storage.read_plan import Merging
 from mlx_flash.runtime.machine import Machine
 
 from .demand import Demand, LayerDemand
-from .selective_persistence import STAGING_BLOCKS
+from .tuning import Tuning
 
-DEFAULT, GIVEN = "default", "given"
 PIECE = Merging().piece_bytes
 CONTEXT = 256  # tokens in the KV cache of the token that is predicted
 PROMPT = 512
-STAGING = (1, 2, 3, 4, 6, 8, 12, 16)
-SAME_RATE, SAME_TIME = 0.97, 1.01  # closer than a probe tells apart
-# Buffered reads must win clearly: what a page cache costs under a memory limit no probe on a quiet machine sees.
-CLEARLY, NEARLY = 1.1, 0.9
 # Bytes of codes per second, of those of 16-bit weights: measured once (2 threads, AVX-512, groups of 64), not probed.
 CODED: Mapping[int | None, float] = {4: 0.43, 8: 0.62}
 COLD = 1.5  # what a layer takes beside its weights, of that in the probe's model, which the caches hold: measured at 3B
-PAYS = 0.98  # look-ahead, of the time without
-OVER = 1.0  # gaps that pay may be as many bytes as are asked for
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How bundles are read; `why` says of each field where it comes from: default, given, or what was measured.
-
-    merge_gap: bytes; reads_in_flight: None is what the reader takes by itself; staging_blocks: at most, as the budget
-    may have room for fewer; look_ahead: "auto" (times itself), "on" or "off"
-    """
-
-    merge_gap: int = Merging().gap
-    reads_in_flight: int | None = None
-    direct: bool = True
-    staging_blocks: int = STAGING_BLOCKS
-    look_ahead: str = "auto"
-    why: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def merging(self) -> Merging:
-        """For the reader. A gap that somebody measured or asked for need not stay small beside what is read."""
-        default = self.why.get("merge_gap", DEFAULT) == DEFAULT
-        return Merging(self.merge_gap) if default else Merging(self.merge_gap, OVER)
-
-    @property
-    def reader_options(self) -> dict[str, Any]:
-        """For `open_reader`."""
-        depth = {} if self.reads_in_flight is None else {"depth": self.reads_in_flight}
-        return {"direct": self.direct, "merging": self.merging, **depth}
-
-    @property
-    def depth(self) -> int:
-        """Reads in flight, in numbers."""
-        return DEPTH if self.reads_in_flight is None else self.reads_in_flight
-
-    def report(self) -> dict[str, dict[str, Any]]:
-        """Every field's value and where it comes from."""
-        names = ("merge_gap", "reads_in_flight", "direct", "staging_blocks", "look_ahead")
-        return {name: {"value": getattr(self, name), "why": self.why.get(name, DEFAULT)} for name in names}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds per decoded token, once the slots are warm, with CONTEXT tokens before it.
+    """Seconds per decoded token once the slots are warm, with CONTEXT tokens before it.
 
-    reads_s: what the reads take by themselves; waited_s: of it, what no computing hides. dense_s: attention, output
-    layer; selection_s: predictors, or the part that is computed of every bundle; sparse_s: the rest of the FFN;
-    other_s: Python, small arrays, the processor's part of the reads. prompt_tokens_per_s: of a prompt of PROMPT tokens.
-    assumption: what was not known of the model, "" where all was
+    reads_s: of the reads alone; waited_s: the part of it that does not overlap with computing
+    dense_s: attention and output layer; sparse_s: FFN; selection_s: predictors, or the part of the FFN that is computed
+    for every bundle; other_s: Python, small arrays, processor time of the reads
+    prompt_tokens_per_s: of a prompt of PROMPT tokens
+    assumption: see `Demand`
     """
 
     reads_s: float
@@ -108,8 +61,8 @@ class Prediction:
 Row = tuple[float, float, float, float]
 
 
-class _Model:
-    """Seconds of everything, for one machine, model, tuning and number of staging slabs."""
+class CostModel:
+    """The seconds of each part of a token, for one machine, model, tuning and number of staging slabs."""
 
     def __init__(self, machine: Machine, demand: Demand, tuning: Tuning, staging: int):
         self.machine, self.demand, self.tuning, self.staging = machine, demand, tuning, max(1, staging)
@@ -120,8 +73,8 @@ class _Model:
         self.counts, self.latency = self._latencies(demand.read_bytes)
 
     def _latencies(self, nbytes: int) -> tuple[list[int], list[float]]:
-        """Numbers of reads begun at once, up to the reads in flight, and the seconds until all have ended; never less
-        for more, whatever noise a probe measured."""
+        """Numbers of reads that begin at once, up to the reads in flight, and the seconds until all have ended.
+        More reads never take less, whatever noise a probe measured."""
         machine, depth = self.machine, self.tuning.depth
         known = {read.depth for read in machine.reads if read.scattered and read.depth < depth} | {1, depth}
         counts, seconds = sorted(known), [0.0]
@@ -131,8 +84,8 @@ class _Model:
         return [0, *counts], seconds
 
     def reads_s(self, layer: LayerDemand, count: float) -> float:
-        """Scattered bundles of one layer, begun at once. Never longer than reading the whole layer in a row takes: of
-        bundles that lie side by side the reader makes one read."""
+        """Seconds to read scattered bundles of one layer, begun at once. Never longer than reading the whole layer in
+        a row: the reader joins neighbours into one read."""
         beyond = max(1.0, count / self.counts[-1])  # as many as fit at a time
         seconds = beyond * float(np.interp(count, self.counts, self.latency))
         return min(seconds, layer.bundles * self.demand.stride / self.stream_rate(self.staging))
@@ -148,18 +101,18 @@ class _Model:
         return max(self.machine.read_rate(nbytes, each, False, self.tuning.direct) for each in known)
 
     def stream_cpu_s(self, nbytes: float, staging: int) -> float:
-        """What reading so much in a row costs the processor. All of it counts, here and below: the thread that computes
-        is the one that begins the reads."""
+        """Processor seconds of reading `nbytes` in a row. All of it counts, here and below: the thread that computes
+        also begins the reads."""
         piece = min(self.demand.block * self.demand.stride, PIECE)
         return nbytes / piece * self.machine.read_cpu_s(piece, self._pieces(staging), False, self.tuning.direct)
 
     def cpu_s(self, count: float) -> float:
-        """What so many scattered reads cost it."""
+        """Processor seconds of scattered reads."""
         depth = min(self.tuning.depth, max(1.0, count))
         return count * self.machine.read_cpu_s(self.demand.read_bytes, depth, True, self.tuning.direct)
 
     def ffn_s(self, asked: float, fired: float) -> float:
-        """The bundles' own sums, without what is computed of every bundle."""
+        """Seconds of the FFN's bundles, without the part that is computed for every bundle."""
         demand = self.demand
         if demand.selector == "all":  # record after record: what does not fire has come before that is known
             return asked * (demand.first_part_bytes + demand.other_parts_bytes) / self.records
@@ -167,7 +120,7 @@ class _Model:
 
     @property
     def other_s(self) -> float:
-        """Per layer."""
+        """Seconds of a layer besides weights and reads."""
         return COLD * self.machine.layer_s["all" if self.demand.selector == "all" else "selected"]
 
     def dense_s(self, layer: LayerDemand) -> float:
@@ -175,7 +128,7 @@ class _Model:
 
     @property
     def head_s(self) -> float:
-        """What a token needs outside the layers, and the keys and values that all of them look at."""
+        """Seconds of the output layer, and of reading the keys and values of all layers."""
         return self.demand.head_bytes / self.linear + CONTEXT * self.demand.kv_bytes / self.machine.memory_bytes_per_s
 
     def predictor_s(self, layer: LayerDemand) -> float:
@@ -187,7 +140,7 @@ class _Model:
         return layer.lead_bytes / self.linear
 
     def decode_all(self) -> Prediction:
-        """Selector `all`: reads go on in a circle under everything else, as far as staging reaches."""
+        """Selector `all`: blocks are read in a circle beside all computing, as far ahead as staging allows."""
         demand, layers, staging = self.demand, self.demand.layers, self.staging
         dense, other = sum(map(self.dense_s, layers)) + self.head_s, self.other_s * len(layers)
         sparse = sum(self.ffn_s(layer.asked, layer.fired) for layer in layers)
@@ -209,8 +162,8 @@ class _Model:
         return Prediction(nbytes / rate, waited, dense, sparse, 0.0, other, nbytes, 0.0, demand.assumption)
 
     def decode_selected(self, look_ahead: bool) -> Prediction:
-        """Selectors that name bundles: reads overlap with what needs none of them, within the layer, and with guesses
-        within the one before."""
+        """Selectors that name bundles: reads overlap with the work on bundles in memory. With look_ahead, guessed
+        bundles are read while the layer before is computed."""
         demand, waited, reads, nbytes, cpu, selection = self.demand, 0.0, 0.0, 0.0, 0.0, 0.0
         dense = sum(map(self.dense_s, demand.layers)) + self.head_s
         sparse, other = 0.0, self.other_s * len(demand.layers)
@@ -237,7 +190,7 @@ class _Model:
         return Prediction(reads, waited, dense, sparse, selection, other + cpu, nbytes, 0.0, demand.assumption)
 
     def prompt_s(self, cold: bool) -> float:
-        """A prompt of PROMPT tokens in chunks, each layer's blocks once per chunk. cold: nothing is in slots."""
+        """Seconds of a prompt of PROMPT tokens, in chunks that read each layer's blocks once. cold: slots are empty."""
         demand, machine, staging = self.demand, self.machine, self.staging
         left, total, block = PROMPT, self.head_s, demand.block * demand.stride
         read, cpu = block / self.stream_rate(staging), self.stream_cpu_s(block, staging)
@@ -286,118 +239,7 @@ def ring_s(layers: Iterable[Row], staging: int, restart: bool) -> float:
 
 
 def predict(machine: Machine, demand: Demand, tuning: Tuning, staging_blocks: int) -> Prediction:
-    """What decoding and a prompt take with a plan that has so many staging slabs."""
-    model = _Model(machine, demand, tuning, staging_blocks)
+    """How long a decoded token and a prompt take, with so many staging slabs."""
+    model = CostModel(machine, demand, tuning, staging_blocks)
     found = model.decode_all() if demand.selector == "all" else model.decode_selected(tuning.look_ahead != "off")
     return replace(found, prompt_tokens_per_s=PROMPT / model.prompt_s(cold=False))
-
-
-def given_settings(config: FlashConfig) -> dict[str, Any]:
-    """The settings of the reads that the user chose, by Tuning's names."""
-    names = ("merge_gap", "reads_in_flight", "staging_blocks", "look_ahead")
-    found = {name: getattr(config, name) for name in names if getattr(config, name) != "auto"}
-    return found if config.direct == "auto" else found | {"direct": config.direct == "on"}
-
-
-def default_tuning(given: Mapping[str, Any]) -> Tuning:
-    """What was good on the machines it was written on, where nothing was measured."""
-    return replace(Tuning(), **given, why={name: GIVEN for name in given})
-
-
-def choose_tuning(machine: Machine, demand: Demand, given: Mapping[str, Any] | None = None) -> Tuning:
-    """The settings with which this machine should run this model fastest; those given stay as they are."""
-    tuning = default_tuning(given or {})
-    # In this order: each choice is made with those before it.
-    choices: tuple[tuple[str, Callable[[Machine, Demand, Tuning], tuple[Any, str]]], ...] = (
-        ("direct", _choose_direct),
-        ("staging_blocks", _choose_staging),
-        ("reads_in_flight", _choose_depth),
-        ("merge_gap", _choose_gap),
-        ("look_ahead", _choose_look_ahead),
-    )
-    for name, choose in choices:
-        if name not in tuning.why:
-            value, reason = choose(machine, demand, tuning)
-            tuning = replace(tuning, **{name: value}, why={**tuning.why, name: f"measured: {reason}"})
-    return tuning
-
-
-def _kind(demand: Demand) -> tuple[int, bool]:
-    """Size of most reads, and whether they are scattered."""
-    if demand.selector == "all":
-        return min(demand.block * demand.stride, PIECE), False
-    return demand.read_bytes, True
-
-
-def _depths(machine: Machine, nbytes: int, scattered: bool, direct: bool, share: float = SAME_RATE) -> list[int]:
-    """The measured depths at which reads are about as fast as they get: at least this share of the best rate."""
-    alike = [read for read in machine.reads if read.scattered == scattered]
-    known = sorted({read.depth for read in alike if read.direct == direct} or {read.depth for read in alike})
-    rates = [machine.read_rate(nbytes, depth, scattered, direct) for depth in known]
-    return [depth for depth, rate in zip(known, rates, strict=True) if rate >= share * max(rates)]
-
-
-def _read_s(machine: Machine, nbytes: int, depth: float, scattered: bool, direct: bool) -> float:
-    """One more read of many, processor included: with few cores its time is lost to computing."""
-    disk = nbytes / machine.read_rate(nbytes, depth, scattered, direct)
-    return disk + machine.read_cpu_s(nbytes, depth, scattered, direct)
-
-
-def _choose_direct(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[bool, str]:
-    nbytes, scattered = _kind(demand)
-    if not (machine.measured(scattered, True) and machine.measured(scattered, False)):
-        return True, "nothing to compare with"
-    costs = {}
-    for direct in (True, False):
-        depth = _depths(machine, nbytes, scattered, direct)[0]
-        costs[direct] = _read_s(machine, nbytes, depth, scattered, direct) * 1e6
-    chosen = costs[True] <= CLEARLY * costs[False]
-    return chosen, f"a read costs {costs[True]:.0f} us, through the page cache {costs[False]:.0f} us"
-
-
-def _choose_staging(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[int, str]:
-    decoding = demand.selector == "all"
-    if decoding and demand.all_resident:
-        return 1, "nothing streams"
-
-    def seconds(blocks: int) -> float:
-        model = _Model(machine, demand, tuning, blocks)
-        return model.decode_all().total_s if decoding else model.prompt_s(cold=True)
-
-    best = seconds(STAGING[-1])
-    chosen = next(blocks for blocks in STAGING if seconds(blocks) <= SAME_TIME * best)
-    return chosen, f"more would not make {'decoding' if decoding else 'a prompt'} faster"
-
-
-def _choose_depth(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[int, str]:
-    nbytes, scattered = _kind(demand)
-    blocks = tuning.staging_blocks * ceil(demand.block * demand.stride / PIECE)
-    wanted = min(DEPTH, max(blocks, ceil(max(layer.missed for layer in demand.layers) if scattered else 0)))
-    # More are begun at once where that costs little speed: the disk has work while the thread that computes does not
-    # look. With 128 instead of 256 in flight decoding OpenELM-3B took a tenth longer.
-    good = _depths(machine, nbytes, scattered, tuning.direct)
-    if good[-1] < wanted:
-        good = _depths(machine, nbytes, scattered, tuning.direct, NEARLY)
-    depth = next((depth for depth in good if depth >= wanted), good[-1])
-    rate = format_bytes(machine.read_rate(nbytes, depth, scattered, tuning.direct))
-    return max(depth, min(blocks, DEPTH)), f"{rate}/s at {format_bytes(nbytes)} a read"
-
-
-def _choose_gap(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[int, str]:
-    read = _read_s(machine, demand.read_bytes, tuning.depth, True, tuning.direct)
-    depth = _depths(machine, PIECE, False, tuning.direct)[0]
-    byte = _read_s(machine, PIECE, depth, False, tuning.direct) / PIECE
-    # What a read costs beside its bytes; so many more bytes cost the same.
-    gap = max(0, min(LONGEST_GAP, int(read / byte - demand.read_bytes)))
-    return gap // 512 * 512, f"a read costs {read * 1e6:.0f} us, 1 MB in a row {byte * 1e12:.0f} us"
-
-
-def _choose_look_ahead(machine: Machine, demand: Demand, tuning: Tuning) -> tuple[str, str]:
-    if demand.selector != "predictor":
-        return "off", "only `predictor` guesses by itself"
-    if not any(layer.missed * layer.recall for layer in demand.layers):
-        return "off", "nothing is to be read that could be guessed"
-    model = _Model(machine, demand, tuning, tuning.staging_blocks)
-    without, ahead = model.decode_selected(False).total_s, model.decode_selected(True).total_s
-    reason = f"{ahead * 1e3:.3g} ms a token with it, {without * 1e3:.3g} without"
-    return ("auto" if ahead < PAYS * without else "off"), reason

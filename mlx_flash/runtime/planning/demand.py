@@ -1,6 +1,6 @@
-"""What one token asks of a machine, layer by layer: bytes of weights to compute, bundles to read. Arithmetic only.
+"""The work of one token, layer by layer: bytes of weights to compute with, bundles to read. Arithmetic only.
 
-From a model's shapes, its calibration and the slots that were planned; knows no machine and no seconds.
+Derived from a model's shapes, its calibration and its slots. How long the work takes is in cost_model.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from mlx_flash.config import Selection
 from mlx_flash.engine.backends.base import BLOCK, block_of
 from mlx_flash.engine.residency.miss_curves import lower_hull
 from mlx_flash.engine.selection.factory import lead_of
-from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout, Quantisation
+from mlx_flash.engine.storage.bundle import ITEM_BYTES
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration
 from mlx_flash.models.specs.model_spec import ModelSpec
+from mlx_flash.models.specs.quantisation import resident_codings, usual_coding
+
+from .neuron_setup import NeuronSetup
 
 WORST = "assuming that every neuron is asked for, as nothing is calibrated"
 ALIKE = "assuming that all neurons are asked for equally often"
@@ -25,11 +28,11 @@ ALIKE = "assuming that all neurons are asked for equally often"
 
 @dataclass(frozen=True)
 class LayerDemand:
-    """One layer, one decoded token; bundles in means over tokens.
+    """The work of one layer for one decoded token. Numbers of bundles are means over tokens.
 
-    dense_bytes: attention's matrices; lead_bytes: the part that is resident for every bundle and computed whole
-    asked: bundles that the selector names; fired: those of them that add something; missed: without a slot
-    recall, precision: of guesses made one layer before; 0 where nothing can be guessed
+    dense_bytes: of attention's matrices; lead_bytes: of the part that is resident and computed for every bundle
+    asked: bundles that the selector names; fired: those of them that are not zero; missed: those without a slot
+    recall, precision: of guesses made one layer earlier; 0 where nothing can be guessed
     """
 
     bundles: int
@@ -50,12 +53,14 @@ class LayerDemand:
 
 @dataclass(frozen=True)
 class Demand:
-    """A whole token. Bytes: `first_part_bytes` of an asked bundle are computed, `other_parts_bytes` more of one that
-    fires; `read_bytes` are read of one that is missing, `stride` where whole blocks stream.
+    """The work of a whole token.
 
-    head_bytes: the output layer's; kv_bytes: keys and values that one token of context adds; chunk: tokens of a
-    prompt that pass the layers at once; block: bundles that stream together; assumption: what was not known, "" where
-    all was; bits, dense_bits: of the codes of bundles and of resident matrices, None where they are not quantised
+    stride: bytes of a bundle where whole blocks stream; read_bytes: bytes that are read of a missing bundle
+    first_part_bytes: computed of every bundle asked for; other_parts_bytes: computed also of one that fires
+    head_bytes: of the output layer; kv_bytes: of the keys and values of one token of context
+    chunk: tokens of a prompt that pass the layers at once; block: bundles that stream together
+    assumption: what was assumed where the model's statistics are not known; "" where all are
+    bits, dense_bits: of the codes of bundles and of resident matrices; None where they are not quantised
     """
 
     selector: str
@@ -75,12 +80,12 @@ class Demand:
 
     @property
     def item_bytes(self) -> float:
-        """Of a weight in a bundle, scales and biases left aside."""
+        """Bytes of a weight in a bundle, without scales and biases."""
         return ITEM_BYTES[self.dtype] if self.bits is None else self.bits / 8
 
     @property
     def dense_item_bytes(self) -> float:
-        """Of a resident weight."""
+        """Bytes of a resident weight."""
         return ITEM_BYTES[self.dtype] if self.dense_bits is None else self.dense_bits / 8
 
     @property
@@ -88,26 +93,18 @@ class Demand:
         return all(layer.resident for layer in self.layers)
 
     def observed(self, asked: Sequence[float], missed: Sequence[float], fired: Sequence[float] | None = None) -> Demand:
-        """The same with what was counted per layer and token, as for a trace, instead of what statistics say."""
+        """The same with means per layer and token that were counted in a run, instead of those of the calibration."""
         fired = asked if fired is None else fired
         found = zip(self.layers, asked, fired, missed, strict=True)
         layers = tuple(replace(layer, asked=a, fired=f, missed=m) for layer, a, f, m in found)
         return replace(self, layers=layers, assumption="")
 
 
-def token_demand(
-    spec: ModelSpec,
-    dtype: str,
-    layouts: Sequence[Layout],
-    selection: Selection,
-    calibration: Calibration | None,
-    capacities: Sequence[int],
-    chunk: int,
-    dense: Quantisation | None = None,
-) -> Demand:
-    """What a decoded token of this model asks for with `selection`, with so many slots per layer; dense: how the
-    resident matrices are quantised."""
-    head, item, coded = layouts[0].matrices[0], ITEM_BYTES[dtype], layouts[0].quantisation
+def token_demand(setup: NeuronSetup, selection: Selection, capacities: Sequence[int]) -> Demand:
+    """What a decoded token of this model asks for with `selection`, with so many slots per layer."""
+    spec, calibration, layouts = setup.spec, setup.calibration, setup.checkpoint.layouts
+    dense = usual_coding(resident_codings(setup.checkpoint))
+    head, item, coded = layouts[0].matrices[0], ITEM_BYTES[setup.dtype], layouts[0].quantisation
     width = item if dense is None else dense.bits / 8 + 2 * item / dense.group_size  # bytes of a resident weight
     lead = lead_of(selection, layouts[0], calibration)
     lead_bytes = layouts[0].matrix_bytes(lead) if lead else 0
@@ -134,7 +131,7 @@ def token_demand(
     first = 0 if lead else layouts[0].matrix_bytes(head)
     return Demand(
         selector=selection.name,
-        dtype=dtype,
+        dtype=setup.dtype,
         layers=tuple(layers),
         stride=layouts[0].stride,
         read_bytes=layouts[0].stride - (lead_bytes if lead == head else 0),
@@ -142,7 +139,7 @@ def token_demand(
         other_parts_bytes=others - first,
         head_bytes=int(spec.vocab * spec.dim * width),
         kv_bytes=spec.kv_items_per_token * item,
-        chunk=chunk,
+        chunk=min(setup.config.prefill_chunk, setup.context_of.tokens),
         assumption=_assumption(selection, calibration),
         block=block_of(layouts[0]),
         bits=None if coded is None else coded.bits,
@@ -151,7 +148,7 @@ def token_demand(
 
 
 def _share(value: Any) -> float:
-    """A figure of a calibration, which says what it likes."""
+    """A share from a calibration file, which is not checked for being one."""
     return min(1.0, max(0.0, float(value))) if type(value) in (int, float) else 0.0
 
 
@@ -166,7 +163,7 @@ def _curve(selection: Selection, known: LayerCalibration | None) -> np.ndarray |
 def _use(
     spec: ModelSpec, selection: Selection, calibration: Calibration | None, layer: int, count: int, capacity: int
 ) -> tuple[float, float, float]:
-    """Bundles per token that are asked for, fire, are missing."""
+    """Bundles per token: asked for, firing, missing."""
     known = calibration.layers[layer] if calibration else None
     fires = float(known.rate.sum()) if known and spec.has_zeros else float(count)
     curve = _curve(selection, known)

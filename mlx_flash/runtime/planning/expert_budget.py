@@ -23,7 +23,7 @@ class ExpertCosts:
 
     slots, counts, top_k: per layer: bytes of one expert, how many there are, how many a token uses.
     kinds: layers of one kind have experts of the same parts and shapes, and share staging.
-    share: of every layer's experts that get slots; None: what the budget leaves.
+    share: of every layer's experts that get slots; None: as many as the budget leaves room for.
     """
 
     model: str
@@ -95,13 +95,13 @@ class ExpertCosts:
         return MemoryPlan(budget_bytes, self.fixed | {"staging": staging, "slots": slots}, capacities, blocks)
 
     def _blocks(self, spare: int) -> int:
-        """How much staging, where `spare` bytes may go there: more than the least where experts are small."""
+        """Blocks of staging in at most `spare` bytes: more than one where experts are small."""
         one = self.staging_bytes(1)
         return max(1, min(-(-STAGING_BYTES // one), spare // one))
 
     def _spread(self, left: int) -> tuple[int, ...]:
-        """Slots per layer for so many bytes: the same share of every layer's experts, then one by one to the layers
-        that were rounded down most."""
+        """Slots per layer in `left` bytes: the same share of every layer's experts; what rounding down leaves goes one
+        by one to the layers that lost most by it."""
         share = left / self._slot_bytes(self.counts)
         exact = [share * count for count in self.counts]
         capacities = [min(int(each), count) for each, count in zip(exact, self.counts, strict=True)]

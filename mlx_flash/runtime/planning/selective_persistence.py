@@ -1,7 +1,7 @@
 """How a memory budget is split: what must be resident, and how many slots each layer gets. Arithmetic only.
 
-budget = dense part + selector rows + KV cache + prefill scratch + staging + slots (DESIGN 3); the interpreter and
-its libraries come on top.
+budget = dense part + selector rows + KV cache + prefill scratch + staging + slots; the interpreter and its libraries
+come on top. ("LLM in a flash", section 3.1: selective persistence.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from mlx_flash.config import format_bytes
+from mlx_flash.config import FlashConfig, format_bytes
 from mlx_flash.engine.residency.miss_curves import split_by_gain
 from mlx_flash.errors import BudgetError
 
@@ -22,15 +22,59 @@ STAGING_BLOCKS = 6  # blocks in flight or being computed: enough to keep a disk 
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a model needs, in bytes. `fixed` parts by name; a slot of layer l holds one of `counts[l]` bundles.
+class MemoryPlan:
+    """A budget split: `parts` in bytes by name, slots per layer, staging slabs of one block each."""
+
+    budget_bytes: int
+    parts: dict[str, int]
+    capacities: tuple[int, ...]
+    staging_blocks: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+class Costs(Protocol):
+    """What a model needs in memory, in bytes. fixed: parts by name; counts: bundles per layer."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def fixed(self) -> dict[str, int]: ...
+
+    @property
+    def counts(self) -> tuple[int, ...]: ...
+
+    @property
+    def staging_block(self) -> int:
+        """The least staging."""
+
+    @property
+    def smallest(self) -> int:
+        """The smallest legal budget."""
+
+    @property
+    def largest(self) -> int:
+        """Everything resident."""
+
+    def split(self, budget_bytes: int) -> MemoryPlan:
+        """The plan for a budget. Raises BudgetError for one under `smallest`."""
+
+
+@dataclass(frozen=True)
+class NeuronCosts:
+    """What a model of neuron bundles needs, in bytes. `fixed` parts by name; a slot of layer l holds one of `counts[l]`
+    bundles.
 
     unit: slots come in multiples of it (a layer's last unit may be shorter).
-    curves: calibrated misses over slots, one per layer; without, every layer gets slots in proportion to its size.
-    staging_blocks: at most so many; least_staging: at least so many, also where they leave fewer slots.
+    curves: calibrated misses over slots, one per layer; without them slots are split in proportion to layers' sizes.
+    staging_blocks: the most blocks of staging; least_staging: the fewest, even if fewer slots are left then.
     resident_staging: blocks where everything is resident; None: staging_blocks.
-    share: of every layer's bundles that get slots; None: what the budget leaves.
-    layer_slots: a slot's bytes in each layer, where they differ; `slot` is then the largest, by which slots are dealt.
+    share: of every layer's bundles that get slots; None: as many as the budget leaves room for.
+    layer_slots: a slot's bytes in each layer, where they differ; `slot` is then the largest one, and slots are counted
+        as if all were that large.
     """
 
     model: str
@@ -47,14 +91,14 @@ class Costs:
     layer_slots: tuple[int, ...] = ()
 
     def slots_bytes(self, capacities: Sequence[int]) -> int:
-        """Bytes of so many slots in each layer."""
+        """Bytes of these slots, given per layer."""
         if not self.layer_slots:
             return self.slot * sum(capacities)
         return sum(slot * capacity for slot, capacity in zip(self.layer_slots, capacities, strict=True))
 
     @property
     def shared_slots(self) -> tuple[int, ...]:
-        """Slots of every layer by `share`, in whole units; none where no share is given."""
+        """Slots per layer by `share`, in whole units; none where no share is given."""
         share = self.share or 0.0
         return tuple(n if share == 1 else int(share * n) // self.unit * self.unit for n in self.counts)
 
@@ -75,25 +119,15 @@ class Costs:
         # A tiny model's bundles may take less than a block of staging does: never under the smallest.
         return max(sum(self.fixed.values()) + staging + slots, self.smallest)
 
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """A budget split: `parts` in bytes by name, slots per layer, staging slabs of one block each."""
-
-    budget_bytes: int
-    parts: dict[str, int]
-    capacities: tuple[int, ...]
-    staging_blocks: int
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.parts.values())
+    def split(self, budget_bytes: int) -> MemoryPlan:
+        """See `split_budget`."""
+        return split_budget(self, budget_bytes)
 
 
 def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]:
     """Slots per layer, in proportion to the layer's size, in whole units, at most `total` in all.
 
-    What rounding down leaves goes unit by unit to the layers that were rounded most.
+    The slots that rounding down leaves go unit by unit to the layers that lost most by it.
     """
     everything = sum(counts)
     if total >= everything:
@@ -109,7 +143,7 @@ def split_slots(total: int, counts: Sequence[int], unit: int) -> tuple[int, ...]
     return tuple(slots)
 
 
-def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
+def split_budget(costs: NeuronCosts, budget_bytes: int) -> MemoryPlan:
     """The plan for a budget; raises BudgetError, part by part, when it is under the smallest legal one."""
     if budget_bytes < costs.smallest:
         slots = costs.slots_bytes(costs.shared_slots)
@@ -138,7 +172,7 @@ def split_budget(costs: Costs, budget_bytes: int) -> MemoryPlan:
     return MemoryPlan(budget_bytes, parts, capacities, staging)
 
 
-def _given_slots(costs: Costs, left: int) -> tuple[int, tuple[int, ...]]:
+def _given_slots(costs: NeuronCosts, left: int) -> tuple[int, tuple[int, ...]]:
     """Staging blocks and slots per layer where the share of the slots is given; staging takes what they leave."""
     capacities = costs.shared_slots
     wanted = costs.staging_when_resident if capacities == costs.counts else costs.staging_blocks
@@ -146,8 +180,8 @@ def _given_slots(costs: Costs, left: int) -> tuple[int, tuple[int, ...]]:
 
 
 def _floors(curves: Sequence[Any], total: int) -> list[int]:
-    """Slots that every layer gets first: half as many again as a token asks for, or a layer's overflow streams through
-    staging and its reads overlap nothing. Scaled down where they would take more than half of all slots."""
+    """Slots that every layer gets first: one and a half times what a token asks for. With fewer, bundles without a slot
+    pass through staging, and their reads overlap nothing. Scaled down where this takes more than half of all slots."""
     floors = [FLOOR * float(curve[1, 0]) for curve in curves]
     scale = min(1.0, total / 2 / max(sum(floors), 1.0))
     return [int(scale * floor) for floor in floors]
@@ -178,14 +212,12 @@ def cgroup_limit(root: Path = Path("/")) -> int | None:
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
-class Largest(Protocol):
-    """What a model needs, at most."""
-
-    @property
-    def largest(self) -> int: ...
+def budget_for(config: FlashConfig, costs: Costs) -> int:
+    """The budget in bytes of a run that needs `costs`."""
+    return auto_budget(costs) if config.memory == "auto" else int(config.memory)
 
 
-def auto_budget(costs: Largest) -> int:
+def auto_budget(costs: Costs) -> int:
     """The least of everything resident, half of the available memory, half of a cgroup limit."""
     limit = cgroup_limit()
     choices = [costs.largest, psutil.virtual_memory().available // 2] + ([limit // 2] if limit else [])

@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any
 
 from mlx_flash.config import format_bytes
-from mlx_flash.runtime.loading import RunPlan
 from mlx_flash.runtime.machine import device_of
+from mlx_flash.runtime.notices import announce
 from mlx_flash.runtime.planning.cost_model import Prediction
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan
 from mlx_flash.tools.inspection import loss_text
 
 from .measuring import Measured, Start
@@ -119,7 +119,7 @@ def _predicted(prediction: Prediction | None, typical: float) -> dict[str, Any] 
     }
 
 
-def _why_not(plan: RunPlan, place: Path) -> str:
+def _why_not(plan: NeuronPlan, place: Path) -> str:
     if plan.machine is not None:
         return "a probe measures the kernels of the numpy backend only"
     return plan.machine_problem or f"this disk was not probed: mlx_flash bench --probe --dir {place}"

@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.runtime.generation import peak_bytes
-from mlx_flash.runtime.loading import RunPlan, load
+from mlx_flash.runtime.loading import load
 from mlx_flash.runtime.planning.cost_model import Prediction, predict
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan
 from mlx_flash.stats import Stats
 
 from .options import BenchOptions
@@ -58,7 +59,7 @@ class Measured:
     """What `run_bench` found. dropped: the page cache was emptied before the cold start; warming_s, untimed_s: seconds
     of tokens without clocks, before and after warming up; cpu_s: processor time of the latter, all threads together."""
 
-    plan: RunPlan
+    plan: NeuronPlan
     dropped: bool
     cold: Start
     warm: Start | None = None
@@ -77,7 +78,9 @@ class Measured:
         return len(self.untimed_s) + len(self.timed)
 
 
-def run_bench(plan: RunPlan, options: BenchOptions, replay: Replay | None = None, progress: bool = False) -> Measured:
+def run_bench(
+    plan: NeuronPlan, options: BenchOptions, replay: Replay | None = None, progress: bool = False
+) -> Measured:
     """Measure a checkpoint as it is planned to run. replay: names the neurons that are asked for, in place of the
     predictors. Raises what `load` raises, and ReadError."""
     dropped = drop_page_cache()
@@ -89,7 +92,7 @@ def run_bench(plan: RunPlan, options: BenchOptions, replay: Replay | None = None
     return replace(found, warm=start)
 
 
-def replies(plan: RunPlan, options: BenchOptions) -> Iterator[tuple[list[int], list[int]]]:
+def replies(plan: NeuronPlan, options: BenchOptions) -> Iterator[tuple[list[int], list[int]]]:
     """For every round a prompt and what follows: ids from a seed, the same in every run."""
     rng = np.random.default_rng(SEED)
     for _ in range(options.rounds):
@@ -97,7 +100,7 @@ def replies(plan: RunPlan, options: BenchOptions) -> Iterator[tuple[list[int], l
         yield ids[: options.prompt], ids[options.prompt :]
 
 
-def _start(plan: RunPlan, prompt: list[int], reply: list[int]) -> tuple[Any, Any, Start]:
+def _start(plan: NeuronPlan, prompt: list[int], reply: list[int]) -> tuple[Any, Any, Start]:
     """A loaded model, after a prompt; the steps of the reply."""
     begin = time.perf_counter()
     model, _ = load(plan.checkpoint.path, plan.config)
@@ -112,7 +115,7 @@ def _start(plan: RunPlan, prompt: list[int], reply: list[int]) -> tuple[Any, Any
 
 
 def _decode_cold(
-    plan: RunPlan, options: BenchOptions, replay: Replay | None, dropped: bool, progress: bool
+    plan: NeuronPlan, options: BenchOptions, replay: Replay | None, dropped: bool, progress: bool
 ) -> Measured:
     rounds = replies(plan, options)
     model, steps, start = _start(plan, *next(rounds))

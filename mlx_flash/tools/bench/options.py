@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mlx_flash.config import FlashConfig, Selection
 from mlx_flash.errors import UsageError
 from mlx_flash.models.specs.model_spec import ModelSpec
-from mlx_flash.runtime.run import decide_context
+from mlx_flash.runtime.planning.context_length import decide_context
 from mlx_flash.tools.trace import Trace
 
 from .trace_replay import synthetic_trace

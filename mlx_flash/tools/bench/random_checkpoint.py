@@ -28,7 +28,7 @@ from mlx_flash.models.conversion.converter import convert
 from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.models.specs.model_spec import ModelSpec
 from mlx_flash.runtime.model_path import models_folder
-from mlx_flash.runtime.run import announce
+from mlx_flash.runtime.notices import announce
 from mlx_flash.tools.random_model import make_random
 from mlx_flash.tools.trace import Trace
 

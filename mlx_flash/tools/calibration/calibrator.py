@@ -20,7 +20,9 @@ from mlx_flash.engine.selection.factory import check_selection
 from mlx_flash.engine.storage.calibration import Calibration, LayerCalibration, attach, model_identity
 from mlx_flash.engine.storage.writer import check_free_space
 from mlx_flash.errors import BudgetError, UsageError
-from mlx_flash.runtime.loading import RunPlan, decide, load, plan_run
+from mlx_flash.runtime.loading import load
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan
+from mlx_flash.runtime.planning.planner import plan_checkpoint
 from mlx_flash.tools.perplexity import check_ids, measure
 from mlx_flash.tools.simulation import best_policy
 from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, encode_text, read_text
@@ -109,10 +111,12 @@ def calibrate(
     config = FlashConfig(memory=memory, backend=backend, select="all")
     for path in data:
         read_text(path)  # before a model is converted
-    plan = decide(model, config, calibrated=False)
+    plan = plan_checkpoint(model, config, calibrated=False)
     _check_known(plan)
     config = replace(config, max_context=min(plan.context, WINDOW_TOKENS))
-    plan = plan_run(plan.checkpoint.path, config, False, plan.name)  # a budget that is too small shows here
+    plan = plan_checkpoint(
+        plan.checkpoint.path, config, calibrated=False, name=plan.name, loads=True
+    )  # a budget that is too small shows here
     tokenizer = plan.models.load_tokenizer(plan.checkpoint.path, plan.spec.eos_ids)
     texts = split_text(tokenizer, data, tokens, min(plan.context, WINDOW_TOKENS), loss_windows)
     check_ids([Window(ids, ids[-1:]) for ids in texts.learn], plan.spec.vocab)
@@ -129,14 +133,14 @@ def calibrate(
         attach(plan.checkpoint, calibration)
         if texts.measure:
             losses = measure_losses(plan, texts.measure, config, calibration, progress)
-            fresh = decide(plan.checkpoint.path, config)  # its config.json has changed
+            fresh = plan_checkpoint(plan.checkpoint.path, config)  # its config.json has changed
             calibration = replace(calibration, summary={**calibration.summary, "losses": losses})
             attach(fresh.checkpoint, calibration)
     layers = [dict(layer.figures) for layer in calibration.layers]
     return {"path": str(plan.checkpoint.path), **calibration.summary, "layers": layers}
 
 
-def _check_known(plan: RunPlan) -> None:
+def _check_known(plan: NeuronPlan) -> None:
     """Raise UsageError for a model that calibration does not know, or does not help."""
     if plan.spec.kernel_activation not in ("silu", "relu"):
         raise UsageError(
@@ -157,7 +161,7 @@ def _check_known(plan: RunPlan) -> None:
 
 
 def _learn(
-    work: Workspace, plan: RunPlan, texts: Texts, config: FlashConfig, recall: float, seed: int, progress: bool
+    work: Workspace, plan: NeuronPlan, texts: Texts, config: FlashConfig, recall: float, seed: int, progress: bool
 ) -> Calibration:
     """The statistics of every layer and, for a ReLU model, its predictors; steps in the workspace are not repeated."""
     checkpoint, spec = plan.checkpoint, plan.spec
@@ -188,7 +192,9 @@ def _learn(
     return Calibration(tuple(layers), {**summary, **_overall(layers, [report for _, report in trained], plan)})
 
 
-def _overall(layers: Sequence[LayerCalibration], reports: Sequence[PredictorReport], plan: RunPlan) -> dict[str, Any]:
+def _overall(
+    layers: Sequence[LayerCalibration], reports: Sequence[PredictorReport], plan: NeuronPlan
+) -> dict[str, Any]:
     """Figures of all predictors together, on held-out tokens of the calibration."""
     counts = [len(layer.rate) for layer in layers]
     fired = sum(n * report.firing for n, report in zip(counts, reports, strict=True))
@@ -205,7 +211,9 @@ def _overall(layers: Sequence[LayerCalibration], reports: Sequence[PredictorRepo
     }
 
 
-def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, starts: Sequence[int]) -> LayerCalibration:
+def _statistics(
+    work: Workspace, plan: NeuronPlan, layer: int, x: np.ndarray, starts: Sequence[int]
+) -> LayerCalibration:
     step = f"statistics-{layer:03d}"
     kept = work.load(step)
     if kept is None:
@@ -233,7 +241,7 @@ def _statistics(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, start
 
 
 def measure_losses(
-    plan: RunPlan, chosen: Sequence[Window], config: FlashConfig, calibration: Calibration, progress: bool
+    plan: NeuronPlan, chosen: Sequence[Window], config: FlashConfig, calibration: Calibration, progress: bool
 ) -> dict[str, dict[str, float]]:
     """The loss of each lossy selector that this model can run, on some windows, by the selector's name."""
     found: dict[str, float] = {}

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_flash.config import FlashConfig
-from mlx_flash.runtime.loading import Run, plan_run
+from mlx_flash.runtime.planning.planner import plan_checkpoint
+from mlx_flash.runtime.run import NeuronRun
 
 from .workspace import DAMAGE
 
@@ -60,8 +61,8 @@ def capture(
     model: Path, config: FlashConfig, windows: Sequence[Sequence[int]], inputs: FfnInputs, progress: bool = False
 ) -> str:
     """Run windows of token ids through the whole model, and store every FFN input; returns the backend's name."""
-    plan = plan_run(model, config, calibrated=False)
-    run = Run(plan)
+    plan = plan_checkpoint(model, config, calibrated=False, loads=True)
+    run = NeuronRun(plan)
     at = [sum(len(window) for window in windows[: inputs.windows_done])] * inputs.layers
 
     def make_ffn(layer: int, *biases: Any) -> Any:

@@ -9,14 +9,14 @@ from mlx_flash.engine.storage.bundle import DATA_START
 from mlx_flash.engine.storage.bundle_weights import wide_rows
 from mlx_flash.engine.storage.reader import LayerFile
 from mlx_flash.errors import ReadError
-from mlx_flash.runtime.loading import RunPlan
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan
 
 from .neuron_statistics import FfnWeights
 
 BLOCK_BUNDLES = 1024
 
 
-def layer_weights(plan: RunPlan, layer: int) -> FfnWeights:
+def layer_weights(plan: NeuronPlan, layer: int) -> FfnWeights:
     """A layer's FFN in fp32. Raises ReadError."""
     spec, parts = plan.spec, read_parts(plan.checkpoint.layer_files[layer])
     bias = _resident(plan, spec.name("up", layer) + ".bias") if spec.ffn_bias else None
@@ -46,7 +46,7 @@ def read_parts(file: LayerFile) -> dict[str, np.ndarray]:
     return parts
 
 
-def _resident(plan: RunPlan, name: str) -> np.ndarray:
+def _resident(plan: NeuronPlan, name: str) -> np.ndarray:
     path, info = plan.checkpoint.resident_tensors()[name]
     with open(path, "rb") as file:
         file.seek(info.offset)

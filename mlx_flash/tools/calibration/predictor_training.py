@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mlx_flash.runtime.loading import RunPlan
+from mlx_flash.runtime.planning.neuron_plan import NeuronPlan
 
 from .ffn_weights import layer_weights
 from .neuron_statistics import TOKENS
@@ -35,14 +35,14 @@ STEP_BYTES = 4  # of a layer's predictor, beside what `predictors` counts
 MARGINS = (0.0, 1.0, 2.0, 3.0, 4.0)  # of which look-ahead takes one
 
 
-def firing_of(plan: RunPlan, layer: int) -> Callable[[np.ndarray], np.ndarray]:
+def firing_of(plan: NeuronPlan, layer: int) -> Callable[[np.ndarray], np.ndarray]:
     """x (T, d) -> (T, count) bool."""
     weights = layer_weights(plan, layer)
     return lambda x: x @ weights.first.T + weights.offset > 0
 
 
 def train_predictors(
-    work: Workspace, plan: RunPlan, inputs: Sequence[np.ndarray], recall: float, seed: int, progress: bool
+    work: Workspace, plan: NeuronPlan, inputs: Sequence[np.ndarray], recall: float, seed: int, progress: bool
 ) -> list[tuple[Predictor, PredictorReport]]:
     """All layers' predictors, together at most LARGEST_SHARE of the weights, at a recall of the whole model."""
     counts = [layout.count for layout in plan.checkpoint.layouts]
@@ -61,13 +61,15 @@ def train_predictors(
     return choose_price(trained, choice.always, recall)
 
 
-def weight_bytes(plan: RunPlan) -> int:
+def weight_bytes(plan: NeuronPlan) -> int:
     """All weights of the model."""
     dense = sum(info.nbytes for _, info in plan.checkpoint.resident_tensors().values())
     return dense + sum(layout.count * layout.bundle_bytes for layout in plan.checkpoint.layouts)
 
 
-def _sketch(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, ranks: list[int], seed: int) -> list[PriceCurve]:
+def _sketch(
+    work: Workspace, plan: NeuronPlan, layer: int, x: np.ndarray, ranks: list[int], seed: int
+) -> list[PriceCurve]:
     step = f"sketch-{layer:03d}"
     if (kept := work.load(step)) is None:
         curves = sketch_layer(x, firing_of(plan, layer), ranks, seed=seed)
@@ -84,7 +86,7 @@ def _sketch(work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, ranks: li
 
 
 def _train(
-    work: Workspace, plan: RunPlan, layer: int, x: np.ndarray, rank: int, always: np.ndarray, seed: int
+    work: Workspace, plan: NeuronPlan, layer: int, x: np.ndarray, rank: int, always: np.ndarray, seed: int
 ) -> TrainedPredictor:
     step = f"predictor-{layer:03d}"
     if (kept := work.load(step)) is None:
@@ -119,7 +121,7 @@ def predicted_firing(x: np.ndarray, predictor: Predictor) -> np.ndarray:
     return np.concatenate([np.packbits(predictor.scores(part) > 0, axis=1) for part in slices])
 
 
-def look_ahead(plan: RunPlan, inputs: Sequence[np.ndarray], layer: int, predictor: Predictor) -> dict[str, float]:
+def look_ahead(plan: NeuronPlan, inputs: Sequence[np.ndarray], layer: int, predictor: Predictor) -> dict[str, float]:
     """How well the input of the layer before names this layer's firing neurons: recall and precision on the last
     tokens, at the margin where their product is largest. Neurons that are always asked for are left out."""
     if layer == 0:

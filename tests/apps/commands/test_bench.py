@@ -15,7 +15,7 @@ import mlx_flash
 from mlx_flash import cli
 from mlx_flash.engine.storage import writer
 from mlx_flash.errors import SpaceError
-from mlx_flash.runtime.loading import plan_run
+from mlx_flash.runtime.planning.planner import plan_checkpoint
 from mlx_flash.tools.bench import bench_report, machine_probe, measuring, random_checkpoint, read_probe
 from mlx_flash.tools.bench.bench_report import COLUMNS
 from mlx_flash.tools.bench.timeline import (
@@ -24,7 +24,7 @@ from mlx_flash.tools.bench.timeline import (
 from mlx_flash.tools.inspection import inspect_model
 from mlx_flash.tools.trace import Trace
 from tests.calibrated import make_calibrated
-from tests.runtime.test_cost_model import machine
+from tests.runtime.machines import machine
 from tests.tools.bench.tiny_bench import make_card_folder, replay_for
 
 
@@ -52,7 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, di
 def test_a_checkpoint_is_measured(
     capsys: pytest.CaptureFixture[str], flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "load_machine", lambda path: machine())
+    monkeypatch.setattr("mlx_flash.runtime.planning.planner.load_machine", lambda path: machine())
     demands: list[Any] = []
     predict = measuring.predict
     monkeypatch.setattr(measuring, "predict", lambda *known: demands.append(known[1]) or predict(*known))
@@ -67,7 +67,7 @@ def test_a_checkpoint_is_measured(
     assert report["predicted"]["measured_over_predicted"] * report["predicted"]["tokens_per_s"] == pytest.approx(speed)
     assert report["predicted"]["assumption"] == "" and report["machine"] == "disk"
     assert picture.exists() == bench_report.can_draw()
-    named = [len(ids) for ids, *_ in replay_for(plan_run(flash, mlx_flash.FlashConfig())).trace.ids]
+    named = [len(ids) for ids, *_ in replay_for(plan_checkpoint(flash, mlx_flash.FlashConfig())).trace.ids]
     assert [layer.asked for layer in demands[0].layers] == [layer.fired for layer in demands[0].layers] == named
     assert {(layer.recall, layer.precision) for layer in demands[0].layers} == {(0.95, 0.95)}
     rows = list(csv.DictReader((tmp_path / "found.csv").open()))

@@ -17,6 +17,7 @@ import mlx_flash
 from mlx_flash.engine.backends.base import Backend, FFNPass, Slab
 from mlx_flash.engine.backends.decoder_base import DecoderBackend, ExpertBackend
 from mlx_flash.engine.backends.numpy.backend import NumpyBackend
+from mlx_flash.models.numpy import decoder
 from mlx_flash.models.text.sampling import Sampling
 from mlx_flash.runtime import backends
 from tests.calibrated import make_calibrated
@@ -29,7 +30,7 @@ PROMPT, STEPS = [1, 2, 3], 16
 @pytest.fixture
 def third_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_ENTRIES", dict(backends._ENTRIES))
-    entry = backends.Entry(ThirdBackend, "mlx_flash.models.numpy.decoder", "numpy", lambda: True)
+    entry = backends.Entry(ThirdBackend, lambda: decoder, "numpy", lambda: True)
     backends.register("third", entry)
 
 

@@ -82,7 +82,7 @@ def test_a_model_is_measured_against_the_limit_before_it_is_loaded(
     with pytest.raises(BudgetError, match=r"large \(10.0 GB of memory planned\) on the numpy backend takes about 1"):
         check_room("numpy", "large", 10**10)
     monkeypatch.setattr(address_space, "limit_bytes", lambda: START_BYTES)
-    monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "Run", None)  # nothing is begun
+    monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "start_run", None)  # nothing is begun
     with pytest.raises(BudgetError, match="ulimit -v"):
         mlx_flash.load(flash, backend="numpy")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -113,7 +113,7 @@ def test_what_libraries_make_of_it(
         raise error
 
     monkeypatch.setattr(address_space, "limit_bytes", lambda: 10**12)
-    monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "any_plan", fail)
+    monkeypatch.setattr(sys.modules["mlx_flash.runtime.loading"], "plan_model", fail)
     for more in ([], ["--json"]):
         assert main(["generate", "--model", str(flash), "--prompt", "x", *more]) == 1
         said = capsys.readouterr()

@@ -15,8 +15,10 @@ from mlx_flash.cli import main
 from mlx_flash.config import FlashConfig
 from mlx_flash.engine.storage.checkpoint import is_checkpoint
 from mlx_flash.errors import BackendError, BudgetError, ConfigError, FlashError, FormatError, UsageError
-from mlx_flash.runtime.loading import decide, plan_checkpoint
 from mlx_flash.runtime.machine import cache_folder
+from mlx_flash.runtime.planning.neuron_plan import plan_neurons
+from mlx_flash.runtime.planning.neuron_setup import make_setup
+from mlx_flash.runtime.planning.planner import plan_checkpoint
 from mlx_flash.runtime.preflight import planned_checkpoint
 from mlx_flash.tools.inspection import inspect_model
 from tests.tiny import CONFIGS, make_tiny
@@ -60,8 +62,8 @@ def test_the_plan_before_a_conversion_is_the_plan_after_it(name: str, backend: s
         pytest.skip("mlx-lm has no OPT")
     source = make_tiny(name, tmp_path)
     config = FlashConfig(backend=backend)
-    before = plan_checkpoint(planned_checkpoint(source), config, None, str(source))
-    after = decide(source, config)
+    before = plan_neurons(make_setup(planned_checkpoint(source), config, None, str(source)))
+    after = plan_checkpoint(source, config)
     assert before.costs == after.costs and before.selection == after.selection and before.spec == after.spec
     assert before.memory == after.memory and after.name == str(source)
 

@@ -112,7 +112,7 @@ def test_a_failed_read_or_an_interrupt_or_a_dropped_reply_leaves_the_model_right
 
 def selectors(model: Any) -> list[Any]:
     modules = dict(model.named_modules())
-    return [modules[path]._run.selector for path in model.flash.plan.opened.paths]
+    return [modules[path]._run.selector for path in model.flash.plan.checkpoint.experts.paths]
 
 
 def test_auto_times_itself_and_off_guesses_nothing(both: tuple[Path, Any]) -> None:
@@ -136,11 +136,11 @@ def test_auto_times_itself_and_off_guesses_nothing(both: tuple[Path, Any]) -> No
 def test_a_router_applied_to_its_own_layer_names_what_that_layer_chooses(both: tuple[Path, Any]) -> None:
     path, resident = both
     model, seen = load(path, 0.5), []
-    for layer, path_ in enumerate(model.flash.plan.opened.paths):
+    for layer, path_ in enumerate(model.flash.plan.checkpoint.experts.paths):
         run = dict(model.named_modules())[path_]._run
 
         def watched(x: Any, indices: Any, layer: int = layer, run: Any = run) -> Any:
-            logits = model.flash.plan.opened.routers[layer](x)
+            logits = model.flash.plan.checkpoint.experts.routers[layer](x)
             named = mx.argpartition(-logits, 1, axis=-1)[..., :2]
             seen.append((np.sort(np.array(named)), np.sort(np.array(indices))))
             return run(x, indices)

@@ -17,16 +17,13 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlx_flash.config import FlashConfig  # noqa: E402
 from mlx_flash.models.mlx.mixture_corrections import fit_arithmetic  # noqa: E402
-from mlx_flash.runtime.mixture import ExpertRun, decide_experts  # noqa: E402
+from mlx_flash.runtime.loading import load_model  # noqa: E402
+from mlx_flash.runtime.planning.expert_plan import plan_experts  # noqa: E402
 
 
 def load(path: Path, share: float | str = "auto", **fields: Any) -> Any:
     """Our model of a folder that has no tokenizer, with slots for `share` of each layer's experts."""
-    plan = decide_experts(path, FlashConfig(backend="mlx", slots=share, **{"memory": "1GB"} | fields))
-    run = ExpertRun(plan)
-    model = plan.opened.start(run.make_selector)
-    model.flash = run
-    return model
+    return load_model(plan_experts(path, FlashConfig(backend="mlx", slots=share, **{"memory": "1GB"} | fields)))
 
 
 def prompt(tokens: int, seed: int = 0) -> Any:

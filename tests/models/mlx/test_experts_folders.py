@@ -13,8 +13,9 @@ import pytest
 from mlx_flash.config import FlashConfig
 from mlx_flash.errors import FormatError
 from mlx_flash.models.specs.folder import INDEX
-from mlx_flash.runtime.loading import any_plan
-from mlx_flash.runtime.mixture import ExpertRun, decide_experts
+from mlx_flash.runtime.loading import load_model
+from mlx_flash.runtime.planning.expert_plan import plan_experts
+from mlx_flash.runtime.planning.planner import plan_model
 from tests.models.specs.test_folder import POINTER, linked
 from tests.tiny_experts import config_of, make_model, save_shards
 
@@ -33,12 +34,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def logits(folder: Path, backend: str) -> np.ndarray:
-    plan = decide_experts(folder, FlashConfig(backend=backend, slots=0.3, memory="1GB"))
-    run = ExpertRun(plan)
-    model: Any = plan.opened.start(run.make_selector, plan.context)
-    model.flash = run
-    found = next(run.forced(model, [5, 6, 7, 8], [9])).copy()
-    run.close()
+    model = load_model(plan_experts(folder, FlashConfig(backend=backend, slots=0.3, memory="1GB")))
+    found = next(model.flash.forced(model, [5, 6, 7, 8], [9])).copy()
+    model.flash.close()
     return found
 
 
@@ -79,4 +77,4 @@ def test_what_is_wrong_is_named_before_anything_is_loaded(
     copy = shutil.copytree(folder, tmp_path / "copy")
     change(copy)
     with pytest.raises(FormatError, match=words):
-        any_plan(copy, FlashConfig(backend=backend))
+        plan_model(copy, FlashConfig(backend=backend))

@@ -22,7 +22,7 @@ mx = pytest.importorskip("mlx.core", reason="this is about the mlx backend")
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_flash.engine.storage.readers import FaultyReader  # noqa: E402
-from mlx_flash.runtime.mixture import decide_experts  # noqa: E402
+from mlx_flash.runtime.planning.expert_plan import plan_experts  # noqa: E402
 
 W = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 CONFIG = config_of("qwen3_moe")
@@ -115,7 +115,7 @@ def test_an_interrupt_in_any_read_leaves_a_working_model(folder: Path, resident:
 
 
 def test_a_budget_below_the_top_experts_of_a_layer_says_which_would_do(folder: Path, resident: Any) -> None:
-    smallest = decide_experts(folder, mlx_flash.FlashConfig(backend="mlx")).costs.smallest
+    smallest = plan_experts(folder, mlx_flash.FlashConfig(backend="mlx")).costs.smallest
     with pytest.raises(
         mlx_flash.BudgetError, match=r"needs at least .*top 2 experts .*use --memory ([\d.]+MB)"
     ) as found:
@@ -130,7 +130,7 @@ def test_a_budget_below_the_top_experts_of_a_layer_says_which_would_do(folder: P
 
 def refused(path: Path, error: type[Exception], match: str, **fields: Any) -> None:
     with pytest.raises(error, match=match):
-        decide_experts(path, mlx_flash.FlashConfig(**{"backend": "mlx"} | fields))
+        plan_experts(path, mlx_flash.FlashConfig(**{"backend": "mlx"} | fields))
 
 
 def test_damaged_and_unfit_tensors_are_refused_by_name(folder: Path, weights: dict[str, Any], tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_dropped_bias_of_the_choice_is_said(tmp_path: Path) -> None:
     config = config_of("ernie4_5_moe")
     weights = dict(tree_flatten(make_model(config).parameters()))
     options = mlx_flash.FlashConfig(backend="mlx")
-    note = decide_experts(save_shards(weights, config, tmp_path / "without"), options).note
+    note = plan_experts(save_shards(weights, config, tmp_path / "without"), options).note
     assert note is not None and "'e_score_correction_bias') are not in the files" in note
     weights["model.layers.1.mlp.moe_statics.e_score_correction_bias"] = mx.zeros((1, 8))
-    assert decide_experts(save_shards(weights, config, tmp_path / "with"), options).note is None
+    assert plan_experts(save_shards(weights, config, tmp_path / "with"), options).note is None

@@ -304,5 +304,5 @@ def test_auto_takes_the_whole_ffn_where_small_layers_stay_in_memory(
         return inspect_model(path, mlx_flash.FlashConfig(memory, backend=backend, slots=slots))["selector"]
 
     assert chosen("mlx", "1GB") == "all" and chosen("mlx", "1GB", 0.5) == chosen("numpy", "1GB") == "gate"
-    monkeypatch.setattr("mlx_flash.runtime.planning.costs.SMALL_LAYER", 1000)
+    monkeypatch.setattr("mlx_flash.runtime.planning.selector_choice.SMALL_LAYER", 1000)
     assert chosen("mlx", "1GB") == "gate"

@@ -11,7 +11,8 @@ import pytest
 
 from mlx_flash.config import FlashConfig
 from mlx_flash.errors import BackendError, BudgetError, ConfigError, FlashError, FormatError
-from mlx_flash.runtime.mixture import ExpertRun, decide_experts
+from mlx_flash.runtime.loading import load_model
+from mlx_flash.runtime.planning.expert_plan import plan_experts
 from tests.tiny_experts import config_of, make_model, per_expert, save, save_shards
 
 mx = pytest.importorskip("mlx.core", reason="the checkpoints and the tokens to compare with are mlx-lm's")
@@ -35,11 +36,7 @@ STEPS = 3
 
 def load(path: Path, share: float | str = "auto", **fields: Any) -> Any:
     """Our model of a folder that has no tokenizer, with slots for `share` of each layer's experts."""
-    plan = decide_experts(path, FlashConfig(backend="numpy", slots=share, **{"memory": "1GB"} | fields))
-    run = ExpertRun(plan)
-    model = plan.opened.start(run.make_selector, plan.context)
-    model.flash = run
-    return model
+    return load_model(plan_experts(path, FlashConfig(backend="numpy", slots=share, **{"memory": "1GB"} | fields)))
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
@@ -233,11 +230,11 @@ def test_unfit_folders(
     model = make_model(CONFIGS["qwen3_moe"])
     folder = changed((save(model, CONFIGS["qwen3_moe"], tmp_path / "a"), model), tmp_path / "b", **changes)
     with pytest.raises(error, match=words):
-        decide_experts(folder, FlashConfig(backend="numpy", memory="1GB"))
+        plan_experts(folder, FlashConfig(backend="numpy", memory="1GB"))
 
 
 def test_a_budget_below_the_experts_of_one_layer(one: tuple[Path, Any]) -> None:
-    plan = decide_experts(one[0], FlashConfig(backend="numpy", memory="1MB"))
+    plan = plan_experts(one[0], FlashConfig(backend="numpy", memory="1MB"))
     with pytest.raises(BudgetError, match="the top 2 experts of a layer must fit"):
         _ = plan.memory
     assert load(one[0], "auto", memory=str(plan.costs.smallest)).flash.plan.memory.capacities == (0, 0)

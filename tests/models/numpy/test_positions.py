@@ -14,8 +14,9 @@ import mlx_flash
 from mlx_flash.config import FlashConfig
 from mlx_flash.models.specs.families import FAMILIES
 from mlx_flash.models.specs.mixtures import MIXTURES, is_mixture
-from mlx_flash.runtime.loading import Run, decide, load_planned
-from mlx_flash.runtime.mixture import ExpertRun, decide_experts
+from mlx_flash.runtime.loading import load_model, load_planned
+from mlx_flash.runtime.planning.expert_plan import plan_experts
+from mlx_flash.runtime.planning.planner import plan_checkpoint
 from mlx_flash.tools.inspection import inspect_model, print_inspection
 from tests.positions.configs import LONG, ORIGINAL, longrope
 from tests.positions.weights import prompt_ids, write_checkpoint
@@ -30,18 +31,8 @@ TOLERANCE = 1e-4
 def load(path: Path, backend: str, **fields: Any) -> Any:
     """A model without a tokenizer, as `mlx_flash.load` makes it."""
     config = FlashConfig(backend=backend, memory="100MB", prefill_chunk=CHUNK, **fields)
-    if is_mixture(json.loads((path / "config.json").read_text())):
-        plan = decide_experts(path, config)
-        run: Any = ExpertRun(plan)
-        model = plan.opened.start(run.make_selector, plan.context)
-    else:
-        other = decide(path, config)
-        run = Run(other)
-        model = other.models.build(
-            other.checkpoint, other.spec, other.backend, run.make_ffn, other.dtype, other.context
-        )
-    model.flash = run
-    return model
+    mixture = is_mixture(json.loads((path / "config.json").read_text()))
+    return load_model(plan_experts(path, config) if mixture else plan_checkpoint(path, config))
 
 
 def prepared(name: str, folder: Path) -> tuple[dict[str, Any], Path]:
@@ -111,14 +102,14 @@ def test_inspect_and_the_first_line_say_why_a_context_is_shorter(
     assert report["context_text"].startswith("64 of 256: short RoPE factors ('original_max_position_embeddings')")
     print_inspection(report)
     assert "selector all (exact), context 64 of 256: short RoPE factors" in capsys.readouterr().out
-    plan = decide(path, FlashConfig(backend="numpy", max_context=65))
+    plan = plan_checkpoint(path, FlashConfig(backend="numpy", max_context=65))
     assert plan.context_text.startswith("65 of 256: long RoPE factors for all of it")
     (path / "tokenizer.json").unlink(missing_ok=True)
     with pytest.raises(mlx_flash.FlashError):  # there is no tokenizer, which is looked for after the line
         load_planned(plan)
     assert "context 65 of 256: long RoPE factors" in capsys.readouterr().err
     with pytest.raises(mlx_flash.UsageError, match="--max-context 257 is beyond the model's 256 tokens"):
-        decide(path, FlashConfig(backend="numpy", max_context=257))
+        plan_checkpoint(path, FlashConfig(backend="numpy", max_context=257))
 
 
 def test_a_window_that_no_backend_has_ends_the_context(tmp_path: Path) -> None:
@@ -126,7 +117,7 @@ def test_a_window_that_no_backend_has_ends_the_context(tmp_path: Path) -> None:
     path = changed("llama", tmp_path, model_type="mimo", sliding_window=64)
     assert inspect_model(path, FlashConfig(backend="mlx"))["context_text"] == "64 of 256: attention window"
     with pytest.raises(mlx_flash.UsageError, match="--max-context 65 is beyond 64 .*: attention window"):
-        decide(path, FlashConfig(backend="mlx", max_context=65))
+        plan_checkpoint(path, FlashConfig(backend="mlx", max_context=65))
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen2"])

@@ -14,7 +14,7 @@ from mlx_flash.models.specs.config_reader import read_limits
 from mlx_flash.models.specs.config_values import ConfigValues
 from mlx_flash.models.specs.model_spec import ContextLimit
 from mlx_flash.models.specs.rotary import attention_factor, inverse_frequencies, read_rope
-from mlx_flash.runtime.run import decide_context
+from mlx_flash.runtime.planning.context_length import decide_context
 
 DIMS = 8
 PLAIN = 100.0 ** (-np.arange(4) / 4)

@@ -142,7 +142,8 @@ def test_families_of_both_backends(name: str, backend: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "dots1"])
 def test_mixtures_in_place(name: str, backend: str, tmp_path: Path) -> None:
     from mlx_flash.config import FlashConfig
-    from mlx_flash.runtime.mixture import ExpertRun, decide_experts
+    from mlx_flash.runtime.loading import load_model
+    from mlx_flash.runtime.planning.expert_plan import plan_experts
 
     if name == "dots1" and backend == "numpy":
         pytest.skip("our decoder does not have it")
@@ -152,13 +153,10 @@ def test_mixtures_in_place(name: str, backend: str, tmp_path: Path) -> None:
     shared, own = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
 
     def run(path: Path) -> tuple[np.ndarray, str | None]:
-        plan = decide_experts(path, FlashConfig(backend=backend, memory="1GB"))
-        run = ExpertRun(plan)
-        model = plan.opened.start(run.make_selector, plan.context)
-        model.flash = run
-        found = next(run.forced(model, PROMPTS[1], [3])).copy()
-        run.close()
-        return found, plan.note
+        model = load_model(plan_experts(path, FlashConfig(backend=backend, memory="1GB")))
+        found = next(model.flash.forced(model, PROMPTS[1], [3])).copy()
+        model.flash.close()
+        return found, model.flash.plan.note
 
     wanted, _ = run(rewrite(source, tmp_path / "untied", False, own))
     other, note = run(rewrite(source, tmp_path / "other", True, own))
@@ -188,8 +186,8 @@ def test_a_quantised_head_counts_with_its_scales(tmp_path: Path) -> None:
             json.dumps(json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True})
         )
         from mlx_flash.config import FlashConfig
-        from mlx_flash.runtime.mixture import decide_experts
+        from mlx_flash.runtime.planning.expert_plan import plan_experts
 
-        opened = decide_experts(folder, FlashConfig(backend="mlx")).opened
+        opened = plan_experts(folder, FlashConfig(backend="mlx")).checkpoint.experts
         held = [name for name, _ in tree_flatten(opened.model.parameters())]
         assert ("lm_head.scales" in held) == kept

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mlx_flash
-from mlx_flash.runtime.loading import plan_run
+from mlx_flash.runtime.planning.planner import plan_checkpoint
 from mlx_flash.tools.bench import measuring as bench_run
 from mlx_flash.tools.bench.bench_report import consecutive
 from mlx_flash.tools.bench.measuring import replies
@@ -43,7 +43,7 @@ def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.M
     del model
     seen: list[list[int]] = []
     order: list[int] = []
-    plan = plan_run(flash, mlx_flash.FlashConfig(select="predictor", backend="numpy", slots=0.3, max_context=64))
+    plan = plan_checkpoint(flash, mlx_flash.FlashConfig(select="predictor", backend="numpy", slots=0.3, max_context=64))
     forced, timed, untimed = plan.models.forced, Timeline.time, bench_run._seconds
 
     def spy(model: Any, prompt: list[int], following: list[int], chunk: int) -> Any:

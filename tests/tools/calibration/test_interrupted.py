@@ -110,14 +110,14 @@ def test_a_capture_goes_on_where_it_stopped(
 
     monkeypatch.setattr(ffn_inputs, "SAVE_EVERY", 1)
     path = shutil.copytree(relu, tmp_path / "copy")
-    forced = ffn_inputs.Run.forced
+    forced = ffn_inputs.NeuronRun.forced
     with monkeypatch.context() as patch:
-        patch.setattr(ffn_inputs.Run, "forced", Calls(forced, 2))
+        patch.setattr(ffn_inputs.NeuronRun, "forced", Calls(forced, 2))
         with pytest.raises(Interrupt):
             run(path, text)
     calls = Calls(forced, None)
     with monkeypatch.context() as patch:
-        patch.setattr(ffn_inputs, "Run", type("Counted", (ffn_inputs.Run,), {"forced": calls}))
+        patch.setattr(ffn_inputs, "NeuronRun", type("Counted", (ffn_inputs.NeuronRun,), {"forced": calls}))
         run(path, text)
     assert calls.count == 1, "the first of two windows ran again"
     same(path, uninterrupted)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_flash.config import FlashConfig, format_bytes, parse_bytes
 from mlx_flash.errors import BudgetError, UsageError
 from mlx_flash.runtime.planning import selective_persistence as budget
-from mlx_flash.runtime.planning.selective_persistence import Costs, auto_budget, split_budget, split_slots
+from mlx_flash.runtime.planning.selective_persistence import NeuronCosts, auto_budget, split_budget, split_slots
 
 layer_counts = st.lists(st.integers(1, 40), min_size=1, max_size=8).map(lambda n: [256 * i for i in n])
 
@@ -32,7 +32,7 @@ def test_slots_are_split_in_proportion_and_none_is_wasted(counts: list[int], tot
 
 @given(layer_counts, st.integers(0, 10**9))
 def test_a_plan_stays_within_its_budget(counts: list[int], extra: int) -> None:
-    costs = Costs("m", {"dense part": 10**6, "KV cache": 10**5}, 256 * 1536, 1536, tuple(counts), 256)
+    costs = NeuronCosts("m", {"dense part": 10**6, "KV cache": 10**5}, 256 * 1536, 1536, tuple(counts), 256)
     plan = split_budget(costs, costs.smallest + extra)
     assert plan.total_bytes <= plan.budget_bytes
     assert plan.staging_blocks >= 1
@@ -41,7 +41,7 @@ def test_a_plan_stays_within_its_budget(counts: list[int], extra: int) -> None:
 
 
 def test_the_smallest_budget_is_legal_and_a_byte_less_is_not() -> None:
-    costs = Costs("tiny", {"dense part": 1000, "KV cache": 20}, 512, 2, (256, 512), 256)
+    costs = NeuronCosts("tiny", {"dense part": 1000, "KV cache": 20}, 512, 2, (256, 512), 256)
     plan = split_budget(costs, costs.smallest)
     assert plan.capacities == (0, 0) and plan.staging_blocks == 1
     with pytest.raises(
@@ -51,7 +51,7 @@ def test_the_smallest_budget_is_legal_and_a_byte_less_is_not() -> None:
 
 
 def test_auto_is_the_least_of_its_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = Costs("m", {"dense part": 1000}, 512, 2, (256,), 256)
+    costs = NeuronCosts("m", {"dense part": 1000}, 512, 2, (256,), 256)
     monkeypatch.setattr(budget, "cgroup_limit", lambda: None)
     assert auto_budget(costs) == costs.largest
     monkeypatch.setattr(budget, "cgroup_limit", lambda: 3000)
@@ -114,22 +114,22 @@ def test_config_is_validated(fields: dict) -> None:
 
 
 def test_staging_that_is_not_needed_takes_nothing() -> None:
-    costs = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 256, resident_staging=0)
+    costs = NeuronCosts("m", {"dense part": 1000}, 512, 2, (512, 512), 256, resident_staging=0)
     assert costs.largest == 1000 + 2 * 1024
     plan = split_budget(costs, costs.largest)
     assert plan.capacities == (512, 512) and plan.staging_blocks == 0 and plan.total_bytes == costs.largest
     assert split_budget(costs, costs.largest - 1).staging_blocks == 1
-    tiny = Costs("m", {"dense part": 1000}, 512, 2, (20,), 256, resident_staging=0)
+    tiny = NeuronCosts("m", {"dense part": 1000}, 512, 2, (20,), 256, resident_staging=0)
     assert tiny.largest == tiny.smallest == 1512, "a block of staging is more than all bundles"
     assert split_budget(tiny, 1512).capacities == (20,)
 
 
 def test_staging_blocks_that_are_asked_for_are_there() -> None:
-    costs = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=3, least_staging=3)
+    costs = NeuronCosts("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=3, least_staging=3)
     assert costs.smallest == 1000 + 3 * 512 and split_budget(costs, costs.smallest).staging_blocks == 3
     with pytest.raises(BudgetError, match=r"staging 1\.54 kB"):
         split_budget(costs, costs.smallest - 1)
-    few = Costs("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=2)
+    few = NeuronCosts("m", {"dense part": 1000}, 512, 2, (512, 512), 1, staging_blocks=2)
     assert split_budget(few, 10**6).staging_blocks == 2
 
 
@@ -137,7 +137,7 @@ def test_staging_blocks_that_are_asked_for_are_there() -> None:
 def test_a_share_of_the_slots_is_kept_or_refused(
     counts: list[int], share: float, extra: int, unit: int, resident_staging: int | None
 ) -> None:
-    costs = Costs(
+    costs = NeuronCosts(
         "m", {"dense part": 9}, 10**6, 1536, tuple(counts), unit, share=share, resident_staging=resident_staging
     )
     plan = split_budget(costs, costs.smallest + extra)
@@ -171,7 +171,7 @@ def test_settings_of_the_reads_are_taken() -> None:
 def test_slots_of_several_sizes_stay_within_the_budget() -> None:
     """Layers of other bit widths: a slot costs what it takes in its layer."""
     sizes, counts = (300, 500, 300), (10, 20, 40)
-    costs = Costs("m", {"dense part": 1000}, 100, 500, counts, unit=4, layer_slots=sizes)
+    costs = NeuronCosts("m", {"dense part": 1000}, 100, 500, counts, unit=4, layer_slots=sizes)
     everything = 300 * 10 + 500 * 20 + 300 * 40
     assert costs.slots_bytes(counts) == everything
     assert costs.largest == 1000 + 6 * 100 + everything and costs.smallest == 1100
