@@ -22,7 +22,7 @@ import psutil
 from mlx_flash.engine.backends.base import BLOCK
 from mlx_flash.engine.backends.numpy.backend import NumpyBackend
 from mlx_flash.engine.residency.slots import Residency
-from mlx_flash.engine.residency.staging import BlockStream, Request
+from mlx_flash.engine.residency.staging import BlockRequest, BlockStream
 from mlx_flash.engine.residency.window import LRU
 from mlx_flash.engine.selection.context import SharedContext, blocks
 from mlx_flash.engine.storage.bundle import Layout, Part, layer_header
@@ -244,7 +244,7 @@ class StreamRow:
         stream, stats = self.shared.stream, self.shared.stats
         stats.reset()
         wanted = [
-            Request(layer, np.arange(first, first + length))
+            BlockRequest(layer, np.arange(first, first + length))
             for layer, (capacity, count) in enumerate(zip(self.capacities, self.counts, strict=True))
             for first, length in blocks(capacity, count, BLOCK)
         ]

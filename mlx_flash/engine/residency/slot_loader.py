@@ -1,7 +1,7 @@
 """Moves one layer's bundles into its slots: reads, prefetches, copies ("LLM in a flash", section 3.3).
 
-Owns the layer's slab, the prefetches under way and the steps whose results may not be computed yet: those still read
-slots, so a slot is overwritten only after they are settled. Which bundles are wanted is the selector's decision.
+Owns the prefetches under way and the steps whose results may not be computed yet: those still read slots, so a slot is
+overwritten only after they are settled. Which bundles are wanted is the selector's decision.
 """
 
 from __future__ import annotations
@@ -9,24 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from mlx_flash.engine.storage.reader import Done, Pending, Target
+from mlx_flash.engine.storage.reader import CountedReader, Done, Pending, Target
 from mlx_flash.errors import ReadError
 
 from .slab_copy import copy_rows
 from .slots import Residency, SlotPlan
 
 LAZY_STEPS = 2  # steps that a lazy backend may leave uncomputed while nothing is read: mlx-lm's loop is one ahead
-
-
-class BundleSource(Protocol):
-    """Where bundles are read from."""
-
-    def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
-        """Begin to read bundles `ids` (n,) into `rows` (n,) of the targets."""
 
 
 class Step(Protocol):
@@ -46,14 +39,21 @@ class Prefetch:
 
 
 class SlotLoader:
-    """The slots of one layer: `residency` says which bundle is in which, `slab` holds their bytes (None: no slots).
+    """The slots of one layer: `residency` says which bundle is in which, `targets` are the bytes of its slab.
 
     one_by_one: each prefetched bundle is a read of its own, which can be given up alone; else all are one read.
     arriving (capacity + 1,) bool: the slots of `prefetches`; the last item is False, for bundles without a slot, -1.
     """
 
-    def __init__(self, layer: int, residency: Residency, slab: Any, source: BundleSource, one_by_one: bool = False):
-        self.layer, self.residency, self.slab = layer, residency, slab
+    def __init__(
+        self,
+        layer: int,
+        residency: Residency,
+        targets: Sequence[Target],
+        source: CountedReader,
+        one_by_one: bool = False,
+    ):
+        self.layer, self.residency, self.targets = layer, residency, targets
         self.prefetches: list[Prefetch] = []
         self.arriving = np.zeros(residency.capacity + 1, bool)
         self._source, self._one_by_one = source, one_by_one
@@ -73,7 +73,7 @@ class SlotLoader:
 
     def read(self, plan: SlotPlan, positions: np.ndarray) -> Pending:
         """Begin to read a plan's bundles at these positions, some of its loads, into their slots."""
-        return self._source.read(self.layer, plan.ids[positions], plan.slots[positions], self.slab.targets)
+        return self._source.read(self.layer, plan.ids[positions], plan.slots[positions], self.targets)
 
     # Prefetches
 
@@ -147,22 +147,22 @@ class SlotLoader:
 
     # Copies
 
-    def warm(self, ids: np.ndarray, used: np.ndarray, staging: Any, rows: np.ndarray) -> None:
+    def warm(self, ids: np.ndarray, used: np.ndarray, staging: Sequence[Target], rows: np.ndarray) -> None:
         """Copy those of `ids` (n,) that are worth a slot from `rows` (n,) of a staging slab; used (T, n) bool: which of
         them each of a prompt's tokens used."""
         plan = self.residency.warm(ids, used)
         if len(plan.loads):
             self.make_room(plan)
             loaded = rows[np.searchsorted(ids, plan.ids[plan.loads])]
-            copy_rows(staging.targets, loaded, self.slab.targets, plan.slots[plan.loads])
+            copy_rows(staging, loaded, self.targets, plan.slots[plan.loads])
             self.residency.place(plan)
 
-    def copy_out(self, ids: np.ndarray, staging: Any) -> bool:
+    def copy_out(self, ids: np.ndarray, staging: Sequence[Target]) -> bool:
         """If all of `ids` (n,) are resident, copy them to rows 0.. of a staging slab; returns whether they are."""
         slots = self.residency.slot_of[ids]
         if (slots < 0).any():
             return False
-        copy_rows(self.slab.targets, slots, staging.targets, np.arange(len(ids)))
+        copy_rows(self.targets, slots, staging, np.arange(len(ids)))
         return True
 
     # Steps

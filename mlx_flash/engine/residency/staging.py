@@ -18,7 +18,7 @@ from mlx_flash.errors import ReadError
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class BlockRequest:
     """Bundles of one layer that go together into one staging slab, row k for ids[k]."""
 
     layer: int
@@ -28,7 +28,7 @@ class Request:
         return self.layer == layer and len(self.ids) > 0 and int(self.ids[0]) == first_id
 
 
-Fetch = Callable[[Request, Any], Pending]
+Fetch = Callable[[BlockRequest, Any], Pending]
 
 
 class BlockStream:
@@ -47,10 +47,10 @@ class BlockStream:
         self._place = {id(slab): place for ring in self._rings for place, slab in enumerate(ring)}
         self._fetch: Fetch | None = None
         self._free = list(range(len(slabs)))
-        self._coming: deque[tuple[Request, Any, Pending]] = deque()
-        self._wanted: Iterator[Request] = iter(())
+        self._coming: deque[tuple[BlockRequest, Any, Pending]] = deque()
+        self._wanted: Iterator[BlockRequest] = iter(())
 
-    def start(self, wanted: Iterable[Request], fetch: Fetch) -> None:
+    def start(self, wanted: Iterable[BlockRequest], fetch: Fetch) -> None:
         """Drop the blocks under way, and read these blocks in this order, each by `fetch` into a staging slab."""
         self.stop()
         self._fetch = fetch
@@ -71,7 +71,7 @@ class BlockStream:
         """Whether the next block is under way and begins with this bundle."""
         return bool(self._coming) and self._coming[0][0].same(layer, first_id)
 
-    def take(self) -> tuple[Request, Any]:
+    def take(self) -> tuple[BlockRequest, Any]:
         """The next block, once it is there. A ReadError stops the stream: `start` begins anew."""
         request, slab, pending = self._coming[0]
         try:

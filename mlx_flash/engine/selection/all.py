@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.engine.backends.base import FFNSpec, block_of
-from mlx_flash.engine.residency.staging import Request
+from mlx_flash.engine.residency.staging import BlockRequest
 from mlx_flash.engine.storage.bundle import Layout
 
 from .context import SharedContext, blocks, is_decode
@@ -64,14 +64,14 @@ class AllSelector:
     def _load_resident(self) -> None:
         if self.capacity and not self.loaded:
             ids = np.arange(self.capacity)
-            self.shared.read(self.layer, ids, ids, self.slab.targets).wait()
+            self.shared.source.read(self.layer, ids, ids, self.slab.targets).wait()
             self.loaded = True
 
-    def _circle(self) -> Iterator[Request]:
+    def _circle(self) -> Iterator[BlockRequest]:
         """Every streamed block of every layer, from this layer on, without end."""
         layers = len(self.layouts)
         for step in count(self.layer):
             layer = step % layers
             layout = self.layouts[layer]
             for first, length in blocks(self.capacities[layer], layout.count, block_of(layout)):
-                yield Request(layer, np.arange(first, first + length))
+                yield BlockRequest(layer, np.arange(first, first + length))

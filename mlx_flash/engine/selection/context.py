@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_flash.engine.backends.base import Backend, Slab
-from mlx_flash.engine.residency.staging import BlockStream, Request
-from mlx_flash.engine.storage.reader import Done, Pending, Reader, ReadReport, Target
+from mlx_flash.engine.residency.staging import BlockRequest, BlockStream
+from mlx_flash.engine.storage.reader import CountedReader, Pending, Reader
 from mlx_flash.stats import Stats
 
 
@@ -29,23 +28,32 @@ class Selector(Interruptible, Protocol):
     def __call__(self, x: Any) -> Any: ...
 
 
-@dataclass
 class SharedContext:
-    """What the layers of one model have in common: one reader, one ring of staging slabs, one set of counters.
+    """What the layers of one model have in common: one source of bundles, one ring of staging slabs, one set of
+    counters.
 
+    unfinished: the selector whose call is under way, or was cut short.
     decoding: whether the current tokens are decoded ones, not a prompt's; None: unknown, as when mlx-lm's own loop runs
     the model. A single token then counts as decoded.
     reply: how many replies have begun.
     """
 
-    backend: Backend
-    reader: Reader
-    stream: BlockStream
-    stats: Stats
-    unfinished: Interruptible | None = None  # the selector whose call is under way, or was cut short
-    decoding: bool | None = None
-    reply: int = 0
-    _scalars: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    def __init__(self, backend: Backend, reader: Reader, stream: BlockStream, stats: Stats):
+        self.backend, self.stream, self.stats = backend, stream, stats
+        self.source = CountedReader(reader, stats)
+        self.unfinished: Interruptible | None = None
+        self.decoding: bool | None = None
+        self.reply = 0
+        self._scalars = np.empty(0, np.float32)
+
+    @property
+    def reader(self) -> Reader:
+        """Reads the bundles of all layers."""
+        return self.source.reader
+
+    @reader.setter
+    def reader(self, reader: Reader) -> None:
+        self.source.reader = reader
 
     def is_decode(self, x: Any) -> bool:
         """Whether a lossy selector may select for x (..., T, d); a prompt's tokens are computed exactly."""
@@ -71,37 +79,9 @@ class SharedContext:
         """The call that `begin` began has succeeded."""
         self.unfinished = None
 
-    def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
-        """Begin to read bundles `ids` (n,) into `rows` (n,) of the targets; the bytes are counted when it has ended."""
-        if not len(ids):
-            return Done()
-        return Counted(self.reader.submit(layer, ids, rows, targets), self.stats)
-
-    def fetch(self, request: Request, slab: Slab) -> Pending:
+    def fetch(self, request: BlockRequest, slab: Slab) -> Pending:
         """Begin to fill a staging slab: row k gets bundle ids[k]."""
-        return self.read(request.layer, request.ids, np.arange(len(request.ids)), slab.targets)
-
-
-class Counted:
-    """A read whose bytes are counted once, when it has ended."""
-
-    def __init__(self, pending: Pending, stats: Stats):
-        self._pending, self._stats, self._counted = pending, stats, False
-
-    def ended(self) -> bool:
-        return self._pending.ended()
-
-    def give_up(self) -> None:
-        self._pending.give_up()
-
-    def wait(self) -> ReadReport:
-        with self._stats.waiting():
-            report = self._pending.wait()
-        if not self._counted:
-            self._counted = True
-            self._stats.bytes_read += report.bytes
-            self._stats.reads += report.reads
-        return report
+        return self.source.read(request.layer, request.ids, np.arange(len(request.ids)), slab.targets)
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.engine.backends.base import FFNPass, Slab
-from mlx_flash.engine.residency.staging import Request
+from mlx_flash.engine.residency.staging import BlockRequest
 
 from .context import blocks
 from .sparse import LayerSetup, SparseSelector, part_rows, top
@@ -77,7 +77,7 @@ class PromptSelector(SparseSelector):
         in the order of the file, and get their slots."""
         assert self.ids is not None
         per_block = [self.ids[(self.ids >= f) & (self.ids < f + n)] for f, n in blocks(0, self.count, self.block)]
-        requests = [Request(self.layer, ids) for ids in per_block if len(ids)]
+        requests = [BlockRequest(self.layer, ids) for ids in per_block if len(ids)]
         self.shared.stream.start(requests, self._fetch_block)
         total = np.zeros_like(self.output)
         for request in requests:
@@ -85,7 +85,7 @@ class PromptSelector(SparseSelector):
             scalars = self.scalars.reshape(self.count, self.neurons)[request.ids].reshape(-1)
             total += scalars @ part_rows(staging, self.spec.layout, "down", len(request.ids))
             rows = np.arange(len(request.ids))
-            self.loader.warm(request.ids, np.ones((1, len(rows)), bool), staging, rows)
+            self.loader.warm(request.ids, np.ones((1, len(rows)), bool), staging.targets, rows)
             self.shared.stream.release(staging)
         return total
 

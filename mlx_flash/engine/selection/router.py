@@ -43,7 +43,9 @@ class RouterSelector:
             raise ValueError(f"{residency.capacity} slots for {residency.count} experts, and no staging")
         self.layer, self.shared, self.slab = layer, shared, slab
         self.staging, self.look_ahead = staging, look_ahead
-        self.loader = SlotLoader(layer, residency, slab, shared, one_by_one=True)
+        self.loader = SlotLoader(
+            layer, residency, slab.targets if slab is not None else (), shared.source, one_by_one=True
+        )
         if look_ahead is not None:
             look_ahead.add(self.loader)
 
@@ -167,4 +169,4 @@ class RouterSelector:
         assert self.staging is not None
         for first in range(0, len(ids), self.staging.experts):
             group = self.staging.next(ids[first : first + self.staging.experts])
-            yield group, self.shared.read(self.layer, group.ids, group.rows, group.slab.targets)
+            yield group, self.shared.source.read(self.layer, group.ids, group.rows, group.slab.targets)

@@ -17,7 +17,7 @@ from mlx_flash.engine.backends.base import FFNPass, FFNSpec, Fired, Slab, block_
 from mlx_flash.engine.residency.slab_copy import clip_targets, copy_rows
 from mlx_flash.engine.residency.slot_loader import SlotLoader
 from mlx_flash.engine.residency.slots import Residency, SlotPlan
-from mlx_flash.engine.residency.staging import Request
+from mlx_flash.engine.residency.staging import BlockRequest
 from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.engine.storage.bundle_weights import wide_rows
 from mlx_flash.engine.storage.reader import Done, Pending, Target
@@ -54,7 +54,7 @@ class SparseSelector(ABC):
         self.skipped_bytes = layout.matrix_bytes(fixed) if fixed and fixed == layout.matrices[0] else 0
         self.loaded = False  # whether `fixed` has been read
         self.slab = backend.slab(layout, setup.residency.capacity, slot_parts(layout, fixed))
-        self.loader = SlotLoader(self.layer, setup.residency, self.slab, self.shared)
+        self.loader = SlotLoader(self.layer, setup.residency, self.slab.targets, self.shared.source)
         if self.look_ahead is not None:
             self.look_ahead.add(self.loader)
 
@@ -80,7 +80,7 @@ class SparseSelector(ABC):
         self.shared.begin(self)
         if self.fixed is not None and not self.loaded:
             ids = np.arange(self.count)
-            self.shared.read(self.layer, ids, ids, self.fixed.targets).wait()
+            self.shared.source.read(self.layer, ids, ids, self.fixed.targets).wait()
             self.loaded = True
         result = self._decode(x) if self.is_decode(x) else self._prefill(x)
         self.shared.end()
@@ -142,7 +142,7 @@ class SparseSelector(ABC):
         """The same where there are not enough slots: some of the ids pass through staging, in order."""
         ids, slots = plan.ids, plan.slots
         spans, found = list(overflow_spans(ids, plan.overflow, self.block)), []
-        self.shared.stream.start((Request(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
+        self.shared.stream.start((BlockRequest(self.layer, ids[span.overflow]) for span in spans), self._fetch_missing)
         self.loader.finish()
         pending.wait()
         for span in spans:
@@ -162,14 +162,14 @@ class SparseSelector(ABC):
             return positions, lambda: np.empty(0, bool)
         return positions, work.scalars(plan.ids[positions], self.slab, plan.slots[positions], late)
 
-    def _fetch_missing(self, request: Request, staging: Slab) -> Pending:
+    def _fetch_missing(self, request: BlockRequest, staging: Slab) -> Pending:
         """Read bundles without a slot, but for the part that is resident."""
         targets = clip_targets(staging.targets, self.skipped_bytes)
-        return self.shared.read(request.layer, request.ids, np.arange(len(request.ids)), targets)
+        return self.shared.source.read(request.layer, request.ids, np.arange(len(request.ids)), targets)
 
     def _prefill(self, x: Any) -> Any:
         self.loader.land()
-        requests = (Request(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count, self.block))
+        requests = (BlockRequest(self.layer, np.arange(f, f + n)) for f, n in blocks(0, self.count, self.block))
         self.shared.stream.start(requests, self._fetch_block)
         work = self.shared.backend.ffn(self.spec, x)
         tokens = int(np.prod(x.shape[:-1]))
@@ -182,13 +182,13 @@ class SparseSelector(ABC):
             work.settle()
             self.prompt_block(first, h, staging)
             rows = np.arange(length)
-            self.loader.warm(first + rows, self.uses(first, h), staging, rows)
+            self.loader.warm(first + rows, self.uses(first, h), staging.targets, rows)
             self.shared.stream.release(staging)
         return work.result()
 
-    def _fetch_block(self, request: Request, staging: Slab) -> Pending:
+    def _fetch_block(self, request: BlockRequest, staging: Slab) -> Pending:
         """Fill a staging slab from the slots where all its bundles are resident, else from disk."""
-        if not self.loader.copy_out(request.ids, staging):
+        if not self.loader.copy_out(request.ids, staging.targets):
             return self.shared.fetch(request, staging)
         if self.fixed is not None:
             copy_rows(self.fixed.targets, request.ids, staging.targets, np.arange(len(request.ids)))

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from mlx_flash.errors import ReadError
+from mlx_flash.stats import Stats
 
 from .bundle import DATA_START, Layout
 
@@ -162,3 +163,38 @@ class Reader(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class CountedReader:
+    """Passes requests on to `reader` and counts in `stats` what they read and how long they are waited for."""
+
+    def __init__(self, reader: Reader, stats: Stats):
+        self.reader, self.stats = reader, stats
+
+    def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Pending:
+        """See `Reader.submit`; without any ids nothing is asked of the reader."""
+        if not len(ids):
+            return Done()
+        return CountedRead(self.reader.submit(layer, ids, rows, targets), self.stats)
+
+
+class CountedRead:
+    """A request whose bytes are counted once, when it has ended."""
+
+    def __init__(self, pending: Pending, stats: Stats):
+        self._pending, self._stats, self._counted = pending, stats, False
+
+    def ended(self) -> bool:
+        return self._pending.ended()
+
+    def give_up(self) -> None:
+        self._pending.give_up()
+
+    def wait(self) -> ReadReport:
+        with self._stats.waiting():
+            report = self._pending.wait()
+        if not self._counted:
+            self._counted = True
+            self._stats.bytes_read += report.bytes
+            self._stats.reads += report.reads
+        return report

@@ -10,8 +10,10 @@ import pytest
 
 from mlx_flash.engine.residency.slot_loader import SlotLoader
 from mlx_flash.engine.residency.slots import Residency
-from mlx_flash.engine.storage.reader import ReadReport, Target
+from mlx_flash.engine.storage.reader import CountedReader, ReadReport, Target
+from mlx_flash.engine.storage.readers import MemoryReader
 from mlx_flash.errors import ReadError
+from mlx_flash.stats import Stats
 
 COUNT, CAPACITY = 9, 4
 
@@ -37,11 +39,12 @@ class Read:
         self.fails = True
 
 
-class Source:
+class Reader(MemoryReader):
     def __init__(self) -> None:
+        super().__init__([])
         self.reads: list[Read] = []
 
-    def read(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Read:
+    def submit(self, layer: int, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Read:
         self.reads.append(Read(ids.copy(), rows.copy(), targets[0]))
         return self.reads[-1]
 
@@ -56,10 +59,9 @@ class Step:
         self.log.append(self.name)
 
 
-def make(one_by_one: bool = False) -> tuple[SlotLoader, Source]:
-    source = Source()
-    slab = SimpleNamespace(targets=(Target(0, np.zeros((CAPACITY, 1), np.uint8)),))
-    return SlotLoader(0, Residency(COUNT, CAPACITY), slab, source, one_by_one), source
+def make(one_by_one: bool = False) -> tuple[SlotLoader, Reader]:
+    reader, target = Reader(), Target(0, np.zeros((CAPACITY, 1), np.uint8))
+    return SlotLoader(0, Residency(COUNT, CAPACITY), [target], CountedReader(reader, Stats()), one_by_one), reader
 
 
 def ids(*which: int) -> np.ndarray:
@@ -76,34 +78,34 @@ def step(loader: SlotLoader, wanted: np.ndarray) -> list[int]:
     pending.wait()
     loader.residency.commit(plan)
     slots = plan.slots[plan.slots >= 0]
-    return loader.slab.targets[0].rows[slots, 0].tolist()
+    return loader.targets[0].rows[slots, 0].tolist()
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_what_was_prefetched_is_not_read_again(one_by_one: bool) -> None:
-    loader, source = make(one_by_one)
+    loader, reader = make(one_by_one)
     assert step(loader, ids(1, 2)) == [1, 2]
     assert loader.prefetch(ids(1, 5, 7)) == 2
-    assert len(source.reads) == (3 if one_by_one else 2)
+    assert len(reader.reads) == (3 if one_by_one else 2)
     assert loader.count_arriving(ids(2, 5, 7)) == 2 and loader.count_arriving(ids(1, 8)) == 0
-    before = len(source.reads)
+    before = len(reader.reads)
     assert step(loader, ids(5, 7)) == [5, 7]
     assert not loader.prefetches and not loader.arriving.any()
-    assert not sum(len(read.ids) for read in source.reads[before:])
+    assert not sum(len(read.ids) for read in reader.reads[before:])
 
 
 def test_a_failed_prefetch_empties_its_slots_and_what_is_needed_is_read_again() -> None:
-    loader, source = make(one_by_one=True)
+    loader, reader = make(one_by_one=True)
     loader.prefetch(ids(3, 5))
-    source.reads[0].over = source.reads[0].fails = True
+    reader.reads[0].over = reader.reads[0].fails = True
     assert step(loader, ids(3, 5)) == [3, 5]
-    assert [read.ids.tolist() for read in source.reads] == [[3], [5], [3]]
+    assert [read.ids.tolist() for read in reader.reads] == [[3], [5], [3]]
 
 
 def test_a_prefetch_that_fails_when_a_step_counts_on_it_is_an_error() -> None:
-    loader, source = make()
+    loader, reader = make()
     loader.prefetch(ids(3, 5))
-    source.reads[0].fails = True  # only seen when it is waited for
+    reader.reads[0].fails = True  # only seen when it is waited for
     with pytest.raises(ReadError):
         step(loader, ids(3))
     loader.forget()
@@ -112,10 +114,10 @@ def test_a_prefetch_that_fails_when_a_step_counts_on_it_is_an_error() -> None:
 
 
 def test_wrong_guesses_are_given_up_and_right_ones_are_not() -> None:
-    loader, source = make(one_by_one=True)
+    loader, reader = make(one_by_one=True)
     loader.prefetch(ids(3, 5, 6))
     loader.give_up_others(ids(5, 8))
-    assert [read.fails for read in source.reads] == [True, False, True]
+    assert [read.fails for read in reader.reads] == [True, False, True]
     loader.land_given_up()
     assert [each.slots.tolist() for each in loader.prefetches] == [[1]]
     assert (loader.residency.slot_of[[3, 6]] < 0).all() and loader.residency.slot_of[5] == 1
@@ -123,7 +125,7 @@ def test_wrong_guesses_are_given_up_and_right_ones_are_not() -> None:
 
 
 def test_an_interrupted_prefetch_is_forgotten() -> None:
-    loader, source = make()
+    loader, reader = make()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -148,13 +150,13 @@ def test_slots_are_overwritten_only_after_all_steps_have_read_them() -> None:
 
 
 def test_copies_into_and_out_of_slots() -> None:
-    loader, source = make()
-    staging = SimpleNamespace(targets=(Target(0, np.array([[0], [11], [12], [13]], np.uint8)),))
+    loader, reader = make()
+    staging = [Target(0, np.array([[0], [11], [12], [13]], np.uint8))]
     log: list[str] = []
     loader.add_step([Step("a", log)])
     loader.residency.begin_prompt(1)
     loader.warm(ids(2, 4), np.ones((1, 2), bool), staging, np.array([1, 3]))
-    assert log == ["a"] and not source.reads
-    out = SimpleNamespace(targets=(Target(0, np.zeros((2, 1), np.uint8)),))
-    assert loader.copy_out(ids(2, 4), out) and out.targets[0].rows[:, 0].tolist() == [11, 13]
+    assert log == ["a"] and not reader.reads
+    out = [Target(0, np.zeros((2, 1), np.uint8))]
+    assert loader.copy_out(ids(2, 4), out) and out[0].rows[:, 0].tolist() == [11, 13]
     assert not loader.copy_out(ids(2, 5), out)

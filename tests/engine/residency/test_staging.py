@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.engine.residency.staging import BlockStream, Request
+from mlx_flash.engine.residency.staging import BlockRequest, BlockStream
 from mlx_flash.engine.storage.bundle import Layout, Part, Quantisation, bundle_kinds, with_codings
 from mlx_flash.engine.storage.reader import Done
 
@@ -24,7 +24,7 @@ def test_every_layer_gets_slabs_of_its_kind() -> None:
     stream = BlockStream(rings[0], rings[1:], kinds)
     filling: list[tuple[int, Memory]] = []
 
-    def fetch(request: Request, slab: Any) -> Done:
+    def fetch(request: BlockRequest, slab: Any) -> Done:
         assert slab.kind == kinds[request.layer]
         filling.append((request.layer, slab))
         assert len({each.place for _, each in filling}) == len(filling), "a place is used twice at once"
@@ -32,7 +32,7 @@ def test_every_layer_gets_slabs_of_its_kind() -> None:
 
     for _ in range(2):  # also after it was stopped halfway
         filling.clear()
-        wanted = [Request(layer, np.arange(2)) for _ in range(3) for layer in range(4)]
+        wanted = [BlockRequest(layer, np.arange(2)) for _ in range(3) for layer in range(4)]
         stream.start(wanted, fetch)
         for step, request in enumerate(wanted[:7]):
             assert stream.next_is(request.layer, 0) and len(filling) == places, step

@@ -16,8 +16,8 @@ import pytest
 from mlx_flash.engine.backends.numpy.backend import NumpyBackend
 from mlx_flash.engine.backends.numpy.decode_pass import DecodePass
 from mlx_flash.engine.residency.slots import Residency
-from mlx_flash.engine.selection.context import SharedContext
 from mlx_flash.engine.selection.predictor import PredictorSelector
+from mlx_flash.engine.storage.reader import CountedReader
 from mlx_flash.tools.bench.timeline import (
     CALLS,
     DENSE,
@@ -141,7 +141,7 @@ def slowly(call: Callable[..., Any]) -> Callable[..., Any]:
         (PredictorSelector, "choose", SELECTION),
         (Residency, "plan", SELECTION),
         (Residency, "commit", SELECTION),
-        (SharedContext, "read", PHASES.index("python")),
+        (CountedReader, "read", PHASES.index("python")),
         ("reader", "submit", CALLS),
         ("pending", "wait", READS),
     ],
