@@ -1,6 +1,6 @@
 """Traces: which bundle ids each layer asked for, token by token. Recording, files, and public route traces.
 
-Knows ids only: neither what a bundle holds nor what was resident when it was asked for.
+Knows ids only: neither the bundles nor what was resident at the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSION = 1
 ROUTE_HEADER = re.compile(r"n_layer=(\d+) n_expert=(\d+)")
 ROUTE_COLUMNS = ["turn", "phase", "step", "layer", "slot", "expert"]
 MOST = 1 << 20  # layers, or bundles of a layer: more is a lying header
-# What NumPy raises for a file that is something else, cut short or damaged (TypeError: a bare array, not an archive).
+# NumPy's errors for a file of another kind, cut short or damaged (TypeError: a bare array, not an archive).
 UNREADABLE = (
     *(OSError, ValueError, KeyError, AttributeError, EOFError, MemoryError, TypeError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, ZstdError, NotImplementedError),
@@ -36,7 +36,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """counts[l]: bundles of layer l; ids[l][t]: int32 (n,), ascending, those that token t asked for; the first
+    """counts[l]: bundles of layer l; ids[l][t]: int32 (n,), ascending, the ids that token t asked for; the first
     `prompt` tokens belong to the prompt."""
 
     counts: tuple[int, ...]

@@ -136,8 +136,8 @@ class LookAhead:
 class ExpertLookAhead(LookAhead):
     """Guesses for layers of experts: the next layer's router, applied to this layer's input, predicts its choice.
 
-    top_k[l]: how many experts are guessed at most; mode: "auto" (times itself) or "on". A layer is guessed if `learn`
-    was called for it and it has at least GUESS_SHARE slots.
+    top_k[l]: how many experts are guessed at most; mode: "auto" (times itself) or "on". A layer is guessed if it has a
+    router (`add_router`) and at least GUESS_SHARE slots.
     """
 
     def __init__(self, shared: SharedContext, top_k: Sequence[int], mode: str = "auto"):
@@ -145,7 +145,7 @@ class ExpertLookAhead(LookAhead):
         super().__init__(shared, self._routers, (), mode)
         self.top_k = top_k
 
-    def learn(self, layer: int, predict: Callable[[Any], np.ndarray]) -> None:
+    def add_router(self, layer: int, predict: Callable[[Any], np.ndarray]) -> None:
         """Register a layer's router. predict: x, as it is handed to `guess`, -> logits (count,) in host memory."""
         self._routers[layer] = lambda x: partial(predict, x)
 

@@ -175,7 +175,7 @@ class ExpertModel:
         for layer, (path, switch) in enumerate(zip(self.paths, self.switches, strict=True)):
             selector = make_selector(layer)
             if selector.look_ahead is not None and self.routers[layer] is not None:
-                selector.look_ahead.learn(layer, np.array)  # the layer before it has applied the router
+                selector.look_ahead.add_router(layer, np.array)  # the layer before it has applied the router
             _put(self.model, path, ExpertModule(SlotExperts(switch, selector, following[layer])))
         self.switches = []
         mx.set_cache_limit(cache_limit_bytes(self.number("hidden_size", "d_model", "n_embd", default=4096)))

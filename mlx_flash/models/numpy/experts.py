@@ -122,7 +122,7 @@ class ExpertFFN:
         self.router = decoder.matrix("router", index)[0]
         if selector.look_ahead is not None:
             router = self.router
-            selector.look_ahead.learn(selector.layer, lambda x: backend.linear(x, router, None)[0])
+            selector.look_ahead.add_router(selector.layer, lambda x: backend.linear(x, router, None)[0])
 
     def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x (T, d) -> the experts chosen (T, k), best first, and their weights (T, k) fp32."""

@@ -1,6 +1,6 @@
-"""The measuring of `mlx_flash bench`: loads a checkpoint cold and warm, lets fixed tokens pass, and takes the times.
+"""What `mlx_flash bench` measures: loads a checkpoint cold and warm, decodes fixed tokens, and takes the times.
 
-Speed comes from tokens without clocks inside, the split from those with; both kinds alternate.
+The speed is that of tokens without clocks inside; tokens with clocks give the split into phases. Both kinds alternate.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Start:
 
 @dataclass
 class Memory:
-    """Bytes of this process. peak: the most that was resident; anonymous: the most of it that was seen to be no file's
-    pages, None where the system does not tell."""
+    """Bytes of this process. peak: the most that was resident; anonymous: the most that was not file pages, as sampled
+    between steps, None where the system does not tell."""
 
     peak: int = 0
     anonymous: int | None = None
 
     def look(self) -> None:
-        """Between steps."""
+        """Sample the figures; called between steps."""
         self.peak = _status("VmHWM") or peak_bytes()
         found = [_status(name) for name in ("RssAnon", "RssShmem")]  # mmap without a file is one or the other
         if found[0] is not None:
@@ -56,8 +56,11 @@ class Memory:
 
 @dataclass
 class Measured:
-    """What `run_bench` found. dropped: the page cache was emptied before the cold start; warming_s, untimed_s: seconds
-    of tokens without clocks, before and after warming up; cpu_s: processor time of the latter, all threads together."""
+    """What `run_bench` measured. dropped: the page cache was emptied before the cold start.
+
+    warming_s, untimed_s: seconds of tokens without clocks, while warming up and after it; cpu_s: processor time of the
+    latter, all threads together.
+    """
 
     plan: NeuronPlan
     dropped: bool
@@ -145,8 +148,8 @@ def _decode_cold(
 def _decode(
     model: Any, steps: Iterator[np.ndarray], options: BenchOptions, timeline: Timeline, found: Measured, bar: Any
 ) -> None:
-    """One reply: warming up, then tokens without clocks and with, in the order 0 1 1 0 0 1 1 0 ..: whatever alternates
-    by itself, as a look-ahead that times itself does, meets both kinds alike."""
+    """Decode one reply: warm up, then tokens without (0) and with clocks (1) in the order 0 1 1 0 0 1 1 0 .., so that
+    something that alternates by itself, such as a look-ahead that times itself, affects both kinds alike."""
     stats = model.flash.stats
     for _ in range(options.warm):
         found.warming_s.append(_seconds(steps)[0])
@@ -172,7 +175,7 @@ def _seconds(steps: Iterator[np.ndarray]) -> tuple[float, float]:
 
 
 def observed_prediction(found: Measured, replay: Replay | None) -> Prediction | None:
-    """What the cost model says a token takes that asks for as much as these did; None where nothing was measured."""
+    """The cost model's prediction for the measured demand of these tokens; None where the machine was not measured."""
     plan = found.plan
     if plan.machine is None or plan.prediction is None or plan.selection.name == "all":
         return plan.prediction
@@ -186,7 +189,7 @@ def observed_prediction(found: Measured, replay: Replay | None) -> Prediction | 
 
 
 def drop_page_cache() -> bool:
-    """Empty the page cache, so that a cold start is one; False where that cannot be done (Linux, root)."""
+    """Empty the page cache before a cold start; False where that cannot be done (it takes Linux and root)."""
     if sys.platform != "linux":
         return False
     os.sync()
@@ -198,13 +201,13 @@ def drop_page_cache() -> bool:
 
 
 def _forget_peak() -> None:
-    """What came before, such as writing a card, does not count; Linux only."""
+    """Restart the count of the peak, so that earlier work, such as writing a card, is left out; Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(name: str) -> int | None:
-    """Bytes, by a name in Linux's account of this process."""
+    """Bytes, by a name in /proc/self/status; None where there is no such file."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_flash.engine.backends.base import Backend
 
-# waited for; what it takes to begin reads; attention, norms, output layer; FFN sums; which neurons and slots; all else
+# Waiting for reads; starting reads; attention, norms, output layer; FFN sums; choosing neurons and slots; all else.
 PHASES = ("reads", "read calls", "dense", "sparse", "selection", "python")
 READS, CALLS, DENSE, SPARSE, SELECTION, REST = range(len(PHASES))
 # A lazy backend computes when its results are waited for, not when it is called.
@@ -91,7 +91,7 @@ class Timeline:
             self._around_choices()
 
     def time(self, step: Callable[[], Any]) -> TimedToken:
-        """Let `step` decode one token."""
+        """Time `step`, which decodes one token."""
         self._marks.clear()
         self._layers.clear()
         self._fired[:] = 0
@@ -108,7 +108,7 @@ class Timeline:
         return TimedToken(end - begin, spans, tuple((layer, at - begin) for at, layer, *_ in self._layers), self._use())
 
     def end(self) -> None:
-        """Let go of the model, whose memory a cycle of clocks would keep."""
+        """Drop the references to the model: a cycle would keep its memory."""
         self._put.clear()
         self._selectors.clear()
 
@@ -138,7 +138,7 @@ class Timeline:
             self._put.append((thing, name, self._timed(getattr(thing, name), phase)))
 
     def _around_arithmetic(self, backend: Any) -> None:
-        """What a backend has beyond the protocol is what its models compute with; conversions are steps within."""
+        """Clocks for what a backend computes for its decoder, beyond the protocol; conversions happen within that."""
         others = {*vars(Backend), "to_float32", "from_bytes"}
         self._around(backend, [name for name in methods(backend) if name not in others], DENSE)
         self._around(backend, ["shift"], SPARSE)
@@ -196,7 +196,7 @@ class TimedPass:
         return result
 
     def gate(self, *args: Any) -> Any:
-        """Computed of every neuron to choose by."""
+        """Counts as selection: the gates choose the neurons."""
         return self._in(SELECTION, self._work.gate, *args)
 
     def scalars(self, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Replays a trace of activations, recorded or made from statistics, on a model of random weights.
 
-Random weights fire at random, which no cache can serve; what a real model asks for, token after token, is known from
-traces. Replaying one gives reads and sums their true pattern. It shows mechanism and speed, nothing of quality.
+Random weights activate neurons at random, so a cache of them has no hits. With a trace of a real model, reads and sums
+have their true pattern. This measures speed only, not quality.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from mlx_flash.engine.backends.base import Predictor
 from mlx_flash.tools.trace import Trace
 
-# AGES[j]: share of a layer's neurons that were named last j + 1 tokens ago; AGES[0] is thus the share named per token,
-# and, as every neuron ages into the next class unless it is named again, the last one the share named per token that no
-# window of the tokens before holds. 10 % per token, 25 % within a window of 4 tokens, 2.4 % new: as OPT-6.7B's
-# predictor names them in "LLM in a flash" (arXiv 2312.11514, section 3.1), but for the one more percent per token.
+# AGES[j]: share of a layer's neurons that were named last j + 1 tokens ago. AGES[0] is thus the share named per token.
+# Every neuron ages into the next class unless it is named again, so the last share is also that of a token's neurons
+# which no window of earlier tokens holds. 10 % per token, 25 % within a window of 4 tokens, 2.4 % new: as OPT-6.7B's
+# predictor in "LLM in a flash" (arXiv 2312.11514, section 3.1), except for one more percent per token.
 AGES = (0.100, 0.066, 0.0485, 0.0355, 0.024)
 
 
 def synthetic_layer(count: int, ages: Sequence[float], rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """For one layer of `count` neurons the ids named for each token, ascending int32, for ever.
+    """Yield, without end, the ids that one layer of `count` neurons names for each token, ascending int32.
 
-    Of the neurons that were named last 1, 2, 3, ... tokens ago fixed numbers are named again, so that every token,
-    from the first, has the statistics of `ages`; which ones is left to chance, evenly over the layer.
+    Of the neurons that were named last 1, 2, 3, ... tokens ago fixed numbers are named again, drawn evenly, so that
+    every token, from the first, has the statistics of `ages`.
     """
     sizes = [round(share * count) for share in ages]
     again = [size - older for size, older in zip(sizes, sizes[1:], strict=False)] + [sizes[-1]]
@@ -57,7 +57,7 @@ class Replay:
     def __init__(self, trace: Trace, recall: float = 0.95, precision: float = 0.95, seed: int = 0):
         self.trace, self.recall, self.precision = trace, recall, precision
         self._at = [0] * len(trace.counts)
-        # All of them now: drawing them is no part of what is measured.
+        # Drawn now, not while tokens are timed.
         draw = np.random.default_rng(seed).random
         self._guesses = [
             [_guess(ids, count, recall, precision, draw) for ids in tokens]

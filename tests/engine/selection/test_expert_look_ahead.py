@@ -102,7 +102,7 @@ def make(capacity, reader, mode="on", routers=True, residency=Residency):
     layers = []
     for layer in range(LAYERS):
         if routers:
-            ahead.learn(layer, lambda x: x)
+            ahead.add_router(layer, lambda x: x)
         found = ahead if capacity < COUNT else None
         layers.append(RouterSelector(layer, shared, residency(COUNT, capacity), slab(capacity), ring, found))
     return layers, ahead

@@ -69,7 +69,7 @@ def test_no_bit_depends_on_what_is_guessed(both: tuple[Path, Any], share: float,
 
     if model.flash.look_ahead is not None and kind != "router":
         for layer in range(1, LAYERS):
-            model.flash.look_ahead.learn(layer, partial(guess, layer))
+            model.flash.look_ahead.add_router(layer, partial(guess, layer))
     assert_same(logits(model, 5, 8), logits(resident, 5, 8), f"{kind} {share}")
     stats = model.flash.stats
     assert bool(stats.guessed) == (0.25 <= share < 1) == (model.flash.plan.look_ahead == "on")
