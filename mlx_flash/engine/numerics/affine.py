@@ -1,6 +1,6 @@
-"""MLX's affine quantisation in NumPy: rows of numbers as codes with a scale and a bias per group, and back.
+"""MLX's affine quantisation in NumPy: from rows of numbers to codes with a scale and a bias per group, and back.
 
-The same numbers as `mx.quantize` gives on a CPU, bit for bit. Knows arrays only; items are raw, as in `casting`.
+Bit for bit the results of `mx.quantize` on a CPU. Knows arrays only; items are raw, as in `casting`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def quantise(values: np.ndarray, bits: int, group_size: int, dtype: str) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class AffineRows:
-    """Quantised weights (rows, n), which index like an array: codes (rows, n * bits / 32) uint32; scales, biases
-    (rows, n / group_size), float32, float16 or (bfloat16) uint16. Columns are taken in whole groups."""
+    """Quantised weights (rows, n), which can be indexed like an array, by columns in whole groups.
+
+    codes (rows, n * bits / 32) uint32; scales, biases (rows, n / group_size) float32, float16 or uint16 (bfloat16)
+    """
 
     codes: np.ndarray
     scales: np.ndarray
@@ -86,7 +88,7 @@ class AffineRows:
         return len(self.codes)
 
     def __getitem__(self, key: Any) -> AffineRows:
-        """Rows by anything that indexes an array; with a second slice also columns, which must be whole groups."""
+        """Rows, by anything that indexes an array; with a slice as second index also columns, in whole groups."""
         rows, columns = key if isinstance(key, tuple) else (key, slice(None))
         begin, end, _ = columns.indices(self.shape[1])
         if begin % self.group_size or end % self.group_size:
@@ -98,7 +100,7 @@ class AffineRows:
         )
 
     def widen(self, out: np.ndarray) -> None:
-        """Write them into `out` (rows, n) fp32, any strides: code * scale + bias."""
+        """Write the weights into `out` (rows, n) fp32, any strides: code * scale + bias."""
         if not out.size:
             return
         items = unpack(self.codes, self.bits)
@@ -110,8 +112,11 @@ class AffineRows:
 
 @dataclass(frozen=True, eq=False)
 class AffineBundles:
-    """Quantised weights of bundles of several neurons: codes (bundles, rows, words) uint32; scales, biases (bundles,
-    rows, groups). turned: a bundle is (d, neurons), its rows quantised along the neurons; else (neurons, d)."""
+    """Quantised weights of bundles of several neurons.
+
+    codes (bundles, rows, words) uint32; scales, biases (bundles, rows, groups)
+    turned: a bundle is (d, neurons), its rows quantised along the neurons; otherwise (neurons, d)
+    """
 
     codes: np.ndarray
     scales: np.ndarray
@@ -128,11 +133,11 @@ class AffineBundles:
 
     @property
     def neurons(self) -> int:
-        """Per bundle."""
+        """Neurons per bundle."""
         return self.codes.shape[2] * 32 // self.bits if self.turned else self.codes.shape[1]
 
     def widen(self, columns: slice = slice(None)) -> np.ndarray:
-        """The neurons' rows (bundles * neurons, d) fp32, or these columns of them: a copy."""
+        """A copy of the neurons' rows (bundles * neurons, d) in fp32, or of these columns of them."""
         fields = [self.codes, self.scales, self.biases]
         if self.turned:
             fields = [field[:, columns] for field in fields]

@@ -1,4 +1,4 @@
-"""Weights between float32, float16 and bfloat16, as raw items: rounding to nearest even, never to infinity.
+"""Casting weights between float32, float16 and bfloat16: rounds to nearest even, and refuses to make infinities.
 
 NumPy has no bfloat16, so items are unsigned integers of the dtype's width. Knows arrays only.
 """
@@ -19,7 +19,7 @@ RAW: dict[str, np.dtype[Any]] = {
 
 
 def check_dtype(name: str) -> str:
-    """`name` itself; raises UsageError if no weights can be stored so."""
+    """Return `name`; raises UsageError if it is not a dtype that weights are stored in."""
     if name not in RAW:
         raise UsageError(f"unknown dtype {name!r}; known: {', '.join(RAW)}")
     return name
@@ -35,7 +35,7 @@ def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 as raw items of `dtype`, rounded to nearest, ties to even; too large becomes infinite."""
+    """float32 as raw items of `dtype`, rounded to nearest, ties to even; too large values become infinite."""
     if dtype == "float32":
         return values.view("<u4")
     if dtype == "float16":

@@ -1,4 +1,4 @@
-"""Functions compiled with Numba, cached on disk where that is possible. Importing this imports Numba."""
+"""Compiling functions with Numba, with a cache on disk where possible. Importing this imports Numba."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numba
 
 
 def built_on(*files: str) -> str:
-    """What names what these files say: Numba's disk cache looks at a function's own file only."""
+    """A short hash of these files' contents, for the names of functions that depend on them: Numba's disk cache checks
+    a function's own file only."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
 
 
 def cached(make: Callable[..., Any], function: Any, **options: Any) -> Any:
-    """`function` compiled by `make`, cached on disk where some folder can be written."""
+    """`function` compiled by `make`, cached on disk if there is a folder that can be written."""
     try:
         return make(cache=True, error_model="numpy", **options)(function)
     except RuntimeError:  # no locator: the install and the home are read-only
@@ -24,5 +25,5 @@ def cached(make: Callable[..., Any], function: Any, **options: Any) -> Any:
 
 
 def compiled(function: Any) -> Any:
-    """`function` without the interpreter, compiled when first called."""
+    """`function`, compiled when first called; it runs without the interpreter and its lock."""
     return cached(numba.njit, function, nogil=True)

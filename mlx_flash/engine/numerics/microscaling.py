@@ -1,4 +1,4 @@
-"""MLX's quantisation modes without biases in NumPy: a group's codes are small floats, times the group's scale.
+"""MLX's quantisation modes without biases, in NumPy: an item is a small float times its group's scale.
 
     mode    code                      scale of a group
     mxfp4   4-bit float (E2M1)        power of two (E8M0), of 32 items
@@ -36,7 +36,7 @@ with np.errstate(over="ignore"):  # MLX takes the last code, which the format ha
 
 
 def widen(codes: np.ndarray, scales: np.ndarray, mode: str) -> np.ndarray:
-    """codes (rows, words) uint32, scales (rows, groups) uint8 -> the numbers (rows, n) fp32, exactly."""
+    """The exact numbers. codes (rows, words) uint32, scales (rows, groups) uint8 -> (rows, n) fp32."""
     items = unpack(codes, BITS[mode])
     values = (E4M3 if mode == "mxfp8" else E2M1)[items].reshape(*scales.shape, -1)
     with np.errstate(over="ignore", invalid="ignore"):  # scales that are no numbers

@@ -1,4 +1,4 @@
-"""What a bundle is made of and where it lies in its file. Knows bytes, not models or backends.
+"""The layout of bundles: the parts of a bundle, and its place in its layer's file. Knows no models or backends.
 
 A layer's file is plain safetensors: one U8 tensor "bundles" [count, stride], header padded so that data
 starts at 16 KiB. Parts lie back to back in a bundle, in layout order; the stride is the bundle rounded up to
@@ -46,14 +46,14 @@ class Quantisation:
 
     @property
     def known(self) -> bool:
-        """Whether MLX has this format."""
+        """Whether this is one of MLX's formats."""
         if self.mode == AFFINE:
             return self.bits in AFFINE_BITS and self.group_size in GROUP_SIZES
         return SCALE_ONLY_MODES.get(self.mode) == (self.bits, self.group_size)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What goes with the codes."""
+        """The arrays that are stored with the codes."""
         return ("scales", "biases") if self.mode == AFFINE else ("scales",)
 
     def __str__(self) -> str:
@@ -123,12 +123,12 @@ class Layout:
         return QUANTISED_VERSION if self.neurons in (1, alike.group_size) else MIXED_VERSION
 
     def coding(self, matrix: str) -> Quantisation | None:
-        """How a matrix is quantised."""
+        """How a matrix is quantised; None if it is not."""
         return self.codings[self.matrices.index(matrix)] if self.codings else self.quantisation
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """gate, up and down, or those of them that there are."""
+        """The names of the matrices: gate, up and down, or some of them."""
         return tuple(part.name for part in self.parts if "." not in part.name)
 
     def parts_of(self, matrix: str) -> list[str]:
@@ -140,8 +140,8 @@ class Layout:
 
     @property
     def dtype(self) -> str:
-        """What is computed in: the dtype of the weights, or of their scales. Where these are not numbers of their own
-        (the modes without biases) MLX computes in that of the input; bfloat16 is what it usually is."""
+        """The dtype of the arithmetic: that of the weights, or of their scales. In the modes without biases the scales
+        are bytes, and MLX computes in the dtype of its input: usually bfloat16, which is returned then."""
         return next((part.dtype for part in self.parts if part.dtype not in ("uint32", "uint8")), "bfloat16")
 
     @property
@@ -192,7 +192,7 @@ class Layout:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds of this layout."""
+        """This layout as config.json holds it."""
         parts = [{"name": part.name, "dtype": part.dtype, "length": part.length} for part in self.parts]
         found: dict[str, Any] = {"count": self.count, "stride": self.stride, "parts": parts}
         if self.codings:
@@ -258,7 +258,8 @@ def with_codings(layout: Layout, codings: Sequence[Quantisation | None], neurons
 
 
 def bundle_kinds(layouts: Sequence[Layout]) -> tuple[list[int], list[Layout]]:
-    """Layers whose bundles are made alike are of one kind: each layer's, and the first layout of each kind."""
+    """The kind of each layer, and the first layout of each kind. Layers are of one kind if their layouts differ at
+    most in the number of bundles."""
     firsts: list[Layout] = []
     kinds = []
     for layout in layouts:
@@ -307,7 +308,7 @@ def _size(value: Any, what: str, largest: int) -> int:
 
 
 def _quantised(layout: Layout, value: Any, neurons: Any) -> Layout:
-    """The layout of codes that a JSON layout's parts are to be; raises FormatError if they are not."""
+    """A JSON layout with its quantisation; raises FormatError if its parts are not codes of that kind."""
     matrices = layout.matrices
     if isinstance(value, dict) and "bits" not in value:
         _need_fields(value, "a quantisation", set(matrices))

@@ -1,4 +1,4 @@
-"""Bytes of bundles as numbers: what a matrix' share of them holds, in fp32. Knows layouts and arrays, no files."""
+"""The weights in the bytes of bundles, as fp32 or as quantised arrays. Knows layouts and arrays, no files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What `calibrate` learnt about a checkpoint: statistics, cut-offs and predictors of every layer, in one file of it.
+"""The calibration file of a checkpoint: each layer's statistics, cut-offs and predictor, as `calibrate` measured them.
 
-The file's name holds its own hash and config.json names it: replacing config.json replaces the calibration, so that
-one that was interrupted leaves the old one valid. Knows arrays and names, not what they are used for.
+The file's name holds its hash, and config.json names the file. So a new calibration becomes valid when config.json is
+replaced, and the old one stays valid if writing is interrupted. Knows arrays and names, not their use.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARRAYS = {
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """One layer with m neurons of width d. A predictor of rank r says that a neuron fires where
+    """The calibration of one layer, of m neurons of width d. Its predictor, of rank r, says that a neuron fires if
     step * (b @ (a @ x)) + bias > 0.
 
     rate (m,) fp32: share of tokens that fire the neuron; energy (m,) fp32: mean of (h |down|)^2
@@ -57,13 +57,13 @@ class LayerCalibration:
 
     @property
     def predictor_bytes(self) -> int:
-        """What the predictor takes in memory and on disk."""
+        """Bytes that the predictor takes in memory and on disk."""
         return sum(array.nbytes for array in (self.a, self.b, self.bias, self.step) if array is not None)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All layers, and what is said of the whole: tokens seen, measured losses, ..."""
+    """The calibration of a model. summary: figures of the whole model: tokens seen, measured losses, ..."""
 
     layers: tuple[LayerCalibration, ...]
     summary: Mapping[str, Any]
@@ -84,7 +84,7 @@ def _is_weights(name: str) -> bool:
 
 
 def encode(calibration: Calibration, identity: str) -> bytes:
-    """The file: plain safetensors, tensors `layer-000.rate`, ..., the rest as JSON in its metadata."""
+    """The bytes of the file: safetensors, with tensors `layer-000.rate`, ... and the rest as JSON in its metadata."""
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for index, layer in enumerate(calibration.layers):
         for tag, names in ARRAYS.items():
@@ -109,7 +109,7 @@ def encode(calibration: Calibration, identity: str) -> bytes:
 
 
 def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: str) -> Calibration:
-    """The calibration in a file, checked against the model. Raises FormatError naming the file, ReadError."""
+    """Read a calibration and check that it fits the model. Raises FormatError naming the file, or ReadError."""
     try:
         tensors = read_header(path)
     except FormatError as error:
@@ -118,7 +118,7 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
         about = json.loads(read_metadata(path).get("calibration", "null"))
         version, model, summary, figures = (about[k] for k in ("version", "model", "summary", "layers"))
     except (TypeError, KeyError, json.JSONDecodeError):
-        raise _bad(path, "is no calibration") from None
+        raise _bad(path, "is not a calibration") from None
     if version != VERSION:
         raise _bad(path, f"has version {str(version)[:20]}, this mlx_flash reads {VERSION}")
     if model != identity:
@@ -153,7 +153,7 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
             raise _bad(path, f"lacks a part of layer {index} ({', '.join(missing) or 'predictor'})")
         layers.append(LayerCalibration(**plain, **curves, **parts, figures=figures[index]))  # type: ignore[arg-type]
         if any(len(value) == 1 or (value < 0).any() for value in (layers[-1].curve, layers[-1].predicted_curve)):
-            raise _bad(path, f"has a curve in layer {index} that is none")
+            raise _bad(path, f"has a curve in layer {index} that is not one")
     try:
         _check_plain_values(summary, layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -162,8 +162,8 @@ def read_calibration(path: Path, dim: int, counts: tuple[int, ...], identity: st
 
 
 def _check_plain_values(summary: Mapping[str, Any], layers: Sequence[LayerCalibration]) -> None:
-    """Those that a run uses: `lead`, `sparsities`, `losses`, every layer's cut-offs and margin of look-ahead. Raises
-    all kinds of errors."""
+    """Check the values that a run uses: `lead`, `sparsities`, `losses`, each layer's cut-offs and look-ahead margin.
+    Raises errors of several types."""
     sparsities = _numbers(summary.get("sparsities", []))
     if sparsities != sorted(sparsities):
         raise ValueError("sparsities do not ascend")
@@ -187,7 +187,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def load_calibration(checkpoint: Checkpoint) -> Calibration | None:
-    """The calibration that a checkpoint names, or None. Raises FormatError, ReadError."""
+    """The calibration that a checkpoint names, or None if it has none. Raises FormatError or ReadError."""
     name = checkpoint.config["flash"].get("calibration")
     if name is None:
         return None
@@ -202,13 +202,13 @@ def load_calibration(checkpoint: Checkpoint) -> Calibration | None:
 
 
 def file_name(data: bytes) -> str:
-    """Where these bytes go in a checkpoint."""
+    """The file's name, relative to the checkpoint."""
     return f"flash/calibration-{hashlib.sha256(data).hexdigest()[:8]}.safetensors"
 
 
 def attach(checkpoint: Checkpoint, calibration: Calibration) -> Path:
-    """Write a calibration into its checkpoint, in place of the one it had. Until config.json is replaced, at the end
-    and in one step, the old one stays valid. Raises SpaceError, FlashError."""
+    """Write a calibration into its checkpoint, replacing the old one. The old one stays valid until config.json is
+    replaced, which is the last step and an atomic one. Raises SpaceError or FlashError."""
     data = encode(calibration, model_identity(checkpoint.files))
     name, old = file_name(data), checkpoint.config["flash"].get("calibration")
     files = {known: record for known, record in checkpoint.files.items() if known != old}
@@ -227,7 +227,7 @@ def attach(checkpoint: Checkpoint, calibration: Calibration) -> Path:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically: it is there whole, or not at all."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -241,7 +241,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> np.ndarray:
-    """All bytes of a file; predictors are used where they lie."""
+    """All bytes of a file. Predictors are used in this memory, without a copy."""
     try:
         with path.open("rb", buffering=0) as file:
             data = anonymous_memory(os.fstat(file.fileno()).st_size)

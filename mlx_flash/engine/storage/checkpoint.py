@@ -1,6 +1,6 @@
-"""Opening a flash checkpoint: is it what its config.json says, and are its bytes those that were written.
+"""Opening a flash checkpoint: its files are checked against its config.json, and on request against their hashes.
 
-Reads headers and hashes; what the tensors mean is the caller's business.
+Reads headers and hashes. Does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERIFY_BYTES = 4 << 20
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder has a config.json with a "flash" object; says nothing about the rest."""
+    """Whether a folder has a config.json with a "flash" object. Checks nothing else."""
     try:
         return isinstance(_read_config(Path(path) / CONFIG).get("flash"), dict)
     except (FormatError, ReadError):
@@ -40,7 +40,10 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config, sizes and headers have been checked. files: {name: {"bytes", "sha256"}}."""
+    """A checkpoint folder whose config, file sizes and headers have been checked.
+
+    files: {name: {"bytes", "sha256"}}
+    """
 
     path: Path
     config: dict[str, Any]
@@ -49,8 +52,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], calibrated: bool = True) -> Checkpoint:
-        """Check all but the hashes. calibrated=False: as if it had no calibration, so that one that is damaged can be
-        made anew. Raises FormatError naming the file and the way out, or ReadError."""
+        """Open a checkpoint and check everything but the hashes.
+
+        calibrated=False: ignore its calibration, so that a damaged one can be replaced
+        Raises FormatError, naming the file and the remedy, or ReadError.
+        """
         path = Path(path)
         if not path.is_dir():
             raise FormatError(f"{path} is not a folder; give the folder that `mlx_flash convert` wrote")
@@ -85,11 +91,11 @@ class Checkpoint:
 
     @property
     def layer_files(self) -> list[LayerFile]:
-        """Where each layer's bundles are."""
+        """The file of each layer's bundles."""
         return [LayerFile(self.path / layer_file(i), layout) for i, layout in enumerate(self.layouts)]
 
     def resident_tensors(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """The tensors that stay resident, by name, and the file each is in."""
+        """The tensors that stay resident: by name, the file and the place in it."""
         return dict(self._resident)
 
     @cached_property
@@ -141,7 +147,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str, int], None] | 
 
     progress: called with a file's name and the bytes checked since the last call
     Files that are not recorded are ignored. Raises IntegrityError naming every damaged or missing file,
-    FormatError for what is no flash checkpoint at all, ReadError when the disk fails.
+    FormatError if the folder is not a flash checkpoint, ReadError if the disk fails.
     """
     path = Path(path)
     files, problems, checked = _recorded_files(path)
@@ -170,7 +176,7 @@ def verify(path: str | os.PathLike[str], progress: Callable[[str, int], None] | 
 
 
 def _recorded_files(path: Path) -> tuple[dict[str, dict[str, Any]], list[str], int]:
-    """What config.json records, what is wrong with config.json itself, and its bytes."""
+    """(the files that config.json records, the problems of config.json itself, its length in bytes)"""
     if not (path / CONFIG).exists():
         raise FormatError(f"{path} has no {CONFIG}; give the folder that `mlx_flash convert` wrote")
     data = _read_config_bytes(path / CONFIG)
@@ -193,12 +199,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_config_bytes(path: Path) -> bytes:
-    _file_bytes(path.parent, path.name)  # which a link out of the checkpoint is not
+    _file_bytes(path.parent, path.name)  # refuses a link that leaves the checkpoint
     return read_small_file(path)
 
 
 def _is_whole(data: bytes, digest: Any) -> bool:
-    """Whether config.json's own digest fits: it was taken with 64 zeros in its place."""
+    """Whether the bytes of config.json fit its digest, which was computed with 64 zeros in the digest's place."""
     if not isinstance(digest, str) or len(digest) != 64 or not digest.isascii():
         return False
     return hashlib.sha256(data.replace(digest.encode(), NO_DIGEST.encode())).hexdigest() == digest
@@ -231,7 +237,7 @@ def _files(path: Path, files: Any) -> dict[str, dict[str, Any]]:
 
 
 def _file_bytes(folder: Path, name: str) -> int:
-    """Size of a regular file of the checkpoint; FormatError where it is missing or leads elsewhere."""
+    """Size of a regular file of the checkpoint; FormatError if it is missing or a link out of the checkpoint."""
     status = os.stat(_real_path(folder, name))
     if not stat.S_ISREG(status.st_mode):
         raise format_error(folder / name, "is not a regular file")
@@ -239,7 +245,7 @@ def _file_bytes(folder: Path, name: str) -> int:
 
 
 def _real_path(folder: Path, name: str) -> Path:
-    """Where a name of the checkpoint leads; FormatError where that is nowhere or outside the folder."""
+    """The path that a name of the checkpoint resolves to; FormatError if it is missing or outside the folder."""
     path = folder / name
     try:
         real, root = path.resolve(), folder.resolve()

@@ -1,6 +1,6 @@
-"""Bundles that lie part by part in files which nobody wrote for us: the experts of a checkpoint as downloaded.
+"""Bundles whose parts lie apart, in one or more files: the experts of a checkpoint as it was downloaded.
 
-Knows parts, files and offsets; which tensor is which part is the caller's business. Nothing is copied or converted.
+Knows parts, files and offsets, not which tensor is which part. Nothing is copied or converted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from .reader import LayerFile, Target
 
 @dataclass(frozen=True, eq=False)
 class LayerExtents:
-    """A layer's bundles in place: part p of bundle id is what begins at byte offset[p, id] of paths[file[p, id]].
+    """Where a layer's bundles are: part p of bundle id begins at byte offset[p, id] of the file paths[file[p, id]].
 
-    layout: parts back to back, as a target sees a bundle. file, offset (parts, count) int64, parts in layout order.
-    Raises ValueError where these do not fit together.
+    layout: the parts back to back, as a target sees a bundle
+    file, offset: (parts, count) int64, parts in layout order
+    Raises ValueError if these do not fit together.
     """
 
     paths: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""Git LFS pointers: the small texts that a clone without `git lfs` has in place of its large files."""
+"""Git LFS pointers: the small text files that a clone made without `git lfs` has in place of large files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 def pointer_problem(path: Path) -> str:
-    """What to say of a file that is a pointer."""
+    """The error message for a file that is a pointer."""
     return (
         f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in the folder, or download the model "
         "with `hf download`"

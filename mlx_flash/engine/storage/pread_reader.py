@@ -1,6 +1,6 @@
 """Reading bundles with scattering `preadv` calls from a few threads, around the page cache where possible.
 
-Knows files, rows and alignment; which bundles are wanted, and why, is the caller's business.
+Knows files, rows and alignment, not why a bundle is wanted.
 
 The calling thread touches plain locks and a SimpleQueue only, which are written in C: Python's own Executor, Future
 and Condition stay locked for good where Ctrl-C interrupts them.
@@ -35,8 +35,11 @@ _local = threading.local()  # each worker's staging memory
 
 
 class OpenFile:
-    """An open file of bundles, until nobody needs it. align: what direct reads must be multiples of; 1 where reads are
-    buffered. sources: whose bundles are in it, for errors."""
+    """An open file of bundles; closed with the last reference.
+
+    align: the alignment that direct reads need; 1 if reads are buffered
+    sources: the layers whose bundles are in it, for error messages
+    """
 
     def __init__(self, path: Path, direct: bool, sources: Sequence[Source] = ()):
         self.path, self.sources = path, sources
@@ -49,7 +52,7 @@ class OpenFile:
         self.lock = threading.Lock()
 
     def buffered(self) -> int:
-        """A second descriptor, for what the file system refuses to read directly."""
+        """A second descriptor, for reads that the file system refuses to make directly."""
         with self.lock:
             if self.buffered_fd < 0:
                 self.buffered_fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -64,7 +67,7 @@ class OpenFile:
     __del__ = close
 
     def fill(self, buffers: list[memoryview], at: int, end: int) -> None:
-        """Read [at, end) into `buffers`, which may reach further; continues short and interrupted reads."""
+        """Read bytes [at, end) into `buffers`, which may be longer. Continues short and interrupted reads."""
         fd = self.fd
         while at < end:
             try:
@@ -84,7 +87,7 @@ class OpenFile:
 
 
 def read_error(sources: Sequence[Source], path: Path, at: int, problem: str) -> ReadError:
-    """The error for byte `at` of a file; sources: one per layer."""
+    """The error for byte `at` of a file: it names the layer and bundle there. sources: one per layer."""
     found = ((layer, source.bundle_at(path, at)) for layer, source in enumerate(sources))
     place = next((f"layer {layer}, bundle {bundle}" for layer, bundle in found if bundle is not None), f"byte {at}")
     return ReadError(f"cannot read {path}, {place}: {problem}")
@@ -96,12 +99,12 @@ def given_up(file: OpenFile, at: int) -> ReadError:
 
 
 def ended(at: int) -> str:
-    """What is wrong when a read at byte `at` returns nothing."""
+    """The problem, in words, if a read at byte `at` returns nothing."""
     return f"the file ends at byte {at}, too short for its layout; download or convert it again"
 
 
 def _open_direct(path: os.PathLike[str]) -> tuple[int, int]:
-    """(descriptor, alignment) for direct reads, or (-1, 1) where the system has none for this file."""
+    """(descriptor, alignment) for direct reads, or (-1, 1) if this file cannot be read directly."""
     if not _DIRECT:
         return -1, 1
     try:
@@ -131,7 +134,7 @@ def _bypass_cache(fd: int) -> None:
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `buffers` after their first `count` bytes."""
+    """`buffers` without their first `count` bytes."""
     for i, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[i + 1 :]]
@@ -140,7 +143,7 @@ def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 def _staging(count: int) -> memoryview:
-    """The calling thread's page-aligned scratch memory, at least `count` bytes, used again and again."""
+    """The calling thread's page-aligned scratch memory of at least `count` bytes, which is reused."""
     found: memoryview | None = getattr(_local, "staging", None)
     if found is None or len(found) < count:
         found = _local.staging = memoryview(mmap.mmap(-1, max(count, 1 << 20)))
@@ -148,9 +151,9 @@ def _staging(count: int) -> memoryview:
 
 
 class ReadJob:
-    """Pieces that threads read; every thread takes one after the other until none is left. Has ended when every piece
-    has been read, or skipped because one before it failed. Only threads, which signals never reach, hold `lock` and
-    count.
+    """Pieces that threads read: each thread takes the next piece until none is left. The job is over when every piece
+    has been read, or skipped because an earlier one failed. Only the reading threads use `lock`: signals reach the main
+    thread only, so an interrupt cannot leave it locked.
 
     which: the pieces; None: all of them
     """
@@ -185,7 +188,7 @@ class ReadJob:
         return ReadReport(self.bytes, self.count)
 
     def join(self) -> None:
-        """Return when the job is over, however it went."""
+        """Wait until the job is over. Raises no error of a read."""
         # `over` is set before the release: a second wait, or one after an interrupted one, cannot block for ever.
         if not self.over:
             if os.getpid() != self.pid:
@@ -258,7 +261,7 @@ class ReadJob:
 
 
 def _work(queue: SimpleQueue[ReadJob | None]) -> None:
-    """A thread's life."""
+    """What a reading thread runs."""
     while (job := queue.get()) is not None:
         job.work()
         del job  # while it sleeps it must not keep a job's memory and file
@@ -270,7 +273,7 @@ def _end_threads(queue: SimpleQueue[ReadJob | None], threads: int) -> None:
 
 
 class Crew:
-    """Threads that read, and the jobs that may not have ended."""
+    """The threads that read, and the jobs that may not be over."""
 
     def __init__(self, threads: int):
         self.threads = threads
@@ -345,7 +348,7 @@ class PreadReader:
         return self._begin(file, plan_reads(layout, ids, rows, wanted, self.merging, file.align), wanted)
 
     def _in_place(self, source: LayerExtents, ids: np.ndarray, rows: np.ndarray, wanted: Sequence[Target]) -> Pending:
-        """A request whose bundles lie in several places, perhaps of several files."""
+        """Start a request whose bundles lie in several places, perhaps in several files."""
         begun: list[Pending] = []
         for path, found in source.segments(ids, rows, wanted):
             try:
@@ -367,7 +370,7 @@ class PreadReader:
         return Done(read_error(self.files, path, at, error.strerror or str(error)))
 
     def _begin(self, file: OpenFile, plan: Pieces, targets: Sequence[Target]) -> Pending:
-        """Start to read."""
+        """Start the reads of a plan."""
         job = ReadJob(file, plan, targets, self.scrap)
         self._crew.start(job)
         return job

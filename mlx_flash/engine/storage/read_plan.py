@@ -1,4 +1,4 @@
-"""Which reads fetch a request: sorts, merges neighbours, cuts what is long. Pure arithmetic, no I/O.
+"""Planning the reads of a request: sort, merge neighbours, cut long runs. Arithmetic only, no I/O.
 
 A *segment* is bytes that are contiguous in the file and in memory; a *piece* is one read, of one or more
 segments with small gaps between them. Work per bundle stays in numpy, for a layer has thousands of them.
@@ -27,11 +27,11 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Merging:
-    """When neighbours become one read.
+    """When neighbours are merged into one read.
 
-    gap: at most so many bytes apart; reading more takes longer than a read of its own
-    share: all gaps together are at most this share of what is asked for. Not where a request names every bundle from
-        its first to its last, as when one part of a whole layer is read.
+    gap: the most bytes between them; to read over more takes longer than a second read
+    share: the most bytes of all gaps together, as a share of the bytes requested. Does not apply if a request names
+        every bundle from its first to its last, as when one part of a whole layer is read.
     piece_bytes: about the longest read; a multiple of PAGE
     """
 
@@ -77,7 +77,7 @@ class Pieces:
 
 class Alike(Pieces):
     """Pieces of one segment of `nbytes` each, of one target, all aligned or none: a token needs thousands of them.
-    What only threads ask for is made when they do."""
+    Columns that only threads use are computed when they are asked for."""
 
     def __init__(self, start: np.ndarray, memory: np.ndarray, base: int, nbytes: int, alike: bool):
         self.__dict__.update(start=start, address=memory + base, nbytes=nbytes, alike=alike, _memory=memory)
@@ -120,7 +120,8 @@ class Lists(NamedTuple):
 def check_request(
     layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]
 ) -> tuple[np.ndarray, np.ndarray, list[Target]]:
-    """ids and rows as int64 (n,), targets in bundle order, none empty. ValueError where out of range."""
+    """Check a request: returns ids and rows as int64 (n,), and the targets that are not empty, in bundle order. Raises
+    ValueError for values out of range."""
     if ids.ndim != 1 or ids.shape != rows.shape:
         raise ValueError(f"ids {ids.shape} and rows {rows.shape} must be two lists of the same length")
     if ids.size and (ids.dtype.kind not in "iu" or rows.dtype.kind not in "iu"):
@@ -148,7 +149,7 @@ def check_request(
 def plan_reads(
     layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target], merging: Merging, align: int
 ) -> Pieces:
-    """The reads of a checked request that asks for something."""
+    """The reads of a checked request that is not empty."""
     found = _one_target(layout.stride, ids, rows, targets[0], merging, align) if len(targets) == 1 else None
     if found is None:
         found = pieces(segments(layout, ids, rows, targets), targets, merging, align, is_scan(ids))
@@ -158,8 +159,8 @@ def plan_reads(
 def _one_target(
     stride: int, ids: np.ndarray, rows: np.ndarray, target: Target, merging: Merging, align: int
 ) -> Pieces | None:
-    """The reads of what a decoded token asks of a layer, and of a run of whole records, in a few steps: ascending ids,
-    one target, few neighbours or nothing else. None for other requests."""
+    """A fast way to plan two usual requests of one target: that of a decoded token (ascending ids with few neighbours)
+    and a run of whole records. Returns None for other requests."""
     nbytes, pitch, odd = target.nbytes, target.pitch, align - 1
     begin, address = DATA_START + target.offset, target.address
     if nbytes > merging.piece_bytes or (stride | pitch | nbytes) & odd:
@@ -184,12 +185,12 @@ def _one_target(
 
 
 def is_scan(ids: np.ndarray) -> bool:
-    """Whether these bundles (n,) are many and all from the first to the last, so that one long read fetches them."""
+    """Whether these are many bundles, and all from the first to the last. ids (n,)."""
     return len(ids) >= SCAN_BUNDLES and int(ids.max()) - int(ids.min()) + 1 == len(ids)
 
 
 def segments(layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequence[Target]) -> Segments:
-    """The segments of a checked request; neighbours that are contiguous in file and memory are one."""
+    """The segments of a checked request. Neighbours that are contiguous in file and memory are joined."""
     if (ids[1:] < ids[:-1]).any():
         order = np.argsort(ids, kind="stable")
         ids, rows = ids[order], rows[order]
@@ -210,7 +211,7 @@ def segments(layout: Layout, ids: np.ndarray, rows: np.ndarray, targets: Sequenc
 
 
 def pieces(found: Segments, targets: Sequence[Target], merging: Merging, align: int, scan: bool = False) -> Pieces:
-    """Group segments into reads; scan: the request names every bundle from its first to its last."""
+    """Group segments into reads. scan: the request names every bundle from its first to its last."""
     piece_bytes = merging.piece_bytes
     if found.nbytes.max() > piece_bytes:
         found = _cut(found, piece_bytes)
@@ -232,8 +233,8 @@ def pieces(found: Segments, targets: Sequence[Target], merging: Merging, align: 
 
 
 def _breaks(gap: np.ndarray, spare: float, merge_gap: int) -> np.ndarray:
-    """Between which neighbours, `gap` bytes apart, a read ends: smaller gaps are read over first, `spare` bytes of
-    them at most."""
+    """Whether a read ends between each two neighbours, `gap` (n,) bytes apart. The smallest gaps are read over first,
+    at most `spare` bytes in all."""
     breaks = (gap < 0) | (gap > merge_gap)  # < 0: the same bundle twice
     over = np.flatnonzero(~breaks & (gap > 0))
     if len(over):

@@ -1,6 +1,6 @@
-"""What every reader of bundles promises, and its words: targets, layer files, pending reads, reports.
+"""The protocol of all readers of bundles, and its types: targets, layer files, pending reads, reports.
 
-Knows ids, rows and bytes; how bytes are fetched is each reader's own business.
+Knows ids, rows and bytes, not how bytes are fetched.
 """
 
 from __future__ import annotations
@@ -63,41 +63,41 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerFile:
-    """A layer's bundles on disk: bundle `id` begins at byte DATA_START + id * stride."""
+    """The file of a layer's bundles: bundle `id` begins at byte DATA_START + id * stride."""
 
     path: Path
     layout: Layout
 
     def bundle_at(self, path: Path, at: int) -> int | None:
-        """The bundle that byte `at` of a file belongs to."""
+        """The bundle that byte `at` of a file belongs to; None for another file."""
         return (at - DATA_START) // self.layout.stride if path == self.path else None
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """Bytes asked of the system, gaps and alignment included, and how many reads they took."""
+    """Bytes read, gaps and alignment included, and the number of reads."""
 
     bytes: int
     reads: int
 
 
 class Pending(Protocol):
-    """Reads under way."""
+    """The reads of a request, under way."""
 
     def wait(self) -> ReadReport:
-        """Return when all reads have ended. Raises ReadError, also only then: the rows may be reused
-        afterwards, though after an error their bytes are undefined. A second call has the same outcome."""
+        """Wait until all reads have ended. Raises ReadError, after all have ended too. The rows may be reused
+        afterwards; after an error their bytes are undefined. A second call has the same outcome."""
 
     def ended(self) -> bool:
         """Whether `wait` would return or raise at once. Does not wait for the disk."""
 
     def give_up(self) -> None:
-        """Start no further read of this request; returns at once. What is under way still writes to the rows: `wait`
-        must be called as ever, and raises ReadError unless everything had been read or was under way."""
+        """Start no further read of this request. Returns at once, while reads under way still write to the rows. So
+        `wait` must still be called; it raises ReadError unless all reads had been started."""
 
 
 class Done:
-    """A request that has ended: with a report, or with the error that `wait` raises."""
+    """A request that has ended, with a report or with the error that `wait` raises."""
 
     def __init__(self, outcome: ReadReport | ReadError | None = None):
         self.outcome = outcome or ReadReport(0, 0)
@@ -111,11 +111,11 @@ class Done:
         return True
 
     def give_up(self) -> None:
-        """Nothing is left to be read."""
+        """Does nothing: no read is left."""
 
 
 class Together:
-    """Requests that were begun together, as one."""
+    """Several requests as one."""
 
     def __init__(self, requests: Sequence[Pending]):
         self.requests = tuple(requests)
@@ -146,14 +146,14 @@ class Reader(Protocol):
         """Begin to read bundle ids[i] into row rows[i] of every target.
 
         ids, rows (n,) integers, in any order; rows are distinct; targets overlap neither in the bundle nor in
-        memory. The rows belong to the reader until `wait` of the returned object has ended. What the disk
-        does wrong is raised there; ids, rows or targets out of range raise ValueError here, a closed reader
-        UsageError.
+        memory. The rows belong to the reader until `wait` of the returned object has ended, which also raises
+        the disk's errors. Raises ValueError for ids, rows or targets out of range, UsageError if the reader is
+        closed.
         """
 
     def drain(self) -> None:
-        """Give up what is under way, also what an interrupted `submit` began: afterwards nothing writes to any row.
-        What has not been read by then fails."""
+        """Give up all requests, also one that an interrupted `submit` started, and wait: afterwards nothing writes to
+        any row. Requests that have not been read by then fail."""
 
     def close(self) -> None:
         """Drain, and close the files; a second call does nothing."""

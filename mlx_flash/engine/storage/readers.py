@@ -1,6 +1,6 @@
-"""Readers of bundles behind one protocol: a plain one, one in memory, one that fails; and which to pick.
+"""Picking the best reader of bundles for this system, and three simple readers: plain, in memory, and failing.
 
-Knows ids, rows and bytes. `pread_reader.py` holds the reader that runs where the system has `preadv`.
+Knows ids, rows and bytes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def open_reader(
     depth: int | None = None,
     executor: Executor | None = None,
 ) -> Reader:
-    """The best reader this system can run. The plain one has no options.
+    """Open the best reader that this system can run. The plain one has no options.
 
-    threads, direct, merging: those of PreadReader; depth: reads in flight, instead of what each reader takes by itself;
-    executor: makes system calls on threads that need no Python.
+    threads, direct, merging: as for PreadReader
+    depth: reads in flight, instead of each reader's default
+    executor: as for AioReader
     """
     if not hasattr(os, "preadv"):
         return PlainReader(files)
@@ -49,7 +50,7 @@ def open_reader(
 
 
 class _Closing:
-    """`with` for readers whose reads have ended when `submit` returns."""
+    """The rest of the protocol, for readers whose reads have ended when `submit` returns."""
 
     def drain(self) -> None:
         """See `Reader.drain`."""
@@ -140,7 +141,7 @@ class MemoryReader(_Closing):
 
 
 class FaultyReader(_Closing):
-    """Passes requests on to `inner`; the `fail_at`-th (from 1) ends in ReadError, with half of it read."""
+    """Passes requests on to `inner`; the `fail_at`-th (from 1) ends in ReadError, half read. For tests."""
 
     def __init__(self, inner: Reader, fail_at: int):
         self.inner, self.fail_at, self.submits = inner, fail_at, 0

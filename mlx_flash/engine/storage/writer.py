@@ -1,6 +1,6 @@
-"""Writing a checkpoint folder so that it either is there whole, with the hash of every file, or not at all.
+"""Writing a checkpoint folder atomically: it appears whole, with the hash of every file recorded, or not at all.
 
-Knows files, bytes and hashes; what the files mean is the caller's business.
+Knows files, bytes and hashes, not what the files mean.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_free_space(folder: str | os.PathLike[str], needed_bytes: int) -> None:
 
 
 def config_bytes(config: dict[str, Any]) -> bytes:
-    """config.json; its "flash"."config_sha256" is the SHA-256 of these bytes with 64 zeros in its place."""
+    """The bytes of config.json. Its "flash"."config_sha256" is the SHA-256 of these bytes with 64 zeros in place of the
+    digest."""
     flash = {key: value for key, value in config["flash"].items() if key != "config_sha256"}
     whole = {**config, "flash": {**flash, "config_sha256": NO_DIGEST}}
     data = (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
@@ -61,7 +62,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """A renamed or new file survives a power cut only when its folder is on disk too."""
+    """Bring a folder to the disk: without it a new or renamed file is lost in a power cut."""
     if sys.platform == "win32":
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -72,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class HashedFile:
-    """A file being written by one thread; hashing and writing go on behind it, on copies of its data.
+    """A file that is being written. Two other threads hash and write copies of its data meanwhile.
 
     Direct writes where the file system has them, else the page cache is emptied as it fills: a checkpoint is
     larger than memory.
@@ -305,7 +306,7 @@ class FolderWriter:
         return self.free_chunks.pop() if self.free_chunks else memoryview(mmap.mmap(-1, CHUNK_BYTES))
 
     def explain(self, error: OSError, path: Path) -> FlashError:
-        """The error that tells the user what an OSError while writing means."""
+        """The error to raise for an OSError while writing: it says what the user can do."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return FlashError(f"cannot write {path}: {error.strerror or error}")
         written = sum(file.nbytes for file in self._opened)

@@ -1,8 +1,8 @@
-"""The limit that `ulimit -v` sets: whether libraries, threads and a model fit under it, asked before they are begun.
+"""The limit on address space (`ulimit -v`): check that libraries, threads and a model fit before they are loaded.
 
-Under a limit that is too low some libraries abort the process, wait for ever or print pages, which nothing catches.
-Imports nothing but the standard library, as it runs before all else. Where there is no such limit (macOS does not keep
-it, Windows has none) everything here says yes.
+Under a limit that is too low some libraries abort the process, hang, or print pages of errors, and no exception can be
+caught. This runs before everything else, so it imports the standard library only. Without such a limit (macOS does not
+enforce it, Windows has none) every check passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLACK_BYTES = 100 * MB
 
 
 def limit_bytes() -> int | None:
-    """The most address space that this process may have; None where that is not limited."""
+    """The most address space that this process may use; None if it is not limited."""
     try:
         import resource
     except ImportError:  # Windows
@@ -39,7 +39,7 @@ def limit_bytes() -> int | None:
 
 
 def used_bytes() -> int | None:
-    """What it has; None where the system does not say."""
+    """The address space that this process uses; None if the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -48,7 +48,7 @@ def used_bytes() -> int | None:
 
 
 def needed_bytes(backend: str, model_bytes: int = 0) -> int:
-    """What the process will have when a model of `model_bytes` runs on a backend, from what it has now."""
+    """The address space that the process will use once a model of `model_bytes` runs on a backend."""
     modules = OF_BACKEND.get(backend, OF_BACKEND["numpy"]) + TOKENIZERS
     libraries = sum(LIBRARIES[name] for name in modules if name not in sys.modules and find_spec(name) is not None)
     threads = THREADS.get(backend, THREADS["numpy"]) + (os.cpu_count() or 1)
@@ -56,7 +56,10 @@ def needed_bytes(backend: str, model_bytes: int = 0) -> int:
 
 
 def check_room(backend: str, name: str | None = None, model_bytes: int = 0) -> None:
-    """Raise BudgetError where a model would not fit under the limit. name, model_bytes: the model's, once planned."""
+    """Raise BudgetError if a model would not fit under the limit.
+
+    name, model_bytes: those of the model, once it is planned
+    """
     limit = limit_bytes()
     if limit is None:
         return
@@ -72,7 +75,8 @@ def check_room(backend: str, name: str | None = None, model_bytes: int = 0) -> N
 
 
 def check_start() -> None:
-    """Where not even the package can be imported: the command ends with a line, an import with MemoryError."""
+    """Stop if not even the package can be imported under the limit: the command exits with a message, an import raises
+    MemoryError."""
     limit = limit_bytes()
     if limit is None or limit >= START_BYTES:
         return
@@ -90,7 +94,7 @@ def check_start() -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """What to say of an error that comes of too little address space, as far as that can be known; else None."""
+    """The message for an error that was probably caused by too little address space; None for any other error."""
     limit = limit_bytes()
     text = " ".join(str(error).split())[:200]
     of_threads = isinstance(error, RuntimeError) and "thread" in text
