@@ -92,7 +92,7 @@ def fail(as_json: bool, error: BaseException, status: int) -> int:
             print(json.dumps({"error": {"type": kind, "message": message}}), flush=True)
         else:
             announce(f"{kind}: {message}")
-    except OSError:  # nobody listens, or the disk that stdout is on is full
+    except OSError:  # the reader is gone, or stdout is a file on a full disk
         silence()
     return status
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if not isinstance(error, FlashError) and (text := explain(error)) is not None:
             return fail(as_json, MemoryError(text), 1)
-        # A bug shows its traceback, but whoever reads JSON still gets an object.
+        # A bug shows its traceback, but with --json the output is still one object.
         if not isinstance(error, Exception if as_json else FlashError | OSError):
             raise
         return fail(as_json, error, getattr(error, "exit_status", 1))

@@ -1,4 +1,4 @@
-"""What `ablation_table2.py` says of its measurements: a table, a CSV, a picture. Measures nothing itself."""
+"""The report of `ablation_table2.py`: a table, a CSV, a picture. Measures nothing itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the programs that measure against llama.cpp and fio share: contestants that alternate, a table, a memory cap.
+"""Shared code of the programs that measure against llama.cpp and fio: alternating contestants, a table, a memory cap.
 
 Linux, root, cgroup v1 (for `capped`).
 """
@@ -58,7 +58,7 @@ class Table:
 
 
 def run(*command: str | Path) -> str:
-    """Standard output and error of a command; its failure is ours."""
+    """Standard output and error of a command; exits with its message if it fails."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

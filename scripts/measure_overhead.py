@@ -1,4 +1,4 @@
-"""What the store, the slots and the selector cost when everything is resident: decoding beside plain arrays.
+"""The cost of store, slots and selector when everything is resident: decoding speed beside plain arrays.
 
     python scripts/measure_overhead.py --model FLASH --csv FILE [--rounds 7] [--tokens 8]
 

@@ -38,29 +38,33 @@ def auto_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="flash checkpoint, Hugging Face folder or repo id; the default model without")
+    parser.add_argument("--model", help="flash checkpoint, Hugging Face folder or repo id; default: the default model")
     parser.add_argument("--memory", default="auto", metavar="SIZE", help="memory budget, e.g. 2GB; default auto")
     parser.add_argument("--max-context", type=int, metavar="C", help="tokens the KV cache holds")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, mlx or numpy")
     parser.add_argument("--select", default="auto", metavar="HOW",
-                        help="what is computed: auto (exact, the default), all, gate, router; these lose quality: "
-                        "predictor, prompt:F, prompt:auto, threshold:S, static:F")  # fmt: skip
-    parser.add_argument("--reselect", type=int, metavar="R", help="with prompt: select anew every R decoded tokens")
+                        help="which neurons are computed: auto (exact, the default), all, gate, router; these lose "
+                        "quality: predictor, prompt:F, prompt:auto, threshold:S, static:F")  # fmt: skip
+    parser.add_argument(
+        "--reselect", type=int, metavar="R", help="with prompt: choose neurons again every R decoded tokens"
+    )
     parser.add_argument("--look-ahead", default="auto", choices=LOOK_AHEAD,
-                        help="read for the next layer from guesses; auto: with predictor, while it pays")  # fmt: skip
+                        help="prefetch for the next layer by guesses; auto: with predictor, while it pays")  # fmt: skip
     # None of these changes the output.
-    parser.add_argument("--merge-gap", default="auto", metavar="SIZE", help="read over gaps up to this, e.g. 16KiB")
-    parser.add_argument("--reads-in-flight", type=auto_or(int), default="auto", metavar="N", help="reads at once")
-    parser.add_argument("--direct", default="auto", choices=DIRECT, help="whether reads go around the page cache")
+    parser.add_argument(
+        "--merge-gap", default="auto", metavar="SIZE", help="join reads across gaps up to this size, e.g. 16KiB"
+    )
+    parser.add_argument("--reads-in-flight", type=auto_or(int), default="auto", metavar="N", help="most reads at once")
+    parser.add_argument("--direct", default="auto", choices=DIRECT, help="whether reads bypass the page cache")
     parser.add_argument("--staging-blocks", type=auto_or(int), default="auto", metavar="N",
                         help="blocks of 256 bundles that are read ahead")  # fmt: skip
     parser.add_argument("--slots", type=auto_or(float), default="auto", metavar="SHARE",
-                        help="share of the bundles that stay in memory, 0 to 1; default: what fits")  # fmt: skip
+                        help="share of the bundles that stay in memory, 0 to 1; default: as many as fit")  # fmt: skip
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N",
-                        help=f"at most this many in a reply; default {max_tokens}")  # fmt: skip
+                        help=f"most tokens of a reply; default {max_tokens}")  # fmt: skip
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
     parser.add_argument(
         "--top-p", type=float, default=0.0, metavar="P", help="sample from the likeliest P mass; 0 (default) = off"
@@ -69,7 +73,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         "--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens; 0 (default) = off"
     )
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="use the prompt without the model's chat template"
+    )
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

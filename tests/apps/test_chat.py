@@ -1,4 +1,4 @@
-"""A conversation on every backend: each reply is that of the whole conversation, and nothing ends it but its user."""
+"""A conversation on every backend: each reply follows from the whole conversation, and only the user ends it."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_what_is_kept_is_cut_where_prompts_part() -> None:
 
 
 def typed(*found: Any) -> Callable[[str], str]:
-    """Reads these lines, or raises what is an error among them, then the end of the input."""
+    """A function that reads these lines, raises the errors among them, and then the end of the input."""
     waiting = list(found)
 
     def read(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line's contract (DESIGN 11): text, JSON, exit status, and errors that say what to do."""
+"""The command line's contract: text, JSON, exit status, and errors that say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: values that no model can take are refused before one is looked for; models keep their names."""
+"""The command line: values out of range are refused before a model is looked for; output names models as typed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a reply of the server ends, what of it is content, and the texts of its tokens: no model, no HTTP."""
+"""Replies of the server: where they end, which part is content, and the texts of tokens. No model, no HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlx_flash server` over HTTP: what OpenAI's client gets, what is refused, and that nothing stops it."""
+"""`mlx_flash server` over HTTP with OpenAI's client: replies, refusals, and failures that the server survives."""
 
 from __future__ import annotations
 

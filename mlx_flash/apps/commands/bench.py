@@ -1,6 +1,6 @@
 """`mlx_flash bench`: probes the machine, or measures load, prompt and decoding of a checkpoint or of a random card.
 
-Owns the options and what is refused before the work begins. How it is measured is in tools/bench.
+Owns the options, and the checks before the work begins. tools/bench measures.
 """
 
 from __future__ import annotations

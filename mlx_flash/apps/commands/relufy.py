@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="weight of the distance between hidden states in the loss; default 0")  # fmt: skip
     parser.add_argument("--precision", default=plain.precision, choices=PRECISIONS)
     parser.add_argument("--device", default=plain.device, choices=DEVICES)
-    parser.add_argument("--no-resume", action="store_true", help="start again where an unfinished run was left")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start from the beginning, even after an unfinished run"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kept-prompts", type=int, default=1, metavar="N",
                         help="finished replies whose KV cache is kept, so that a chat goes on; default 1")  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N",
-                        help="most tokens of a reply; a request may ask for fewer; default 512")  # fmt: skip
+                        help="most tokens of a reply, where a request sets none; default 512")  # fmt: skip
     parser.add_argument("--temp", type=float, default=0.0, metavar="T", help="where a request has none; default 0")
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="where a request has none; default 1: off"
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port is {args.port}; it must be from 0 to 65535")
     plan, replies = plan_server(args.model, run_config(args), args.replies, args.kept_prompts)
-    from mlx_flash.apps.server.http_server import Server  # the plan names what is missing where mlx-lm is
+    from mlx_flash.apps.server.http_server import (
+        Server,
+    )  # needs mlx-lm; planning has raised an error where it is missing
 
     given = args.model or DEFAULT_MODEL
     names = (Path(given).resolve().name, given) if Path(given).exists() else (given,)

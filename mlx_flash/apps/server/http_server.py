@@ -161,7 +161,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
 
 
 class HttpServer(ThreadingHTTPServer):
-    daemon_threads = True  # a client that reads nothing keeps nobody from ending
+    daemon_threads = True  # a client that reads nothing does not keep the process alive
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -180,7 +180,7 @@ class HttpServer(ThreadingHTTPServer):
             thread.join(max(0.0, end - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if self.ending:  # nobody generates any more
+        if self.ending:  # the generating thread has ended
             logging.info("the reply to %s ended with the server", client_address[0])
         elif isinstance(sys.exc_info()[1], ConnectionError):  # the client hung up: its reply has been stopped
             logging.info("%s hung up", client_address[0])
@@ -241,7 +241,7 @@ class Server:
             quantized_kv_start=0,
         )
         self.plan, self.provider = plan, Provider(plan, names, settings)
-        # What is not exact learns from a whole prompt: none is taken up half way.
+        # A selector that is not exact learns from a whole prompt, so it cannot continue from a kept KV cache.
         kept = (plan.config.sequences - replies) * plan.context if plan.exact else 0
         self.caches = Caches(kept, plan.costs.fixed["KV cache"] // (plan.config.sequences * plan.context))
         self.generator: Generator | None = None

@@ -91,7 +91,7 @@ class StopWords:
         return text[: len(text) - held]
 
     def rest(self) -> str:
-        """What is held back, at a reply's end."""
+        """The text that is still held back, at the end of a reply."""
         held, self._held = self._held, ""
         return held
 

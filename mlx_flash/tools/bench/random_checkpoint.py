@@ -36,7 +36,7 @@ from .options import BenchOptions
 
 NAME = "mlx_flash-bench"
 SPARSE = ("predictor", "gate")  # selectors that need ReLU
-GUESSES = {"recall": 0.95, "precision": 0.95}  # what is guessed a layer ahead, as FloE reports it (arXiv 2505.05950)
+GUESSES = {"recall": 0.95, "precision": 0.95}  # of guesses a layer ahead, as FloE reports them (arXiv 2505.05950)
 RANK = 256  # of a predictor; what the paper's models and ours need lies between 64 and 1024
 
 
@@ -89,7 +89,7 @@ def attach_random_predictors(checkpoint: Checkpoint, trace: Trace, rank: int = R
                 figures={"rank": rank, "layer": index, "look_ahead": {"margin": 0.0, **GUESSES}},
             )
         )
-    # Such a trace holds nothing but how long ago a neuron was named: least recently used is the best there is.
+    # In such a trace only the time since a neuron was last named matters: least recently used is the best policy.
     calibration = Calibration(tuple(layers), {"random": True, "policy": LRU.plain()})
     attach(checkpoint, calibration)
     return calibration

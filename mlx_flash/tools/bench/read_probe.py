@@ -44,7 +44,7 @@ SIZES = (1536, 5120, 6144, 18432, 36864, 1 << 18)
 DEPTHS = (1, 8, 32, 128, DEPTH)
 SCAN_BYTES, SCAN_BUNDLE, SCAN_SIZE, SCAN_DEPTHS = 1 << 20, 1 << 14, 512, (1, 4, 16)
 BUFFERED_SIZES, THREADS = (5120, 18432, 36864), 8
-IN_FLIGHT_BYTES = 1 << 24  # what no disk needs more of
+IN_FLIGHT_BYTES = 1 << 24  # more makes no disk faster
 UNDER_WAY = 2  # requests, as when a layer's reads begin before the last one's are used
 FIO_ROUNDS, FIO_SECONDS = 3, 0.3  # fio takes a while to start, too
 Measurement = Callable[
@@ -81,7 +81,7 @@ def probe_file(folder: str | os.PathLike[str], nbytes: int = FILE_BYTES, progres
     try:
         try:
             remove_stale(folder, NAME)
-            # What is there is left alone: another probe of this process.
+            # Fails if the folder exists, which then belongs to another probe of this process.
             made.mkdir()
         except OSError as error:
             raise UsageError(

@@ -45,7 +45,7 @@ def relufy(
     data: a text file to learn from, UTF-8, or token ids (rows, context); None: text that the original writes itself, at
         temperature 1
     settings: those of RelufyConfig, over `config`
-    resume: go on from `.{out}.relufy.pt`, which an unfinished run leaves beside `out`; False: begin anew
+    resume: go on from `.{out}.relufy.pt`, which an unfinished run leaves beside `out`; False: start from the beginning
     save_every_s: seconds between saves of the unfinished run; 0: after every step
 
     Returns nats per token, perplexity, zeros and KL divergence on held-out text of the `original`, of the copy just

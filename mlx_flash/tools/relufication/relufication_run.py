@@ -235,7 +235,7 @@ class RelufyRun:
             state = self.torch.load(self.saved, map_location="cpu", weights_only=True)
             found = state["key"]
         except Exception as error:  # whatever a damaged file makes of it
-            raise FormatError(f"{self.saved} cannot be read ({error}); delete it to begin anew") from None
+            raise FormatError(f"{self.saved} cannot be read ({error}); delete it to start from the beginning") from None
         if found != key:
             raise UsageError(
                 f"{self.saved} is an unfinished run with other settings, text or weights; repeat those, or delete it"

@@ -35,7 +35,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def keep_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests, and whoever else works here, need it."""
+    """Keep the page cache, which other tests and other processes use."""
     monkeypatch.setattr(measuring, "drop_page_cache", lambda: False)
 
 

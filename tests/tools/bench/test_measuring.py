@@ -1,4 +1,4 @@
-"""What `mlx_flash bench` runs: fixed tokens, with and without clocks in turn, what a trace names, warm and cold."""
+"""The runs of `mlx_flash bench`: fixed tokens, with and without clocks in turn, replayed traces, cold and warm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def keep_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests, and whoever else works here, need it."""
+    """Keep the page cache, which other tests and other processes use."""
     monkeypatch.setattr(bench_run, "drop_page_cache", lambda: False)
 
 

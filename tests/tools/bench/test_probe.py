@@ -1,4 +1,4 @@
-"""The probe: its figures are those of what ran, its file goes however it ends, and it says what it cannot measure."""
+"""The probe: its figures, its file, which is always removed, and what it announces when it cannot measure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models and cards for the tests of `mlx_flash bench`: what is loaded, decoded and replayed."""
+"""Small models, cards and traces for the tests of `mlx_flash bench`."""
 
 from __future__ import annotations
 

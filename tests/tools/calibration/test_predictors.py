@@ -1,4 +1,4 @@
-"""Predictors: what was planted is found, recall holds on tokens that were not learnt from, sizes stay in the budget."""
+"""Predictors: they find planted neurons, reach the recall on held-out tokens, and stay within the budget."""
 
 from __future__ import annotations
 
