@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,23 +41,10 @@ class Run:
         """The model, which reads through this run. Raises ConfigError, FormatError, ReadError."""
         raise NotImplementedError
 
-    @contextmanager
-    def phase(self, decoding: bool) -> Iterator[None]:
-        """Within, the model runs a prompt's tokens (exact with every selector) or decoded ones."""
-        self.shared.decoding = decoding
-        try:
-            yield
-        finally:
-            self.shared.decoding = None
-
-    def begin_reply(self) -> None:
-        """Another prompt follows: forget what was selected for the last one."""
-        self.shared.reply += 1
-
     def forced(self, model: Any, prompt_ids: Sequence[int], next_ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Logits (vocab,) fp32 after the prompt, then after each of `next_ids`, which pass one by one as if they had
         been sampled."""
-        yield from self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
+        return self.plan.models.forced(model, prompt_ids, next_ids, self.plan.config.prefill_chunk)
 
     def steps(
         self,
@@ -68,10 +54,10 @@ class Run:
         sampling: Sampling,
         prompt_cache: PromptCache | None = None,
     ) -> Iterator[int]:
-        """Yield sampled ids after the prompt, `max_tokens` at most. A selector that is not exact learns from the whole
+        """Sampled ids after the prompt, `max_tokens` at most. A selector that is not exact learns from the whole
         prompt, so no cache is used with one."""
         cache, chunk = prompt_cache if self.plan.exact else None, self.plan.config.prefill_chunk
-        yield from self.plan.models.steps(model, prompt_ids, max_tokens, sampling, chunk, cache)
+        return self.plan.models.steps(model, prompt_ids, max_tokens, sampling, chunk, cache)
 
     def close(self) -> None:
         self.shared.stream.stop()

@@ -156,11 +156,11 @@ def test_known_tokens_may_be_fed_without_evaluating(models: Models, select: str)
 
     def run(eager: bool) -> np.ndarray:
         cache, found = make_prompt_cache(model), []
-        model.flash.begin_reply()
-        with model.flash.phase(decoding=False):
+        model.flash.shared.begin_reply()
+        with model.flash.shared.phase(decoding=False):
             model(mx.array([prompt]), cache=cache)
         for token in rest:
-            with model.flash.phase(decoding=True):
+            with model.flash.shared.phase(decoding=True):
                 found.append(model(mx.array([[token]]), cache=cache)[:, -1, :])
             if eager:
                 mx.eval(found[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,19 @@ class SharedContext:
     @reader.setter
     def reader(self, reader: Reader) -> None:
         self.source.reader = reader
+
+    @contextmanager
+    def phase(self, decoding: bool) -> Iterator[None]:
+        """Within, the model runs decoded tokens, or a prompt's, which are exact with every selector."""
+        self.decoding = decoding
+        try:
+            yield
+        finally:
+            self.decoding = None
+
+    def begin_reply(self) -> None:
+        """Another prompt follows: what was selected for the last one does not count for it."""
+        self.reply += 1
 
     def is_decode(self, x: Any) -> bool:
         """Whether a lossy selector may select for x (..., T, d); a prompt's tokens are computed exactly."""

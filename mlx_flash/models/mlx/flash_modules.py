@@ -85,7 +85,7 @@ def flash_model(model_class: type, tied: bool = False, config: Mapping[str, Any]
 
         def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> Any:
             if (run := getattr(self, "flash", None)) is not None and self._reply_watch.begins(inputs.shape[1], cache):
-                run.begin_reply()
+                run.shared.begin_reply()
             return super().__call__(inputs, cache=cache, **options)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -56,7 +56,7 @@ class MlxReply:
         runs for one token only; a lossy selector must not select for a token of the prompt."""
         alone = 1 if self.model.flash.plan.exact else 0
         prompt = mx.array(list(ids[self._take_up(ids) :]), mx.int32)
-        self.model.flash.begin_reply()
+        self.model.flash.shared.begin_reply()
         while prompt.size > max(alone, 1):
             count = min(self.chunk, prompt.size - alone)
             logits = self._logits(prompt[:count], decoding=False)
@@ -73,7 +73,7 @@ class MlxReply:
         return self._logits(token, decoding=True)
 
     def _logits(self, ids: mx.array, decoding: bool) -> mx.array:
-        with mx.stream(generation_stream), self.model.flash.phase(decoding):
+        with mx.stream(generation_stream), self.model.flash.shared.phase(decoding):
             return self.model(ids[None], cache=self.cache)[:, -1, :]
 
 

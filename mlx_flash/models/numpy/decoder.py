@@ -7,7 +7,6 @@ have the backend's form. The FFN is a callable per layer: nothing here knows wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import proxy
@@ -15,6 +14,7 @@ from weakref import proxy
 import numpy as np
 
 from mlx_flash.engine.backends.decoder_base import Activations, Attention, DecoderBackend, Linear, Norm, Weights
+from mlx_flash.engine.selection.context import SharedContext
 from mlx_flash.engine.storage.checkpoint import Checkpoint
 from mlx_flash.engine.storage.resident_tensors import load_tensors
 from mlx_flash.errors import UsageError
@@ -33,13 +33,9 @@ KeysValues = tuple[np.ndarray, np.ndarray]  # of one layer: the backend's caches
 
 
 class ModelRun(Protocol):
-    """What a model tells the run that its FFNs read through (`runtime.run.BaseRun`)."""
+    """The run that a model's FFNs read through: `model.flash`."""
 
-    def begin_reply(self) -> None:
-        """A new prompt begins."""
-
-    def phase(self, decoding: bool) -> AbstractContextManager[None]:
-        """Entered around each call of the model: a prompt's chunk, or one token that is decoded."""
+    shared: SharedContext
 
 
 class Layer:
@@ -263,16 +259,16 @@ def build(
 
 def prefill(model: Decoder, prompt_ids: Sequence[int], cache: Cache, prefill_chunk: int) -> np.ndarray:
     """Run a new prompt in chunks of `prefill_chunk`; returns the logits (vocab,) after it."""
-    model.flash.begin_reply()
+    model.flash.shared.begin_reply()
     for begin in range(0, len(prompt_ids), prefill_chunk):
-        with model.flash.phase(decoding=False):
+        with model.flash.shared.phase(decoding=False):
             logits = model(prompt_ids[begin : begin + prefill_chunk], cache)
     return logits
 
 
 def decode(model: Decoder, token: int, cache: Cache) -> np.ndarray:
     """Run one more token of a reply; returns the logits (vocab,) after it."""
-    with model.flash.phase(decoding=True):
+    with model.flash.shared.phase(decoding=True):
         return model([token], cache)
 
 

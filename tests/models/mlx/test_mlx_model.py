@@ -94,7 +94,8 @@ def running(*arguments: Any) -> Any:
     """The model, as part of a run in which something is streamed."""
     model = build_model(*arguments)
     plan = SimpleNamespace(all_resident=False, exact=True, spec=arguments[1])
-    model.flash = SimpleNamespace(plan=plan, phase=lambda decoding: nullcontext(), begin_reply=lambda: None)
+    shared = SimpleNamespace(phase=lambda decoding: nullcontext(), begin_reply=lambda: None)
+    model.flash = SimpleNamespace(plan=plan, shared=shared)
     return model
 
 
