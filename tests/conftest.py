@@ -24,7 +24,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def unmeasured() -> Iterator[None]:
     """No test's plan depends on what `mlx_flash bench --probe` measured here. For the session, as fixtures of modules
-    load models too; a test that wants a measured machine puts its own in the same place."""
+    load models too. A test that wants a measured machine hands it to `plan_checkpoint` or `plan_model`."""
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_flash.runtime.planning.planner.load_machine", lambda path: None)

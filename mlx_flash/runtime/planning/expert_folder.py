@@ -52,9 +52,9 @@ class ExpertFolder:
         return [extents.layout for extents in self.experts.extents]
 
     def take(self) -> OpenedExperts:
-        """The experts for one run: those that were opened first, as long as nobody has taken them. What is opened
-        becomes the model, and MLX's arrays belong to one thread, so a further run or another thread gets its own. The
-        headers are not read again."""
+        """The experts for one run. The first run on the thread that planned gets those that the plan was made from. Any
+        other run opens its own, without reading the headers again: the opened experts become the model, and MLX's lazy
+        arrays can be evaluated by one thread only."""
         taken, self._unused = self._unused, None
         if taken is None or self._thread != threading.get_ident():
             taken = self._open()
