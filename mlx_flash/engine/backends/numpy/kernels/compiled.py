@@ -19,8 +19,8 @@ from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 from . import loops as compiled
 from .attention_compiled import attention_steps
 from .base import EarlySums, Weights, add_dense
-from .quantised import QuantisedKernels, when
-from .thread_pool import Steps, Workers
+from .quantised import QuantisedKernels
+from .thread_pool import Steps, Workers, when
 from .vector_code import BFLOAT16, FLOAT16, FLOAT32, INT8
 
 KINDS = {

@@ -17,7 +17,7 @@ from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 from . import loops as plain
 from . import quantised_loops as compiled
 from .quantised_vector_code import ROWS, SHAPES
-from .thread_pool import Steps, Workers
+from .thread_pool import Steps, Workers, when
 
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of scales: see `ends_dot`
 ACTS = {"": 0, "relu": plain.RELU, "silu": plain.SILU}
@@ -27,16 +27,6 @@ _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 
 def _address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
-
-
-def when(finish: Callable[[], Any], result: np.ndarray) -> Callable[[], np.ndarray]:
-    """A function that waits for `finish` and returns `result`, which is then complete."""
-
-    def wait() -> np.ndarray:
-        finish()
-        return result
-
-    return wait
 
 
 class _Form:

@@ -179,6 +179,16 @@ def as_item(argument: Any) -> int:
     return int(argument)
 
 
+def when(finish: Callable[[], Any], result: np.ndarray) -> Callable[[], np.ndarray]:
+    """A function that waits for `finish` and returns `result`, which is then complete."""
+
+    def wait() -> np.ndarray:
+        finish()
+        return result
+
+    return wait
+
+
 class Workers:
     """A pool of `count` threads, the calling one included. Helpers are started when first needed, never end, and are
     shared by all pools of the process."""
