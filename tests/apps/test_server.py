@@ -55,7 +55,7 @@ class Served:
 
     def __init__(self, path: Path, replies: int = 2, kept: int = 1, **fields: Any):
         plan, replies = plan_server(str(path), FlashConfig(max_context=CONTEXT, **fields), replies, kept)
-        self.server = Server(plan, ("tiny", str(path)), "127.0.0.1", 0, replies)
+        self.server = Server(plan, ("tiny", str(path)), "127.0.0.1", 0, replies, template_seconds=0.5)
         self.server.start()
         self.thread = threading.Thread(target=self.server.serve)
         self.thread.start()
@@ -257,8 +257,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
 ]
 
 
-def test_a_bad_body_is_refused_and_stops_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_flash.models.text.tokenizer.TEMPLATE_SECONDS", 0.5)
+def test_a_bad_body_is_refused_and_stops_nothing(served: Served) -> None:
     bad = [("/v1/completions", *each) for each in BAD_BODIES] + [("/v1/chat/completions", *each) for each in BAD_CHATS]
     for path, body, words in bad:
         status, answer = served.raw(body if isinstance(body, bytes) else json.dumps(body).encode(), path)

@@ -30,7 +30,7 @@ from mlx_flash.models.mlx.compat import (
     trim_prompt_cache,
 )
 from mlx_flash.models.mlx.compat import server as mlx_lm_server
-from mlx_flash.models.text.tokenizer import apply_template
+from mlx_flash.models.text.tokenizer import TEMPLATE_SECONDS, apply_template
 from mlx_flash.runtime.loading import load_planned
 from mlx_flash.runtime.planning.run_plan import RunPlan
 
@@ -151,7 +151,8 @@ class Generator(mlx_lm_server.ResponseGenerator):
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         if request.messages:
-            made = apply_template(partial(super()._tokenize, tokenizer, request, args))
+            limit = self.model_provider.cli_args.template_seconds
+            made = apply_template(partial(super()._tokenize, tokenizer, request, args), limit)
         else:
             made = super()._tokenize(PromptIds(), request, args)
         count, context = len(made[0]), self.model_provider.plan.context
@@ -212,7 +213,7 @@ class Server:
     plan: the model to load; names: names that requests may use for it; replies give the first one
     host, port: port 0 takes a free one; replies: generated at once. The plan's `sequences` beyond these hold the KV
     caches of replies that ended. origins: web pages whose requests are allowed
-    max_tokens, temp, top_p, top_k: for requests that do not set them
+    max_tokens, temp, top_p, top_k: for requests that do not set them; template_seconds: for a chat template to run
     """
 
     def __init__(
@@ -223,11 +224,13 @@ class Server:
         port: int,
         replies: int = 1,
         origins: Sequence[str] = (),
+        template_seconds: float = TEMPLATE_SECONDS,
         **defaults: Any,
     ):
         check_server()
         settings = SimpleNamespace(
             **{"max_tokens": 512, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | defaults,
+            template_seconds=template_seconds,
             model=names[0],
             allowed_origins=list(origins),
             chat_template_args={},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,19 +69,25 @@ class FFNSpec:
     lead: str = ""
     gate_bias: Any = None  # (count,) backend array, or None
 
-    @property
+    @cached_property
     def first(self) -> str:
         """The part that is computed first and decides which neurons are active."""
         return self.lead or ("gate" if self.gated else "up")
 
-    @property
+    @cached_property
     def second(self) -> str | None:
         """The part that the first one is multiplied with, None where there is none."""
         return {"gate": "up", "up": "gate"}[self.first] if self.gated else None
 
-    def bias(self, part: str | None) -> Any:
-        """The bias of "gate" or "up", a backend array (count,), or None."""
-        return {"gate": self.gate_bias, "up": self.up_bias}.get(part or "")
+    @cached_property
+    def biases(self) -> dict[str | None, Any]:
+        """The biases of "gate" and "up", backend arrays (count,) or None; no part, None, has none."""
+        return {"gate": self.gate_bias, "up": self.up_bias, None: None}
+
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """The segment of each of the layer's blocks, see `block_segments`."""
+        return block_segments(self.layout)
 
 
 Fired = Callable[[], np.ndarray]  # -> (n,) bool

@@ -126,10 +126,9 @@ class _Slots:
         raw = memory.view(np.uint8)
         rows = raw[: len(raw) // layout.stride * layout.stride].reshape(-1, layout.stride)
         at = {part.name: (layout.offset(part.name), part) for part in layout.parts}
-        self.parts = {name: rows[:, b : b + part.nbytes].view(DTYPES[part.dtype]) for name, (b, part) in at.items()}
-
-    def part(self, name: str) -> np.ndarray:
-        return self.parts[name]
+        self.matrices: dict[str, Any] = {
+            name: rows[:, b : b + part.nbytes].view(DTYPES[part.dtype]) for name, (b, part) in at.items()
+        }
 
 
 def rows_work(backend: NumpyBackend, memory: np.ndarray, dtype: str) -> Work:

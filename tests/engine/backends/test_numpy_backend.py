@@ -120,7 +120,7 @@ class Network:
     def exact(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The output in float64, and the sum of its terms' sizes."""
         w, act = {name: wide(rows) for name, rows in self.weights.items()}, x.astype(np.float64)
-        biases = {name: wide(found) for name in w if (found := self.spec.bias(name)) is not None}
+        biases = {name: wide(found) for name in w if (found := self.spec.biases.get(name)) is not None}
         lead = "gate" if self.spec.gated else "up"
         first = act @ w[lead].T + biases.get(lead, 0)
         with np.errstate(over="ignore"):
@@ -230,7 +230,7 @@ def test_a_slab_of_whole_bundles_is_records_as_they_lie_in_the_file() -> None:
     assert target.rows.ctypes.data % mmap.PAGESIZE == 0 and not target.rows.any()
     assert slab.nbytes == 3 * 4096 == BACKENDS["plain"].slab_bytes(layout, 9, ("gate", "up", "down"))
     target.rows[2, 200:204] = (1, 2, 3, 4)
-    assert slab.part("up").shape == (9, 100) and slab.part("up")[2, :2].tolist() == [0x201, 0x403]
+    assert slab.matrices["up"].shape == (9, 100) and slab.matrices["up"][2, :2].tolist() == [0x201, 0x403]
 
 
 def test_a_slab_of_some_parts_has_rows_of_their_bytes_alone() -> None:
@@ -239,7 +239,7 @@ def test_a_slab_of_some_parts_has_rows_of_their_bytes_alone() -> None:
     (target,) = slab.targets
     assert (target.offset, target.rows.shape, target.rows.strides) == (400, (3, 800), (1024, 1))
     target.rows[1, 400:404] = np.array([1.5], np.float32).view(np.uint8)
-    assert slab.part("down")[1, 0] == 1.5 and slab.part("up")[1].sum() == 0
+    assert slab.matrices["down"][1, 0] == 1.5 and slab.matrices["up"][1].sum() == 0
     assert slab.nbytes == BACKENDS["plain"].slab_bytes(layout, 3, ("up", "down")) == 4096
     for parts in ((), ("gate", "down"), ("up", "gate"), ("other",)):
         with pytest.raises(ValueError, match="gate"):
@@ -251,7 +251,7 @@ def test_a_slab_without_rows_takes_nothing(parts: tuple[str, ...]) -> None:
     network = Network(1, 10, 20, "bfloat16")
     slab = network.slab(0, parts)
     assert slab.nbytes == 0 == BACKENDS["plain"].slab_bytes(network.spec.layout, 0, parts)
-    assert len(slab.targets[0].rows) == 0 and all(slab.part(name).shape == (0, 10) for name in parts)
+    assert len(slab.targets[0].rows) == 0 and all(slab.matrices[name].shape == (0, 10) for name in parts)
     none = np.empty(0, np.int32)
     network.load(slab, none, none)
     for tokens in (1, 2) if parts[-1] == "down" else ():

@@ -42,7 +42,7 @@ class ThirdPass:
 
     def factor(self, name, ids, rows, slab):
         z = dots(self.x, slab.part(name, rows))
-        if (bias := self.spec.bias(name)) is not None:
+        if (bias := self.spec.biases[name]) is not None:
             z = z + bias[ids]
         return z if self.spec.gated and name == "up" else ACTIVATIONS[self.spec.activation](z)
 

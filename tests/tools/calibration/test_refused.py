@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "truncated": (lambda p: made_up(p)[:-64], "truncated"),
     "header only": (lambda p: made_up(p)[:100], "calibration-"),
     "empty": (lambda p: b"", "calibration-"),
-    "no calibration": (lambda p: made_up(p).replace(b'"calibration"', b'"calibrated!"', 1), "is no calibration"),
+    "no calibration": (lambda p: made_up(p).replace(b'"calibration"', b'"calibrated!"', 1), "is not a calibration"),
     "fewer neurons": (lambda p: made_up(p, lambda x: replace(x, rate=x.rate[1:])), "layer 1's rate"),
     "other width": (lambda p: made_up(p, lambda x: replace(x, a=x.a[:, 1:])), "layer 1's a"),
     "other rank": (lambda p: made_up(p, lambda x: replace(x, b=x.b[:, 1:])), "layer 1's b"),
@@ -84,8 +84,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 @pytest.fixture(scope="module")
-def spoiled(relu: Path, folder: Path) -> Path:
-    return shutil.copytree(relu, folder / "spoiled")
+def spoiled(relu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(relu, tmp_path_factory.mktemp("spoiled") / "flash")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -13,7 +13,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Predictor, Widths, block_segments
+from mlx_flash.engine.backends.base import BLOCK, FFNSpec, Predictor, Widths
 from mlx_flash.engine.storage.bundle import ITEM_BYTES, Layout
 from mlx_flash.errors import ConfigError
 
@@ -64,7 +64,7 @@ class MlxPass:
         self._tokens: int = self._x.shape[1]
         self._one_token = self._tokens == 1
         self._down_rows = DOWN_ROWS if self._one_token and spec.layout.count >= MANY else BLOCK
-        self._sum, self._segments = Sum(), block_segments(spec.layout)
+        self._sum, self._segments = Sum(), spec.segments
         self._segment = 0  # of the terms that are being added
         self._next_id = 0
         self._lazy_bytes = 0
@@ -78,7 +78,7 @@ class MlxPass:
         """Ids (n,) int32, ascending, that fire for any token; `slab` holds the first part of all `count` bundles."""
         spec = self._spec
         product = slab.view(spec.first, 0, 1, spec.layout.count, across=True).product(self._x)
-        self._gates = self._lead(product, spec.bias(spec.first))
+        self._gates = self._lead(product, spec.biases[spec.first])
         fires = mx.any(self._gates != 0, axis=(0, 1))
         # After this the caller overwrites slots, so nothing may still read them. When mlx-lm generates, x comes from
         # a token that was sampled from the last pass's output, which is therefore done although mlx-lm runs one step
@@ -132,7 +132,7 @@ class MlxPass:
         spec = self._spec
 
         def bias(part: str) -> mx.array | None:
-            whole = spec.bias(part)
+            whole = spec.biases[part]
             return None if whole is None else mx.take(whole, mx.array(ids.astype(np.uint32)))
 
         if self._gates is None and spec.first == "gate" and not spec.cutoff:
@@ -264,7 +264,7 @@ class MlxPass:
             return slab.view(name, row, blocks, length, across=True).product(self._x)
 
         def bias(part: str) -> mx.array | None:
-            whole = self._spec.bias(part)
+            whole = self._spec.biases[part]
             return None if whole is None else whole[first_id : first_id + rows].reshape(blocks, 1, length)
 
         first, second = self._spec.first, self._spec.second

@@ -99,7 +99,7 @@ class MlxGroupPass:
         spec, neurons = self._spec, self._spec.layout.neurons
 
         def products(matrix: str) -> mx.array:
-            found, bias = self._products(matrix, slab, rows), spec.bias(matrix)
+            found, bias = self._products(matrix, slab, rows), spec.biases[matrix]
             if bias is None:
                 return found
             which = (ids[:, None] * neurons + np.arange(neurons)).reshape(-1)

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mlx_flash.engine.backends.base import BLOCK, SEGMENTS, FFNSpec, Fired, block_segments
+from mlx_flash.engine.backends.base import BLOCK, SEGMENTS, FFNSpec, Fired
 from mlx_flash.engine.backends.numpy.kernels.base import EarlySums, Kernels, Weights, add_dense, widen
 
 _NO_IDS = np.empty(0, np.int64)
 
 
 class Rows(Protocol):
-    """A slab as a pass sees it: `part` gives one part of every row, (rows, length) in its storage dtype."""
+    """A slab as a pass sees it: `matrices` has each matrix' share of every row, (rows, d) as it is stored."""
 
-    def part(self, name: str) -> Weights: ...
+    matrices: dict[str, Any]
 
 
 def _wide(w: Any) -> np.ndarray:
@@ -40,10 +40,10 @@ class FFNInput(ABC):
         self.acts = (lead, spec.activation if self.second == "gate" else "")  # of the first part and the second
         # Of the first part and the second, (count,) fp32.
         self.bias, self.second_bias = (
-            None if (bias := spec.bias(part)) is None else _wide(bias) for part in (self.first, self.second)
+            None if (bias := spec.biases[part]) is None else _wide(bias) for part in (self.first, self.second)
         )
         self.x = np.ascontiguousarray(x, np.float32)
-        self.segments = block_segments(spec.layout)
+        self.segments = spec.segments
 
     def settle(self) -> None:  # noqa: B027
         """Nothing is ever pending on a slab except what was given to `scalars` without `down`."""
@@ -145,20 +145,20 @@ class DecodePass(FFNInput):
         return {"bias": bias, "acts": self.acts, "cutoff": self.spec.cutoff}
 
     def gate(self, slab: Rows) -> np.ndarray:
-        self.active = self.kernels.neurons(slab.part(self.first), None, None, self.x, **self._options(self.bias))
+        self.active = self.kernels.neurons(slab.matrices[self.first], None, None, self.x, **self._options(self.bias))
         return np.flatnonzero(self.active).astype(np.int32)
 
     def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> Fired:
         if self.second_bias is not None:
             h = self._with_second_bias(slab, ids, rows)
-            term = Term(ids, slab.part("down"), rows, lambda: h)
+            term = Term(ids, slab.matrices["down"], rows, lambda: h)
             self.terms.append(term)
             return term.fired
-        first, second, down = None, None if self.second is None else slab.part(self.second), slab.part("down")
+        first, second, down = None, None if self.second is None else slab.matrices[self.second], slab.matrices["down"]
         if self.active is not None:
             options: dict[str, Any] = {"given": self.active[ids], "acts": self.acts}
         else:
-            first, options = slab.part(self.first), self._options(None if self.bias is None else self.bias[ids])
+            first, options = slab.matrices[self.first], self._options(None if self.bias is None else self.bias[ids])
         # Sums of quantised rows begin when all are there, and others where hardly a block waits for nothing.
         if late is None or not isinstance(down, np.ndarray) or len(late) * BLOCK > self.spec.layout.count:
             begun = self.kernels.begin_neurons(first, second, rows, self.x, **options)
@@ -177,9 +177,9 @@ class DecodePass(FFNInput):
             h = self.active[ids]
         else:
             options = self._options(None if self.bias is None else self.bias[ids])
-            h = self.kernels.neurons(slab.part(self.first), None, rows, self.x, **options)
+            h = self.kernels.neurons(slab.matrices[self.first], None, rows, self.x, **options)
         options = {"bias": self.second_bias[ids], "acts": (self.acts[1], "")}
-        found: np.ndarray = h * self.kernels.neurons(slab.part(self.second), None, rows, self.x, **options)
+        found: np.ndarray = h * self.kernels.neurons(slab.matrices[self.second], None, rows, self.x, **options)
         return found
 
     def _begin_sums(self, ids: np.ndarray, late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +221,7 @@ class DecodePass(FFNInput):
     def dense(self, slab: Rows, first_row: int, first_id: int, count: int, h: np.ndarray | None = None) -> None:
         check_whole_blocks(first_id, count, self.spec.layout.count)
         here = slice(first_row, first_row + count)
-        self.summed = down = slab.part("down")[here]
+        self.summed = down = slab.matrices["down"][here]
         sums = self.sums, BLOCK, self.segments[first_id // BLOCK : -(-(first_id + count) // BLOCK)]
         if self.second_bias is not None:
             ids, rows = np.arange(first_id, first_id + count), np.arange(first_row, first_row + count)
@@ -229,7 +229,10 @@ class DecodePass(FFNInput):
             add_dense(self.kernels, down, scalars, *sums)
         else:
             bias = None if self.bias is None else self.bias[first_id : first_id + count]
-            first, second = slab.part(self.first)[here], None if self.second is None else slab.part(self.second)[here]
+            first, second = (
+                slab.matrices[self.first][here],
+                None if self.second is None else slab.matrices[self.second][here],
+            )
             scalars = self.kernels.dense(first, second, down, self.x, *sums, **self._options(bias))
         if h is not None:
             h[0] = scalars

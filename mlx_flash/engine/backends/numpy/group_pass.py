@@ -59,7 +59,7 @@ class GroupPrefill(PrefillPass):
         neurons = self.spec.layout.neurons
 
         def load(name: str, rows: slice, columns: slice, out: np.ndarray) -> None:
-            part: Any = slab.part(name)
+            part: Any = slab.matrices[name]
             out[...] = part[bundles[rows.start // neurons : -(-rows.stop // neurons)]].widen(columns)
 
         return load
@@ -72,7 +72,7 @@ class GroupPrefill(PrefillPass):
             out[...] = 0
             begin, end = first + rows.start // neurons, first + -(-rows.stop // neurons)
             for ids, slab, places in terms:
-                part: Any = slab.part(name)
+                part: Any = slab.matrices[name]
                 for k in np.flatnonzero((ids >= begin) & (ids < end)):
                     at = (ids[k] - begin) * neurons
                     out[at : at + neurons] = part[places[k : k + 1]].widen(columns)
@@ -94,14 +94,14 @@ class GroupDecode(FFNInput):
 
     def scalars(self, ids: np.ndarray, slab: Rows, rows: np.ndarray, late: np.ndarray | None = None) -> None:
         rows = np.asarray(rows)
-        self.terms.append((np.asarray(ids), slab.part("down"), rows, self._scalars(slab, np.asarray(ids), rows)))
+        self.terms.append((np.asarray(ids), slab.matrices["down"], rows, self._scalars(slab, np.asarray(ids), rows)))
 
     def _scalars(self, slab: Rows, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """h (n, neurons) of the bundles `ids` (n,) in these rows."""
         if self.bias is not None or self.second_bias is not None:
             return self._biased_scalars(slab, ids, rows)
-        first: Any = slab.part(self.first)
-        second: Any = None if self.second is None else slab.part(self.second)
+        first: Any = slab.matrices[self.first]
+        second: Any = None if self.second is None else slab.matrices[self.second]
         found = self.kernels.group_neurons(first, second, rows, self.x, acts=self.acts, cutoff=self.spec.cutoff)
         return found
 
@@ -109,7 +109,7 @@ class GroupDecode(FFNInput):
         """The same where there are biases, for which the kernel has no place."""
 
         def products(part: str, bias: np.ndarray | None, act: str) -> np.ndarray:
-            weights: Any = slab.part(part)
+            weights: Any = slab.matrices[part]
             found: np.ndarray = self.kernels.group_neurons(weights, None, rows, self.x)
             if bias is not None:
                 found = found + bias.reshape(-1, self.spec.layout.neurons)[ids]
@@ -146,7 +146,7 @@ class GroupDecode(FFNInput):
         _check_blocks(self.spec, first_id, count)
         rows, ids = np.arange(first_row, first_row + count), np.arange(first_id, first_id + count)
         scalars = self._scalars(slab, ids, rows)
-        down: Any = slab.part("down")
+        down: Any = slab.matrices["down"]
         self._add([down], np.zeros(count, np.int64), rows, scalars, ids)
         if h is not None:
             h[0] = scalars.reshape(-1)

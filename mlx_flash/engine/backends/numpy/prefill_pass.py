@@ -68,7 +68,7 @@ class PrefillPass(FFNInput):
     def gate(self, slab: Rows) -> np.ndarray:
         count = self.spec.layout.count
         self.active = active = self.tiles.scratch.get("active", (len(self.x), count))
-        weights = slab.part(self.first)
+        weights = slab.matrices[self.first]
 
         def tile(scratch: Scratch, k: int) -> None:
             rows = slice(k * TILE_ROWS, min((k + 1) * TILE_ROWS, count))
@@ -93,7 +93,7 @@ class PrefillPass(FFNInput):
             row = first_row + begin
 
             def load(name: str, rows: slice, columns: slice, out: np.ndarray, row: int = row) -> None:
-                widen(slab.part(name)[row + rows.start : row + rows.stop, columns], out)
+                widen(slab.matrices[name][row + rows.start : row + rows.stop, columns], out)
 
             scalars = self._add_block(first_id + begin, min(BLOCK, count - begin), load)
             if h is not None:
@@ -172,7 +172,7 @@ def _gather(terms: list[tuple[np.ndarray, Rows, np.ndarray]], first_id: int) -> 
         out[...] = 0
         for ids, slab, places in terms:
             mine = np.flatnonzero((ids >= first_id + rows.start) & (ids < first_id + rows.stop))
-            found = slab.part(name)[places[mine], columns]
+            found = slab.matrices[name][places[mine], columns]
             wide = np.empty(found.shape, np.float32)
             widen(found, wide)
             out[ids[mine] - first_id - rows.start] = wide

@@ -36,6 +36,8 @@ class NumpySlab:
     """`rows` bundles, `row_bytes` apart, in one page-aligned block.
 
     Whole bundles: a row is a whole record of the file (its stride), so direct I/O lands in it without a copy.
+    matrices: of each matrix that is there its share of every row, (rows, d), a view of the weights as they are stored:
+    `Weights`, or `AffineBundles`.
     """
 
     def __init__(self, layout: Layout, rows: int, parts: Sequence[str]):
@@ -52,15 +54,11 @@ class NumpySlab:
             flat = memory[:, at : at + part.nbytes]
             dtype = VIEWS[part.dtype]
             self._views[name] = flat.view(dtype) if rows else np.empty((0, part.length), dtype)
-        self._matrices: dict[str, Any] = {}
+        self.matrices: dict[str, Any] = {}
         for name in layout.matrices:
             held = [self._views[part] for part in layout.parts_of(name) if part in parts]
             if held:
-                self._matrices[name] = held[0] if layout.quantisation is None else coded_rows(held, layout, name)
-
-    def part(self, name: str) -> Any:
-        """A matrix' share of every row, (rows, d) as it is stored: a view; `Weights`, or `AffineBundles`."""
-        return self._matrices[name]
+                self.matrices[name] = held[0] if layout.quantisation is None else coded_rows(held, layout, name)
 
 
 def slab_bytes(layout: Layout, rows: int, parts: Sequence[str]) -> int:
