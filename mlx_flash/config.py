@@ -1,4 +1,4 @@
-"""Settings of a run: one frozen dataclass, validated once. Every command-line flag is one field."""
+"""Settings of a run: one frozen dataclass, validated once. Each field is one command-line flag."""
 
 from __future__ import annotations
 

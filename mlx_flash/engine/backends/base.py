@@ -18,7 +18,7 @@ from mlx_flash.engine.storage.bundle import Layout
 from mlx_flash.engine.storage.reader import Target
 from mlx_flash.engine.system.executor import Executor
 
-# An FFN's sum over its neurons is a fixed tree, so its bits depend on nothing but which neurons are in it (DESIGN 2).
+# An FFN's sum over its neurons is a fixed tree, so its bits depend on nothing but which neurons are in it.
 # Each block of BLOCK ids is summed by itself, ids ascending. A layer's blocks are cut into SEGMENTS runs, each of which
 # adds up its blocks, ascending, from zero. The segments' sums are added pairwise: `add_pairwise`.
 BLOCK = 256

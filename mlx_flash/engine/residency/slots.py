@@ -1,7 +1,8 @@
 """Which bundles of one layer are in which slots ("LLM in a flash", section 3.3). Knows integers only, no bytes.
 
-`plan` decides and changes nothing; `evict` and `commit` carry it out around the reads. Slots 0..num_used-1 are always
-filled. A call never evicts an id that it asked for.
+`plan` decides and changes nothing; `evict` before the reads and `place` or `commit` after them carry it out. Slots from
+num_used on have never been filled. A call never evicts an id that it asked for. `slots_compiled` is `plan` in one
+compiled call.
 """
 
 from __future__ import annotations

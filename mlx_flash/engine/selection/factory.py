@@ -1,6 +1,6 @@
 """Makes the selectors of a model's layers from a selector's name, and refuses those that the model cannot run.
 
-The one place that knows which selector needs what resident and what calibrated. Knows no budgets, files or models.
+Says what each selector needs resident and calibrated. Knows no budgets, files or models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Look-ahead: while layer l computes, the bundles that layer l+1 will probably need are prefetched.
 
 A guess is made from layer l's input, by layer l+1's predictor or router. It only prefetches, into the slots that its
-layer needs least: a wrong guess costs time and never changes the output (DESIGN 9). Guesses are capped, and stop where
+layer needs least: a wrong guess costs time and never changes the output. Guesses are capped, and stop where
 tokens take no less time with them.
 """
 

@@ -1,7 +1,7 @@
 """The decoding step of all selectors that name neurons per token: find their bundles in slots or read them, and sum.
 
-A token's output depends on the ids alone, never on what is resident (DESIGN 2). A prompt activates almost every neuron,
-so it streams whole blocks, exactly, and fills the slots on the way (DESIGN 9).
+A token's output depends on the ids alone, never on what is resident. A prompt activates almost every neuron,
+so it streams whole blocks, exactly, and fills the slots on the way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The layout of bundles: the parts of a bundle, and its place in its layer's file. Knows no models or backends.
 
 A layer's file is plain safetensors: one U8 tensor "bundles" [count, stride], header padded so that data
-starts at 16 KiB. Parts lie back to back in a bundle, in layout order; the stride is the bundle rounded up to
-512 bytes, so that direct I/O can read any bundle ("LLM in a flash", section 3.2, row-column bundling).
+starts at 16 KiB, and bundle i at 16 KiB + i * stride. A neuron's parts lie back to back: gate row, up row, down column
+(no gate in a plain FFN). The stride is the bundle rounded up to 512 bytes, so that direct I/O can read any bundle ("LLM
+in a flash", section 3.2, row-column bundling).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One layer's FFN in MLX arrays, on the device that MLX runs on. Needs mlx; knows no model or file.
 
 The shape of every product depends on the selection alone (blocks of ids, groups of selected ids), not on where rows lie
-or how many are resident. So one device gives the same bits at every budget (DESIGN 2). This was run on Linux's CPU
+or how many are resident. So one device gives the same bits at every budget. This was run on Linux's CPU
 only; comments about Metal come from MLX's source.
 """
 

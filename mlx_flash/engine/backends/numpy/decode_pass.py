@@ -1,6 +1,6 @@
 """One FFN on the numpy backend for one token, through the kernels (several tokens: `prefill_pass`).
 
-Puts the terms into the order that `base.BLOCK` states, wherever their rows lie. Knows slabs only by `part(name)`;
+Puts the terms into the order that `base.BLOCK` states, wherever their rows lie. Knows slabs only by their `matrices`;
 neither files nor residency.
 """
 

@@ -2,7 +2,7 @@
 
 A group's columns of `down` share scales along the neurons, so its terms are sums of short rows: y_r += scale_r *
 (codes_r . h) + bias_r * sum(h). The order of the sum is that of single neurons (`base.BLOCK`), groups ascending within
-a block. Knows slabs only by `part(name)`.
+a block. Knows slabs only by their `matrices`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One FFN of a prompt on the numpy backend: blocks of ids through BLAS, in tiles of fixed shapes.
 
 Each block of ids is widened to fp32 at full size, rows that were not selected as zeros, so that BLAS sees the same
-shapes whatever is resident or selected. Knows slabs only by `part(name)`; neither files nor residency.
+shapes whatever is resident or selected. Knows slabs only by their `matrices`; neither files nor residency.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ import numpy as np
 
 from mlx_flash.engine.backends.decoder_base import Activations, Attention, Linear, Norm
 
-from . import attention_loops as compiled
+from . import attention_loops
 from .thread_pool import Steps, Workers
 
-NORMS = {"rms": compiled.RMS, "layer": compiled.LAYER}
+NORMS = {"rms": attention_loops.RMS, "layer": attention_loops.LAYER}
 AddDots = Callable[[Steps, Any, np.ndarray, np.ndarray], None]  # out (rows,) = w . x, as further steps
 
 
@@ -67,7 +67,7 @@ def attention_steps(workers: Workers, a: Attention, kind: int, memory: Activatio
         w, bias = weights
         add_dots(steps, w, x, out)
         if bias is not None:
-            steps.add(compiled.add, 1, len(out), bias, out)
+            steps.add(attention_loops.add, 1, len(out), bias, out)
 
     _add_norm(steps, a, a.before, None, memory)
     begin = 0
@@ -84,7 +84,7 @@ def attention_steps(workers: Workers, a: Attention, kind: int, memory: Activatio
 def _add_norm(steps: Steps, a: Attention, norm: Norm, more: np.ndarray | None, memory: Activations) -> None:
     weight, bias = norm
     where = memory.x, _or_0(more), len(weight), weight, _or_0(bias), np.float32(a.eps), memory.h
-    steps.add(compiled.add_and_norm, 1, NORMS[a.norm], *where)
+    steps.add(attention_loops.add_and_norm, 1, NORMS[a.norm], *where)
 
 
 def _add_heads(steps: Steps, a: Attention, kind: int, memory: Activations) -> None:
@@ -95,10 +95,10 @@ def _add_heads(steps: Steps, a: Attention, kind: int, memory: Activations) -> No
     cache = a.keys, a.values, a.keys.strides[0], a.keys.strides[1]
     shape = memory.projected, a.heads, a.kv_heads, a.size
     norm = NORMS[a.norm], np.float32(a.eps)
-    steps.add(compiled.turn_and_store, 1, kind, *shape, *norm, *norms, *turns, memory.position, *cache)
+    steps.add(attention_loops.turn_and_store, 1, kind, *shape, *norm, *norms, *turns, memory.position, *cache)
     scores = memory.scores, memory.scores.shape[1]
     window = memory.scores.shape[1] if a.window is None else a.window
-    steps.add(compiled.attend, a.heads, kind, *shape, memory.position, *cache, *scores, memory.attended, window)
+    steps.add(attention_loops.attend, a.heads, kind, *shape, memory.position, *cache, *scores, memory.attended, window)
 
 
 def _or_0(array: np.ndarray | None) -> Any:

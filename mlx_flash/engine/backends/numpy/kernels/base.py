@@ -1,7 +1,7 @@
 """The arithmetic that decoding spends its time in, behind a few functions, and which of two sets of them runs.
 
 Weights stay in their storage dtype: float32, float16, or bfloat16 as uint16 bit patterns; sums are fp32 in an order
-that depends on nothing but the ids (DESIGN 2). Knows arrays, rows and blocks; neither slabs, files nor models.
+that depends on nothing but the ids. Knows arrays, rows and blocks; neither slabs, files nor models.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from mlx_flash.engine.backends.base import SEGMENTS
 from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 
-from . import loops as compiled
+from . import loops
 from .attention_compiled import attention_steps
 from .base import EarlySums, Weights, add_dense
 from .quantised import QuantisedKernels
@@ -29,7 +29,7 @@ KINDS = {
     np.dtype(np.float16): FLOAT16,
     np.dtype(np.int8): INT8,
 }
-ACTS = {"": 0, "relu": compiled.RELU, "silu": compiled.SILU}
+ACTS = {"": 0, "relu": loops.RELU, "silu": loops.SILU}
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 
 
@@ -62,7 +62,7 @@ def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
     if rows is None:
         return _ALL
     chosen = np.array(rows, np.int64)
-    if compiled.outside(chosen, count):
+    if loops.outside(chosen, count):
         raise IndexError(f"rows {chosen.min()}..{chosen.max()} of {count}")
     return chosen
 
@@ -82,7 +82,7 @@ def _checked_segments(segments: np.ndarray, blocks: int, y: np.ndarray) -> np.nd
     """The segment of each block as int64. Raises ValueError unless y (SEGMENTS, d) has a row for it."""
     _check_sums(y, SEGMENTS, y.shape[-1])
     found = np.array(segments, np.int64)
-    if found.shape != (blocks,) or compiled.outside(found, SEGMENTS):
+    if found.shape != (blocks,) or loops.outside(found, SEGMENTS):
         raise ValueError(f"segments {found} of {blocks} blocks; there are {SEGMENTS}")
     return found
 
@@ -132,7 +132,7 @@ class CompiledKernels:
             return out
         tasks = self._workers.tasks(len(out) * n * w.itemsize, len(out))
         chosen_at = 0 if rows is None else chosen
-        self._workers.run(compiled.dots, tasks, KINDS[w.dtype], w, w.strides[0], chosen_at, len(out), x, n, out)
+        self._workers.run(loops.dots, tasks, KINDS[w.dtype], w, w.strides[0], chosen_at, len(out), x, n, out)
         return out
 
     def low_rank(
@@ -151,7 +151,7 @@ class CompiledKernels:
             _check_input(x, n)
             out, z, tasks = np.empty(count, np.float32), np.empty(rank, np.float32), self._workers.tasks
             first = tasks(a.nbytes, rank)
-            run = compiled.low_rank, first + tasks(b.nbytes, count), first
+            run = loops.low_rank, first + tasks(b.nbytes, count), first
             return when(self._workers.start(*run, *weights, x, n, np.float32(step), bias, z, out), out)
 
         return begin
@@ -192,7 +192,7 @@ class CompiledKernels:
         blocks = 0 if early is None else len(early.spans)
         tasks = self._workers.tasks(len(h) * n * w.itemsize * len(parts), len(h)) + blocks
         finish = self._workers.start(
-            compiled.neurons,
+            loops.neurons,
             tasks,
             KINDS[w.dtype],
             0 if first is None else first,
@@ -238,7 +238,7 @@ class CompiledKernels:
         table = np.array([(_address(w), w.strides[0], len(w)) for w in sources], np.int64)
         which = _ALL if source is None else np.array(source, np.int64)
         rows, found = np.array(rows, np.int64), np.empty(len(rows), np.int64)
-        if compiled.addresses(table, which, rows, found):
+        if loops.addresses(table, which, rows, found):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
         # Few blocks (one, when blocks are streamed) are cut into columns as well, 256 and more.
         tasks = self._workers.tasks(len(rows) * d * sources[0].itemsize, blocks * max(1, d // 256))
@@ -246,10 +246,10 @@ class CompiledKernels:
         with self._lock:
             sums, which = (self._blocks(blocks, d), np.arange(blocks)) if others is None else others
             _check_sums(sums, len(sums), d)
-            if len(which) != blocks or compiled.outside(which, len(sums)):
+            if len(which) != blocks or loops.outside(which, len(sums)):
                 raise ValueError(f"{blocks} blocks as {which} of {len(sums)}")
             self._workers.run(
-                compiled.tiles,
+                loops.tiles,
                 blocks * across,
                 KINDS[sources[0].dtype],
                 found,
@@ -260,12 +260,12 @@ class CompiledKernels:
                 sums,
                 d,
             )
-            compiled.fold(sums, segments, y)
+            loops.fold(sums, segments, y)
 
     def total(self, y: np.ndarray, like: Weights | None) -> np.ndarray:
         _check_sums(y, SEGMENTS, y.shape[-1])
         out = np.empty(y.shape[1], np.float32)
-        compiled.add_pairwise(y, out)
+        loops.add_pairwise(y, out)
         return self._quantised.in_order(out, like) if isinstance(like, AffineRows) else out
 
     def dense(
@@ -297,7 +297,7 @@ class CompiledKernels:
         with self._lock:
             sums = self._blocks(blocks, y.shape[1])
             self._workers.run(
-                compiled.records,
+                loops.records,
                 blocks,
                 KINDS[first.dtype],
                 first,
@@ -315,7 +315,7 @@ class CompiledKernels:
                 h,
                 sums,
             )
-            compiled.fold(sums, segments, y)
+            loops.fold(sums, segments, y)
         return h
 
     def _blocks(self, blocks: int, d: int) -> np.ndarray:
@@ -345,7 +345,7 @@ class CompiledKernels:
         if weight.shape != rows.shape[1:]:
             raise ValueError(f"weight {weight.shape} for rows of {rows.shape[1]}")
         out, weight = np.empty_like(rows), np.ascontiguousarray(weight, np.float32)
-        compiled.norm(_address(rows), *rows.shape, _address(weight), np.float32(eps), _address(out))
+        loops.norm(_address(rows), *rows.shape, _address(weight), np.float32(eps), _address(out))
         return out.reshape(x.shape)
 
     def attention(self, layer: Attention, memory: Activations) -> Callable[[], None] | None:
@@ -360,4 +360,4 @@ class CompiledKernels:
         n = w.shape[1]
         _check_input(x, n)
         tasks = self._workers.tasks(len(out) * n * w.itemsize, len(out))
-        steps.add(compiled.dots, tasks, KINDS[w.dtype], w, w.strides[0], 0, len(out), x, n, out)
+        steps.add(loops.dots, tasks, KINDS[w.dtype], w, w.strides[0], 0, len(out), x, n, out)

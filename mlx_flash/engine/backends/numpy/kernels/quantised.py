@@ -14,14 +14,13 @@ import numpy as np
 
 from mlx_flash.engine.numerics.affine import AffineBundles, AffineRows
 
-from . import loops as plain
-from . import quantised_loops as compiled
+from . import loops, quantised_loops
 from .quantised_vector_code import ROWS, SHAPES
 from .thread_pool import Steps, Workers, when
 
 KINDS = {np.dtype(np.float32): 0, np.dtype(np.uint16): 1, np.dtype(np.float16): 2}  # of scales: see `ends_dot`
-ACTS = {"": 0, "relu": plain.RELU, "silu": plain.SILU}
-NOWHERE = np.zeros(compiled.PLACES, np.int64)  # in place of places
+ACTS = {"": 0, "relu": loops.RELU, "silu": loops.SILU}
+NOWHERE = np.zeros(quantised_loops.PLACES, np.int64)  # in place of places
 _ALL = np.empty(0, np.int64)  # in place of the rows: all of them
 
 
@@ -43,8 +42,8 @@ class _Form:
         self.shape, self.kind = SHAPES.index((w.bits, w.group_size)), KINDS[w.scales.dtype]
         self.words, self.groups, self.per_word = w.codes.shape[1], w.scales.shape[1], 32 // w.bits
         self.rest = self.size // self.per_word
-        self.unit_words = max(compiled.LANES, self.rest)
-        self.unit_groups = max(1, compiled.LANES // self.rest)
+        self.unit_words = max(quantised_loops.LANES, self.rest)
+        self.unit_groups = max(1, quantised_loops.LANES // self.rest)
         self.middle = np.float32(1 << (w.bits - 1))
 
     def same(self, w: AffineRows) -> bool:
@@ -62,7 +61,7 @@ class _Form:
         """x (n,) in the form that the kernels take."""
         self.check_input(x)
         held = self.memory()
-        compiled.prepare(x, self.bits, self.size, self.rest, *held)
+        quantised_loops.prepare(x, self.bits, self.size, self.rest, *held)
         return held
 
 
@@ -81,7 +80,7 @@ def _chosen(rows: np.ndarray | None, count: int) -> np.ndarray:
     if rows is None:
         return _ALL
     chosen = np.array(rows, np.int64)
-    if plain.outside(chosen, count):
+    if loops.outside(chosen, count):
         raise IndexError(f"rows {chosen.min()}..{chosen.max()} of {count}")
     return chosen
 
@@ -109,7 +108,9 @@ class QuantisedKernels:
         tasks = self._workers.tasks(4 * form.words * len(out), len(out))
         scratch = np.empty((tasks, form.groups), np.float32)
         at_rows, numbers = 0 if rows is None else chosen, (len(out), form.words, form.groups, form.middle)
-        self._workers.run(compiled.dots, tasks, form.shape, form.kind, _places(w), at_rows, *numbers, *x3, scratch, out)
+        self._workers.run(
+            quantised_loops.dots, tasks, form.shape, form.kind, _places(w), at_rows, *numbers, *x3, scratch, out
+        )
         return out
 
     def add_dots(self, steps: Steps, w: AffineRows, x: np.ndarray, out: np.ndarray) -> None:
@@ -117,10 +118,14 @@ class QuantisedKernels:
         form = _Form(w)
         form.check_input(x)
         x3 = form.memory()
-        steps.add(compiled.prepare_step, 1, x, form.n, form.bits, form.size, form.rest, *x3, form.words, form.groups)
+        steps.add(
+            quantised_loops.prepare_step, 1, x, form.n, form.bits, form.size, form.rest, *x3, form.words, form.groups
+        )
         tasks = self._workers.tasks(4 * form.words * len(out), len(out))
         scratch, numbers = np.empty((tasks, form.groups), np.float32), (form.words, form.groups, form.middle)
-        steps.add(compiled.dots, tasks, form.shape, form.kind, _places(w), 0, len(out), *numbers, *x3, scratch, out)
+        steps.add(
+            quantised_loops.dots, tasks, form.shape, form.kind, _places(w), 0, len(out), *numbers, *x3, scratch, out
+        )
         steps.keep(w)
 
     def begin_neurons(
@@ -164,7 +169,7 @@ class QuantisedKernels:
                 raise ValueError(f"{values.dtype} {values.shape} for {len(h)} rows")
         tasks = self._workers.tasks(4 * form.words * len(h) * sum(part is not None for part in parts), len(h))
         finish = self._workers.start(
-            compiled.neurons,
+            quantised_loops.neurons,
             tasks,
             form.shape,
             form.kind,
@@ -207,7 +212,7 @@ class QuantisedKernels:
         across = min(units, -(-tasks // blocks))
         sums = np.empty((blocks, form.n), np.float32)
         self._workers.run(
-            compiled.tiles,
+            quantised_loops.tiles,
             blocks * across,
             form.shape,
             form.kind,
@@ -224,12 +229,12 @@ class QuantisedKernels:
             np.empty((blocks * across, ROWS + 1, form.groups), np.float32),
             sums,
         )
-        plain.fold(sums, segments, y)
+        loops.fold(sums, segments, y)
 
     def in_order(self, values: np.ndarray, like: AffineRows) -> np.ndarray:
         """values (n,) whose columns are as `add_blocks` leaves them, in the order of the columns of `like`."""
         form, out = self._described(like)[0], np.empty(len(values), np.float32)
-        compiled.spread(values, compiled.LANES, form.per_word, form.rest, True, out)
+        quantised_loops.spread(values, quantised_loops.LANES, form.per_word, form.rest, True, out)
         return out
 
     def group_neurons(
@@ -264,19 +269,25 @@ class QuantisedKernels:
         one = _one(sources[0])
         form, d = _Form(one), sources[0].codes.shape[1]
         shapes = [(w.bits, w.codes.shape[1:], w.scales.dtype) for w in sources]
-        if len(set(shapes)) != 1 or y.shape[1] != d or d % compiled.LANES or form.groups != 1 or h.shape[1] != form.n:
+        if (
+            len(set(shapes)) != 1
+            or y.shape[1] != d
+            or d % quantised_loops.LANES
+            or form.groups != 1
+            or h.shape[1] != form.n
+        ):
             raise ValueError(f"sources {shapes} for h {h.shape} and y {y.shape}")
         found, inner = _found(sources, source, rows)
-        width = max(compiled.LANES, form.words)
+        width = max(quantised_loops.LANES, form.words)
         factors = np.empty((len(rows), form.per_word * width), np.float32)
         less, totals = np.empty((len(rows), width), np.float32), np.empty(len(rows), np.float32)
-        compiled.spread_group(np.ascontiguousarray(h, np.float32), form.bits, form.words, factors, less, totals)
+        quantised_loops.spread_group(np.ascontiguousarray(h, np.float32), form.bits, form.words, factors, less, totals)
         blocks = len(starts) - 1
         tasks = self._workers.tasks(len(rows) * d * 4 * form.words, blocks * max(1, d // 256))
         across = -(-tasks // blocks)
         sums = np.empty((blocks, d), np.float32)
         self._workers.run(
-            compiled.groups,
+            quantised_loops.groups,
             blocks * across,
             form.shape,
             form.kind,
@@ -295,7 +306,7 @@ class QuantisedKernels:
             np.empty((blocks * across, d), np.float32),
             sums,
         )
-        plain.fold(sums, segments, y)
+        loops.fold(sums, segments, y)
 
 
 def _one(w: AffineBundles) -> AffineRows:
@@ -313,7 +324,7 @@ def _found(
     for index, name in enumerate(("codes", "scales", "biases")):
         arrays = [getattr(w, name) for w in sources]
         table = np.array([(_address(array), array.strides[0], len(array)) for array in arrays], np.int64)
-        if plain.addresses(table, which, rows, found[index]):
+        if loops.addresses(table, which, rows, found[index]):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {[len(w) for w in sources]}")
         inner.append(arrays[0].strides[1])
     return found, (inner[0], inner[1], inner[2])

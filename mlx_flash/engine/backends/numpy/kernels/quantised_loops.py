@@ -12,8 +12,7 @@ import numpy as np
 
 from mlx_flash.engine.numerics.compile_cache import built_on
 
-from . import loops as plain
-from . import quantised_vector_code
+from . import loops, quantised_vector_code
 from .loops import share
 from .quantised_vector_code import ROWS, SHAPES, codes_add, codes_dot, ends_add, ends_dot, group_dots, group_ends
 from .thread_pool_loops import floats, integers, jit, task_kernel
@@ -126,12 +125,12 @@ def neurons(p, task):  # type: ignore[no-untyped-def]
             value = row_dot(shape, kind, first, row, following, words, groups, middle, x, held)
             if bias:
                 value += offset[i]
-            value = plain.act(lead_act, value)
+            value = loops.act(lead_act, value)
             value = np.float32(0) if abs(value) <= cutoff else value
         if second[0] and value != 0:
             following = place(first, 0, then) if first[0] else place(second, 0, then)
             more = row_dot(shape, kind, second, row, following, words, groups, middle, x, held)
-            value *= plain.act(follow_act, more)
+            value *= loops.act(follow_act, more)
         h[i] = value
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_flash.engine.system.cores import default_threads
 
-from . import thread_pool_loops as compiled
+from . import thread_pool_loops
 from .thread_pool_loops import DONE, END, HELPER_ITEMS, ITEM, JOB_ITEMS, JOBS, PARAMETERS, STEP_ITEMS
 
 TASK_BYTES = 1 << 16  # with less work for each of two threads, the first is done before the second is awake
@@ -66,9 +66,8 @@ class Board:
                 for place in places:
                     if place not in self.open:
                         job.place, job.at = place, self.at + place * JOB_BYTES
-                        self.items[place * JOB_ITEMS + DONE] = (
-                            job.tasks
-                        )  # so that `finish` does nothing until the job begins
+                        # So that `finish` does nothing until the job begins.
+                        self.items[place * JOB_ITEMS + DONE] = job.tasks
                         self.open[place] = job
                         return
             self._finish_one()
@@ -100,7 +99,7 @@ class Board:
                     os.set_blocking(int(mine[2]), False)
                     arguments = self.at, self.helpers_at + self._started * mine.nbytes
                     name = f"kernel-{self._started}"
-                    thread = threading.Thread(target=compiled.serve, args=arguments, daemon=True, name=name)
+                    thread = threading.Thread(target=thread_pool_loops.serve, args=arguments, daemon=True, name=name)
                     thread.start()
                     self._threads.append(thread)
                     self._started += 1
@@ -145,7 +144,7 @@ class Job:
 
     def begin(self) -> None:
         """Let helpers take tasks. Before this `finish` does nothing."""
-        compiled.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
+        thread_pool_loops.begin(self.at, self.tasks, self.board.helpers_at, self.helpers)
         self.begun = True
 
     def done(self) -> bool:
@@ -161,7 +160,7 @@ class Job:
             raise
 
     def _finish(self) -> None:
-        while self.keep is not None and not compiled.finish(self.at, self.tasks):
+        while self.keep is not None and not thread_pool_loops.finish(self.at, self.tasks):
             time.sleep(0)
         self.keep = None
         self.board.release(self)
@@ -224,7 +223,7 @@ class Workers:
         board, helpers = self.shared_board(), 0
         if tasks > 1 and self._count > 1:
             helpers = board.hire(min(self._count, tasks) - 1)
-        job = Job(board, compiled.address_of(kernel), tasks, arguments, helpers, keep)
+        job = Job(board, thread_pool_loops.address_of(kernel), tasks, arguments, helpers, keep)
         job.begin()
         return job.finish
 
@@ -237,7 +236,7 @@ class Workers:
         board = self.shared_board()
         job = Job(board, 0, 0, (), 0, steps)
         helpers = board.hire(self._count - 1) if self._count > 1 else 0
-        compiled.run_steps(job.at, steps.ctypes.data, len(steps), board.helpers_at, helpers)
+        thread_pool_loops.run_steps(job.at, steps.ctypes.data, len(steps), board.helpers_at, helpers)
         job.finish()
 
     def shared_board(self) -> Board:
@@ -262,7 +261,7 @@ class ThreadCall:
         if not helpers:
             return False
         arguments = self._number, a, b, c, self._result_at
-        kernel = compiled.address_of(compiled.system_call)
+        kernel = thread_pool_loops.address_of(thread_pool_loops.system_call)
         self._job = Job(board, kernel, 1, arguments, helpers, self._result, urgent=True)
         self._job.begin()
         return True
@@ -301,6 +300,6 @@ class Steps:
         if len(self._table) < len(self._steps):
             table = np.zeros((len(self._steps), STEP_ITEMS), np.int64)
             for row, (kernel, tasks, *arguments) in zip(table, self._steps, strict=True):
-                row[: 2 + len(arguments)] = (compiled.address_of(kernel), tasks, *map(as_item, arguments))
+                row[: 2 + len(arguments)] = (thread_pool_loops.address_of(kernel), tasks, *map(as_item, arguments))
             self._table = table  # only now: an interrupt must not leave half of one
         self.workers.run_steps(self._table)
