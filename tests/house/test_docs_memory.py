@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.models.specs.source import Source, safetensors_header
 from mlx_flash.runtime.planning.neuron_plan import NeuronPlan, plan_neurons
 from mlx_flash.runtime.planning.neuron_setup import make_setup
+from mlx_flash.runtime.planning.planner import plan_model
 from mlx_flash.runtime.preflight import PlannedCheckpoint
 
 from .pages import ROOT, rows
@@ -117,3 +119,9 @@ def test_the_page_on_memory_says_what_fewer_bits_need(plan: Planner) -> None:
         name, bits = title.removesuffix(" bits").split(", ")
         found = plan(name, None if bits == "16" else int(bits), 64 * GB)
         assert said == [gigabytes(size) for size in (on_disk(found), found.costs.smallest, found.costs.largest)], title
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_the_story_fits_its_budget_on_both_backends(backend: str) -> None:
+    budget = re.search(r"^python3 -m venv \.venv-story .* --memory (\S+)", (ROOT / "README.md").read_text(), re.M)
+    assert budget is not None and plan_model(None, FlashConfig(backend=backend, memory=budget[1])).memory.capacities

@@ -385,8 +385,9 @@ class MlxBackend:
         """An upper bound of what a prefill of `chunk` tokens takes beyond weights, slabs and KV cache: temporaries
         as if fp32, and the freed buffers that MLX keeps. A decoding step's copies of selected rows are covered too."""
         dim, chunk, block = widths.dim, min(chunk, context), _block_bytes(widths.dim, 4, min(chunk, context))
-        # Where a segment ends within what MLX is given at once, it works on two: five more (T, BLOCK) were measured.
-        sums = 4 * chunk * ((Sum.LIVE - 1) * dim + 8 * BLOCK)
+        # Where a segment ends within what MLX is given at once, it works on two: five more (T, BLOCK) were measured, on
+        # Python 3.14, which frees a block's arrays later, eight.
+        sums = 4 * chunk * ((Sum.LIVE - 1) * dim + 11 * BLOCK)
         ffn = min(-(-widths.intermediate // BLOCK) * block, LAZY_BYTES + block) + sums
         fused = available() and widths.head_dim in FUSED_HEAD_DIMS
         item = ITEM_BYTES[layout.dtype]
