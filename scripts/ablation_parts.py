@@ -32,7 +32,7 @@ from mlx_flash.engine.storage.writer import check_free_space
 from mlx_flash.models.specs.config_reader import read_spec
 from mlx_flash.runtime.planning.selective_persistence import STAGING_BLOCKS, split_slots
 from mlx_flash.stats import Stats
-from mlx_flash.tools.bench import trace_replay as replay
+from mlx_flash.tools.bench import trace_replay
 
 WINDOW = 4  # tokens, as the paper's for OPT-6.7B
 # AGES[j]: share of a layer's neurons that were named last j + 1 tokens ago; AGES[0] is thus the share named per token,
@@ -143,7 +143,7 @@ def synthetic_layer(count: int, rng: np.random.Generator) -> Iterator[tuple[np.n
     """For one layer of `count` neurons, token by token: the ids a predictor names (see replay.py, with AGES), and those
     of them that fire, by chance."""
     firing = np.random.default_rng(rng.integers(1 << 62))  # another stream: what is named does not depend on it
-    for named in replay.synthetic_layer(count, AGES, rng):
+    for named in trace_replay.synthetic_layer(count, AGES, rng):
         yield named, np.sort(firing.permutation(named)[: round(FIRING * count)])
 
 

@@ -200,11 +200,9 @@ def test_interrupts_at_random_moments(flash: Path, select: str) -> None:
 def test_helpers_have_let_go_when_an_interrupt_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller may use a kernel's arrays again at once."""
     pytest.importorskip("numba")
-    from mlx_flash.engine.backends.numpy.kernels import loops as kernels_llvm
-    from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers
-    from mlx_flash.engine.backends.numpy.kernels import thread_pool_loops as workers_llvm
+    from mlx_flash.engine.backends.numpy.kernels import loops, thread_pool, thread_pool_loops
 
-    crew, real, calls = workers.Workers(), workers_llvm.finish, []
+    crew, real, calls = thread_pool.Workers(), thread_pool_loops.finish, []
     crew.count = 2
 
     def interrupted(*arguments: int) -> bool:
@@ -213,10 +211,10 @@ def test_helpers_have_let_go_when_an_interrupt_arrives(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(workers_llvm, "finish", interrupted)
+    monkeypatch.setattr(thread_pool_loops, "finish", interrupted)
     w, out = np.ones((400, 64), np.float32), np.zeros(400, np.float32)
     with pytest.raises(KeyboardInterrupt):
-        crew.run(kernels_llvm.dots, 20, 0, w, w.strides[0], 0, 400, w[0], 64, out)
+        crew.run(loops.dots, 20, 0, w, w.strides[0], 0, 400, w[0], 64, out)
     assert len(calls) > 1 and (out == 64).all()
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_flash.errors import FormatError, SpaceError, UsageError
-from mlx_flash.runtime import machine as module
+from mlx_flash.runtime import machine
 from mlx_flash.runtime.machine import KERNELS, Machine, ReadRate, cache_file, device_of, load_machine, save_machine
 
 
@@ -42,7 +42,7 @@ MACHINE = Machine(device="disk", reads=READS, kernels=dict.fromkeys(KERNELS, 1.5
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "device_of", lambda path: "disk")
+    monkeypatch.setattr(machine, "device_of", lambda path: "disk")
     return tmp_path / "cache"
 
 
@@ -241,12 +241,12 @@ def fake_disk(root: Path, number: str, name: str, partition: str = "", **about: 
 def test_disks_are_told_apart(tmp_path: Path) -> None:
     for k, (number, serial) in enumerate([("259:0", "A1"), ("259:7", "B2"), ("8:1", "")]):
         fake_disk(tmp_path, number, f"disk{k}", "disk0p1" if k == 0 else "", device__model="Fast  1TB ", serial=serial)
-    (first, second, third) = (module._block_device(os.makedev(*n), tmp_path) for n in ((259, 0), (259, 7), (8, 1)))
+    (first, second, third) = (machine._block_device(os.makedev(*n), tmp_path) for n in ((259, 0), (259, 7), (8, 1)))
     assert first.startswith("disk0 (Fast 1TB, 1000 GB, #") and second.startswith("disk1 (Fast 1TB, 1000 GB, #")
     assert first[5:] != second[5:], "the same model twice, but for the name that a reboot may swap"
     assert third == "disk2 (Fast 1TB, 1000 GB)"
     with pytest.raises(OSError):
-        module._block_device(os.makedev(0, 45), tmp_path)
+        machine._block_device(os.makedev(0, 45), tmp_path)
 
 
 def test_file_systems_without_a_disk_of_their_own(tmp_path: Path) -> None:
@@ -254,19 +254,19 @@ def test_file_systems_without_a_disk_of_their_own(tmp_path: Path) -> None:
     lines += ["22 1 0:39 / / rw - ext4 /dev/hidden rw", "22 1 0:40 / / rw - overlay overlay rw"]
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text("\n".join(lines) + "\n")
-    assert module._mounted(Path("/data/models"), tmp_path) == "server:/one (nfs4 at /data)"
-    assert module._mounted(Path("/database"), tmp_path) == "overlay (overlay at /)"
-    assert module._mounted(Path("/my disk/x"), tmp_path) == "host (9p at /my disk)"
+    assert machine._mounted(Path("/data/models"), tmp_path) == "server:/one (nfs4 at /data)"
+    assert machine._mounted(Path("/database"), tmp_path) == "overlay (overlay at /)"
+    assert machine._mounted(Path("/my disk/x"), tmp_path) == "host (9p at /my disk)"
 
 
 def test_machines_are_told_apart_on_every_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for system in (sys.platform, "darwin", "win32"):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "platform", system)
-            patch.setattr(module.platform, "node", lambda: "one.local")
+            patch.setattr(machine.platform, "node", lambda: "one.local")
             here = device_of(tmp_path)
             assert here == device_of(tmp_path / "not" / "there") and " on one (" in here
-            patch.setattr(module.platform, "node", lambda: "two")
+            patch.setattr(machine.platform, "node", lambda: "two")
             assert device_of(tmp_path) != here
             assert cache_file(device_of(tmp_path)) != cache_file(here)
 
@@ -274,4 +274,4 @@ def test_machines_are_told_apart_on_every_system(tmp_path: Path, monkeypatch: py
 @given(st.text())
 def test_a_cache_file_lies_in_the_cache(device: str) -> None:
     path = cache_file(device)
-    assert path.parent == module.cache_folder() and path.name.isascii() and len(path.name) < 80
+    assert path.parent == machine.cache_folder() and path.name.isascii() and len(path.name) < 80

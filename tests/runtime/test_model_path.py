@@ -12,7 +12,7 @@ import pytest
 
 from mlx_flash.engine.storage.checkpoint import Checkpoint, is_checkpoint
 from mlx_flash.errors import ConfigError, FormatError, UsageError
-from mlx_flash.runtime import model_path as resolve
+from mlx_flash.runtime import model_path
 from mlx_flash.runtime.machine import cache_folder
 from mlx_flash.runtime.model_path import models_folder, resolve_model
 from tests.checkpoints import LLAMA, make_source
@@ -51,7 +51,7 @@ def test_converts_once_until_the_source_changes(tmp_path: Path, cache: Path, mon
     assert len(said) == 1 and str(first) in said[0] and str(source) in said[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(resolve, "convert", None)  # a second conversion would fail
+        patch.setattr(model_path, "convert", None)  # a second conversion would fail
         assert resolve_model(str(source), announce=said.append) == first
         assert resolve_model(source, announce=said.append) == first
         assert resolve_model(first, announce=said.append) == first  # a flash checkpoint is itself
@@ -83,10 +83,10 @@ def test_a_failed_conversion_is_tried_again(tmp_path: Path, cache: Path) -> None
 
 def test_default_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path, LLAMA)
-    monkeypatch.setattr(resolve, "models_folder", lambda: tmp_path)
+    monkeypatch.setattr(model_path, "models_folder", lambda: tmp_path)
     with pytest.raises(UsageError, match="default model is not in this installation"):
         resolve_model(None)
-    shutil.move(resolve_model(source), tmp_path / resolve.DEFAULT_MODEL)
+    shutil.move(resolve_model(source), tmp_path / model_path.DEFAULT_MODEL)
     assert resolve_model(None) == tmp_path / "flash-stories-6m"
 
 
@@ -94,7 +94,7 @@ def test_models_folder_of_a_wheel_comes_first(tmp_path: Path, monkeypatch: pytes
     assert (models_folder() / "openelm-3b" / "config.json").is_file()
     package = tmp_path / "site" / "mlx_flash"
     package.mkdir(parents=True)
-    monkeypatch.setattr(resolve, "__file__", str(package / "runtime" / "model_path.py"))
+    monkeypatch.setattr(model_path, "__file__", str(package / "runtime" / "model_path.py"))
     with pytest.raises(UsageError, match="no model cards"):
         models_folder()
     (tmp_path / "site" / "models").mkdir()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mlx_flash
 from mlx_flash import cli
-from mlx_flash.tools import perplexity as measuring
+from mlx_flash.tools import perplexity
 from mlx_flash.tools.perplexity import measure_perplexity, windows_of_files
 from mlx_flash.tools.text_windows import CONTEXT_TOKENS, SCORED_TOKENS, Window, cut_windows, encode_text, spread_evenly
 from tests.calibrated import calibrate_by_hand
@@ -247,6 +247,6 @@ def test_a_tokenizer_of_another_model_is_refused(flash: Path) -> None:
     model, _ = mlx_flash.load(flash, backend="numpy")
     try:
         with pytest.raises(mlx_flash.UsageError, match="id 300, the model has 300"):
-            measuring.measure(model, [Window([1, 2], [3, 300])])
+            perplexity.measure(model, [Window([1, 2], [3, 300])])
     finally:
         model.flash.close()

@@ -60,7 +60,7 @@ class BlockStream:
     def stop(self) -> None:
         """Wait for the reads in flight and drop their blocks; all slabs are free afterwards."""
         while self._coming:
-            with suppress(ReadError):  # dropped: whoever asks for it again will see the error again
+            with suppress(ReadError):  # dropped: the next read of it fails again
                 self._coming[0][2].wait()
             self._coming.popleft()  # not before the wait, which may be interrupted
         self._free = list(range(len(self.slabs)))

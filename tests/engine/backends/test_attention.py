@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_flash.engine.backends.decoder_base import Activations, Attention
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
-from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers
+from mlx_flash.engine.backends.numpy.kernels import thread_pool
 from mlx_flash.engine.backends.numpy.kernels.base import widen
 from mlx_flash.engine.numerics.affine import AffineRows, quantise
 from mlx_flash.engine.storage.bundle_weights import VIEWS
@@ -26,7 +26,7 @@ DIM, CONTEXT, EPS = 64, 12, 1e-5
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the smallest work be shared among threads."""
-    monkeypatch.setattr(workers, "TASK_BYTES", 64)
+    monkeypatch.setattr(thread_pool, "TASK_BYTES", 64)
 
 
 def weights(rng: np.random.Generator, rows: int, n: int, dtype: str, bits: int) -> Any:

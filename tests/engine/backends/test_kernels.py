@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_flash.engine.backends.base import BLOCK, SEGMENTS
 from mlx_flash.engine.backends.numpy.kernels import base as kernels
-from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers
+from mlx_flash.engine.backends.numpy.kernels import thread_pool
 
 DTYPES = ("float32", "float16", "bfloat16")
 SETS = {"plain": kernels.load(False)}
@@ -27,7 +27,7 @@ seeds = st.integers(0, 2**32 - 1)
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the smallest work be shared among threads."""
-    monkeypatch.setattr(workers, "TASK_BYTES", 64)
+    monkeypatch.setattr(thread_pool, "TASK_BYTES", 64)
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -240,17 +240,17 @@ def test_numba_set_refuses_what_compiled_code_would_take_on_trust() -> None:
 
 @needs_numba
 def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_flash.engine.backends.numpy.kernels import thread_pool_loops as workers_llvm
+    from mlx_flash.engine.backends.numpy.kernels import thread_pool_loops
 
-    real = workers_llvm.numba.njit
+    real = thread_pool_loops.numba.njit
 
     def no_locator(cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return real(**options)
 
-    monkeypatch.setattr(workers_llvm.numba, "njit", no_locator)
-    compiled = workers_llvm.jit(lambda x: x + 1)
+    monkeypatch.setattr(thread_pool_loops.numba, "njit", no_locator)
+    compiled = thread_pool_loops.jit(lambda x: x + 1)
     assert compiled.signatures == []
     assert compiled(2) == 3
 
@@ -260,21 +260,21 @@ def test_importing_compiles_nothing_and_an_unwritable_cache_is_no_obstacle(monke
 def test_every_half_is_decoded_exactly(hardware: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    from mlx_flash.engine.backends.numpy.kernels import vector_code as kernels_emit
+    from mlx_flash.engine.backends.numpy.kernels import vector_code
 
     if hardware is not None:  # compile as for a processor that cannot convert
-        monkeypatch.setattr(kernels_emit, "HALF_IN_HARDWARE", hardware)
-    dot, store = kernels_emit.dot, kernels_emit.store
+        monkeypatch.setattr(vector_code, "HALF_IN_HARDWARE", hardware)
+    dot, store = vector_code.dot, vector_code.store
 
     @numba.njit
     def products(w, n, x, out):  # type: ignore[no-untyped-def]
         for i in range(len(out)):
-            out[i] = dot(kernels_emit.FLOAT16, w + 2 * n * i, w + 2 * n * i, x, n)
+            out[i] = dot(vector_code.FLOAT16, w + 2 * n * i, w + 2 * n * i, x, n)
 
     @numba.njit
     def store_all(values, address):  # type: ignore[no-untyped-def]
         for i in range(len(values)):
-            store(kernels_emit.FLOAT16, address, i, values[i])
+            store(vector_code.FLOAT16, address, i, values[i])
 
     def dots(w: np.ndarray, x: np.ndarray) -> np.ndarray:
         out = np.empty(len(w), np.float32)

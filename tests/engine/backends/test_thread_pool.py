@@ -1,4 +1,4 @@
-"""Helpers of a kernel: every task is done once, whoever does it, and nobody waits for one that sleeps."""
+"""Helpers of a kernel: every task is done once, by any thread, and nobody waits for one that sleeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("numba", reason="helpers live in compiled code")
 
-from mlx_flash.engine.backends.numpy.kernels import thread_pool as workers  # noqa: E402
+from mlx_flash.engine.backends.numpy.kernels import thread_pool  # noqa: E402
 
 from ..system.test_executor import GETPID, check_executor, needs_numbers  # noqa: E402
 
@@ -38,7 +38,7 @@ def counting():
 
 
 def test_workers_do_each_task_once_whoever_helps(counting) -> None:
-    crew = workers.Workers()
+    crew = thread_pool.Workers()
     for count in (1, 2, 4):
         crew.count = count
         for tasks in (1, 2, 7, 100):
@@ -50,7 +50,7 @@ def test_workers_do_each_task_once_whoever_helps(counting) -> None:
 
 
 def test_helpers_do_what_was_begun_while_the_caller_does_something_else(counting) -> None:
-    crew, seen = workers.Workers(), np.zeros(50, np.int64)
+    crew, seen = thread_pool.Workers(), np.zeros(50, np.int64)
     crew.count = 2
     finish = crew.start(counting, 50, seen, np.array([1000]))
     end = time.monotonic() + 10
@@ -64,14 +64,14 @@ def test_helpers_do_what_was_begun_while_the_caller_does_something_else(counting
 
 def test_more_calls_at_once_than_the_board_has_places(counting) -> None:
     """Begun and finished in another order, forgotten ones among them; every place is free again."""
-    crew, all_seen, finishes = workers.Workers(), [np.zeros(9, np.int64) for _ in range(40)], []
+    crew, all_seen, finishes = thread_pool.Workers(), [np.zeros(9, np.int64) for _ in range(40)], []
     crew.count = 3
     for seen in all_seen:
         finishes.append(crew.start(counting, 9, seen, np.array([100])))
     del finishes[::3]
     for finish in finishes[::-1]:
         finish()
-    board = workers.Workers._board
+    board = thread_pool.Workers._board
     for job in list(board.open.values()):
         job.finish()
     assert all(seen.tolist() == [1] * 9 for seen in all_seen)
@@ -93,12 +93,12 @@ class Held:
 @pytest.mark.parametrize("urgent", [False, True])
 def test_no_place_is_given_to_two_jobs(urgent: bool) -> None:
     """Every place has gone to a thread that is held up before its job begins, and one more thread wants a place."""
-    board, places = workers.Board(), workers.JOBS if urgent else workers.JOBS - 1
+    board, places = thread_pool.Board(), thread_pool.JOBS if urgent else thread_pool.JOBS - 1
     held, ends = [Held() for _ in range(places)], [threading.Event() for _ in range(places + 1)]
-    jobs: list[workers.Job] = []
+    jobs: list[thread_pool.Job] = []
 
     def work(argument: object, end: threading.Event) -> None:
-        job = workers.Job(board, 0, 0, (argument,), 0, urgent=urgent)
+        job = thread_pool.Job(board, 0, 0, (argument,), 0, urgent=urgent)
         jobs.append(job)
         assert end.wait(20)
         job.finish()
@@ -131,20 +131,20 @@ def test_jobs_that_were_interrupted_or_forgotten_before_they_began_give_their_pl
         def __int__(self) -> int:
             raise KeyboardInterrupt
 
-    board = workers.Board()
-    for _ in range(3 * workers.JOBS):
+    board = thread_pool.Board()
+    for _ in range(3 * thread_pool.JOBS):
         with pytest.raises(KeyboardInterrupt):
-            workers.Job(board, 0, 0, (Interrupting(),), 0, urgent=True)
-        workers.Job(board, 0, 0, (), 0)
+            thread_pool.Job(board, 0, 0, (Interrupting(),), 0, urgent=True)
+        thread_pool.Job(board, 0, 0, (), 0)
 
 
 def test_a_job_that_is_finished_twice_takes_no_place_from_the_next() -> None:
-    board = workers.Board()
-    first = workers.Job(board, 0, 0, (), 0)
+    board = thread_pool.Board()
+    first = thread_pool.Job(board, 0, 0, (), 0)
     first.finish()
-    second = workers.Job(board, 0, 0, (), 0)
+    second = thread_pool.Job(board, 0, 0, (), 0)
     first.finish()
-    third = workers.Job(board, 0, 0, (), 0)
+    third = thread_pool.Job(board, 0, 0, (), 0)
     assert first.place == second.place != third.place
 
 
@@ -200,10 +200,10 @@ def test_two_threads_run_kernels_and_one_is_interrupted() -> None:
 
 
 def test_steps_are_done_one_after_the_other_again_and_again(counting) -> None:
-    crew, seen = workers.Workers(), [np.zeros(tasks, np.int64) for tasks in (1, 30, 1, 7)]
+    crew, seen = thread_pool.Workers(), [np.zeros(tasks, np.int64) for tasks in (1, 30, 1, 7)]
     for count in (1, 3):
         crew.count = count
-        steps = workers.Steps(crew)
+        steps = thread_pool.Steps(crew)
         for each in seen:
             steps.add(counting, len(each), each, np.array([1000]))
         before = seen[1][0]
@@ -214,8 +214,8 @@ def test_steps_are_done_one_after_the_other_again_and_again(counting) -> None:
 
 def test_places_that_run_out_take_none_from_steps_that_another_thread_runs(counting) -> None:
     """Where all are taken the oldest job is finished: one that runs steps has to be waited for."""
-    crew, seen, others = workers.Workers(), np.zeros(50, np.int64), [np.zeros(9, np.int64) for _ in range(60)]
-    crew.count, steps = 2, workers.Steps(crew)
+    crew, seen, others = thread_pool.Workers(), np.zeros(50, np.int64), [np.zeros(9, np.int64) for _ in range(60)]
+    crew.count, steps = 2, thread_pool.Steps(crew)
     for _ in range(10):
         steps.add(counting, 50, seen, np.array([3000]))
     thread = threading.Thread(target=lambda: [steps.run() for _ in range(3)])
@@ -229,16 +229,16 @@ def test_places_that_run_out_take_none_from_steps_that_another_thread_runs(count
 
 def test_nobody_waits_for_a_helper_that_sleeps(counting, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no helper ever woke up."""
-    crew, seen = workers.Workers(), np.zeros(30, np.int64)
+    crew, seen = thread_pool.Workers(), np.zeros(30, np.int64)
     crew.count = 2
-    monkeypatch.setattr(workers.Board, "hire", lambda self, count: 0)
+    monkeypatch.setattr(thread_pool.Board, "hire", lambda self, count: 0)
     crew.run(counting, 30, seen, np.array([1000]))
     assert seen.tolist() == [1] * 30
 
 
 @needs_numbers
 def test_the_thread_pool_is_an_executor() -> None:
-    pool = workers.Workers()
+    pool = thread_pool.Workers()
     pool.count = 2
     check_executor(pool)
     call = pool.system_call(GETPID)
@@ -248,7 +248,7 @@ def test_the_thread_pool_is_an_executor() -> None:
 
 @needs_numbers
 def test_a_system_call_is_made_by_a_helper_between_two_tasks(counting) -> None:
-    pool, seen, turns = workers.Workers(), np.zeros(9000, np.int64), np.array([100_000])
+    pool, seen, turns = thread_pool.Workers(), np.zeros(9000, np.int64), np.array([100_000])
     pool.count = 2
     finish = pool.start(counting, 9000, seen, turns)  # half a millisecond each
     while not seen.any():

@@ -53,7 +53,7 @@ class LateRead:
         self.report: ReadReport | ReadError | None = None
         _, _, rows, targets = request
         for target in targets:
-            target.rows[rows] = 0x7F  # 3.4e38: whoever uses it shows
+            target.rows[rows] = 0x7F  # 3.4e38: using it shows
 
     def ended(self) -> bool:
         return self.report is not None or self.reader.quick

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_flash.engine.storage import pread_reader as pread
-from mlx_flash.engine.storage import readers as reader_module
+from mlx_flash.engine.storage import pread_reader, readers
 from mlx_flash.engine.storage.bundle import Layout, Part
 from mlx_flash.engine.storage.extents import LayerExtents
 from mlx_flash.engine.storage.pread_reader import PreadReader
@@ -104,7 +103,7 @@ def test_the_error_names_file_layer_and_bundle_and_comes_last(tmp_path, name):
 def test_a_file_is_opened_once_for_all_layers(tmp_path, name, monkeypatch):
     extents, bundles = scatter(tmp_path, PARTS, 2)
     opened = []
-    for module, function in ((pread, "OpenFile"), (reader_module, "FileIO")):
+    for module, function in ((pread_reader, "OpenFile"), (readers, "FileIO")):
         real = getattr(module, function)
         monkeypatch.setattr(module, function, lambda path, *rest, real=real: opened.append(path) or real(path, *rest))
     with READERS[name]([extents] * 4, []) as reader:

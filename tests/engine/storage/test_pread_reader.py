@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import numpy as np
 import pytest
 
-from mlx_flash.engine.storage import pread_reader as pread
+from mlx_flash.engine.storage import pread_reader
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part
 from mlx_flash.engine.storage.pread_reader import PreadReader
 from mlx_flash.engine.storage.read_plan import Merging, pieces, segments
@@ -92,7 +92,7 @@ def test_more_buffers_than_one_read_may_name(tmp_path, monkeypatch):
 def test_unaligned_extents_are_read_aligned(tmp_path, monkeypatch):
     layout = Layout((Part("a", "uint8", 700), Part("b", "uint8", 700)), 30)
     file, bundles = make_file(tmp_path, layout)
-    align = pread.OpenFile(file.path, True).align
+    align = pread_reader.OpenFile(file.path, True).align
     calls = Calls(monkeypatch)
     with PreadReader([file], merging=NOTHING) as reader:
         report = check(reader, 0, bundles, [20, 9], [0, 1], spans_of(layout, "b"), 2)
@@ -223,7 +223,9 @@ def test_an_error_skips_only_what_comes_after_it_in_the_file(tmp_path, monkeypat
     calls = Calls(monkeypatch, fail)
     targets = [Target(0, page_aligned(3, 2048))]
     plan = pieces(segments(ALIGNED, np.array([30, 60, 90]), np.arange(3), targets), targets, NOTHING, 512)
-    job = pread.ReadJob(pread.OpenFile(file.path, True, [file]), plan, targets, memoryview(b""), [1, 2, 0])
+    job = pread_reader.ReadJob(
+        pread_reader.OpenFile(file.path, True, [file]), plan, targets, memoryview(b""), [1, 2, 0]
+    )
     job.work()
     with pytest.raises(ReadError, match="bundle 30:"):
         job.wait()
@@ -261,7 +263,7 @@ def test_drain_ends_what_an_interrupted_submit_began(tmp_path, monkeypatch):
 
     file, bundles = make_file(tmp_path, ALIGNED)
     calls = Calls(monkeypatch, delay)
-    monkeypatch.setattr(pread, "SimpleQueue", Interrupted)
+    monkeypatch.setattr(pread_reader, "SimpleQueue", Interrupted)
     with PreadReader([file], threads=2, merging=NOTHING) as reader:
         slab, request = page_aligned(20, 2048), (0, np.arange(0, 60, 3), np.arange(20))
         with pytest.raises(KeyboardInterrupt):

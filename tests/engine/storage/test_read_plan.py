@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from mlx_flash.engine.storage import read_plan as module
+from mlx_flash.engine.storage import read_plan
 from mlx_flash.engine.storage.aio_reader import AioReader
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part
 from mlx_flash.engine.storage.control_blocks import places
@@ -108,7 +108,7 @@ def test_the_short_way_finds_what_the_general_one_does(request_, merging, align)
 def test_which_requests_are_planned_in_a_few_steps(monkeypatch, ids, rows, short):
     layout = Layout((Part("all", "uint8", 18432),), 300)
     asked = []
-    monkeypatch.setattr(module, "segments", lambda *rest: asked.append(rest) or segments(*rest))
+    monkeypatch.setattr(read_plan, "segments", lambda *rest: asked.append(rest) or segments(*rest))
     plan_reads(layout, ids, rows, [target_of(0, 18432, 18432, 0, rows)], Merging(), 512)
     assert short == (not asked)
 

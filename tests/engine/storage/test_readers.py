@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_flash.engine.storage import readers as reader_module
+from mlx_flash.engine.storage import readers
 from mlx_flash.engine.storage.aio_reader import AioReader
 from mlx_flash.engine.storage.bundle import DATA_START, Layout, Part, layer_header
 from mlx_flash.engine.storage.pread_reader import PreadReader
@@ -284,7 +284,7 @@ def test_open_reader_takes_what_the_system_has(tmp_path, monkeypatch):
         best = AioReader if HAS_AIO else PreadReader
         with open_reader([file], threads=2) as reader:
             assert type(reader) is best and reader.threads == 2
-        monkeypatch.setattr(reader_module, "AioReader", no_context)
+        monkeypatch.setattr(readers, "AioReader", no_context)
         with open_reader([file], threads=2) as reader:
             assert type(reader) is PreadReader and reader.threads == 2
         monkeypatch.delattr(os, "preadv")

@@ -18,7 +18,7 @@ needs_numbers = pytest.mark.skipif(
 
 
 def check_executor(executor: Executor) -> None:
-    """Calls give their results, again and again, whoever makes them; failures give -1."""
+    """Calls give their results, again and again, on any thread; failures give -1."""
     assert GETPID is not None
     call, failing = executor.system_call(GETPID), executor.system_call(1_000_000)
     assert call.wait() == 0 and call.done(), "nothing was started"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlx_flash.engine.storage import writer as writer_module
+from mlx_flash.engine.storage import writer
 from mlx_flash.engine.storage.checkpoint import is_checkpoint
 from mlx_flash.errors import ReadError, SpaceError
 from tests.checkpoints import (
@@ -38,8 +38,8 @@ class FullDisk:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return write(descriptor, data)
 
-        monkeypatch.setattr(writer_module.os, "write", failing)
-        monkeypatch.setattr(writer_module, "CHUNK_BYTES", 16384)  # many writes of a small model
+        monkeypatch.setattr(writer.os, "write", failing)
+        monkeypatch.setattr(writer, "CHUNK_BYTES", 16384)  # many writes of a small model
 
 
 def test_disk_full_at_any_write_leaves_nothing(tmp_path: Path) -> None:

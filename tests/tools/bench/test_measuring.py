@@ -12,7 +12,7 @@ import pytest
 
 import mlx_flash
 from mlx_flash.runtime.planning.planner import plan_checkpoint
-from mlx_flash.tools.bench import measuring as bench_run
+from mlx_flash.tools.bench import measuring
 from mlx_flash.tools.bench.bench_report import consecutive
 from mlx_flash.tools.bench.measuring import replies
 from mlx_flash.tools.bench.options import BenchOptions
@@ -33,7 +33,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def keep_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the page cache, which other tests and other processes use."""
-    monkeypatch.setattr(bench_run, "drop_page_cache", lambda: False)
+    monkeypatch.setattr(measuring, "drop_page_cache", lambda: False)
 
 
 def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.M
     seen: list[list[int]] = []
     order: list[int] = []
     plan = plan_checkpoint(flash, mlx_flash.FlashConfig(select="predictor", backend="numpy", slots=0.3, max_context=64))
-    forced, timed, untimed = plan.models.forced, Timeline.time, bench_run._seconds
+    forced, timed, untimed = plan.models.forced, Timeline.time, measuring._seconds
 
     def spy(model: Any, prompt: list[int], following: list[int], chunk: int) -> Any:
         seen.append([*prompt, -1, *following])
@@ -52,8 +52,8 @@ def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(plan.models, "forced", spy)
     monkeypatch.setattr(Timeline, "time", lambda self, step: order.append(1) or timed(self, step))
-    monkeypatch.setattr(bench_run, "_seconds", lambda steps: order.append(0) or untimed(steps))
-    load, slabs = bench_run.load, []
+    monkeypatch.setattr(measuring, "_seconds", lambda steps: order.append(0) or untimed(steps))
+    load, slabs = measuring.load, []
 
     def alone(*arguments: Any) -> Any:
         assert all(slab() is None for slab in slabs), "two models in memory"
@@ -61,10 +61,10 @@ def test_tokens_are_fixed_and_kinds_alternate(flash: Path, monkeypatch: pytest.M
         slabs.append(weakref.ref(loaded[0].layers[0].ffn.slab))
         return loaded
 
-    monkeypatch.setattr(bench_run, "load", alone)
+    monkeypatch.setattr(measuring, "load", alone)
     options = BenchOptions(tokens=3, warm=2, prompt=5, rounds=2)
     gc.disable()
-    found = bench_run.run_bench(plan, options, replay_for(plan))
+    found = measuring.run_bench(plan, options, replay_for(plan))
     gc.enable()
     assert order == 2 * [0, 0, *(0, 1, 1, 0, 0, 1)]
     assert seen[0] == seen[2] != seen[1], "the warm start has the first round's"
