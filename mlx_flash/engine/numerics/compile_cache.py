@@ -9,6 +9,8 @@ from typing import Any
 
 import numba
 
+from mlx_flash.engine.system.interrupts import held_interrupts
+
 
 def built_on(*files: str) -> str:
     """A short hash of these files' contents, for the names of functions that depend on them: Numba's disk cache checks
@@ -18,12 +20,21 @@ def built_on(*files: str) -> str:
 
 def cached(make: Callable[..., Any], function: Any, **options: Any) -> Any:
     """`function` compiled by `make`, cached on disk if there is a folder that can be written."""
-    try:
-        return make(cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no locator: the install and the home are read-only
-        return make(error_model="numpy", **options)(function)
+    with held_interrupts():  # LLVM calls back into Python, and an exception there ends the process
+        try:
+            return make(cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # no locator: the install and the home are read-only
+            return make(error_model="numpy", **options)(function)
 
 
 def compiled(function: Any) -> Any:
     """`function`, compiled when first called; it runs without the interpreter and its lock."""
-    return cached(numba.njit, function, nogil=True)
+    dispatcher = cached(numba.njit, function, nogil=True)
+    compile_now = dispatcher.compile
+
+    def compile_held(signature: Any) -> Any:
+        with held_interrupts():
+            return compile_now(signature)
+
+    dispatcher.compile = compile_held
+    return dispatcher
