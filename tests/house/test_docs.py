@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
+import tomllib
 
 from mlx_flash.config import SELECTORS
 from mlx_flash.engine.selection.factory import EXACT
@@ -27,8 +30,20 @@ def test_readme_is_short() -> None:
 
 
 def test_the_two_commands_stand_on_lines_of_their_own() -> None:
-    assert len(re.findall(r"^python3 -m venv \.venv-story .*generate.*$", README, re.MULTILINE)) == 1
-    assert len(re.findall(r"^python3 -m venv \.venv-test .*pytest tests$", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^python3 .*-m venv \.venv-story .*generate.*$", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^python3 .*-m venv \.venv-test .*pytest tests$", README, re.MULTILINE)) == 1
+
+
+def test_readmes_commands_refuse_the_pythons_that_pip_would_refuse() -> None:
+    script = (ROOT / "scripts" / "check_python.py").read_text(encoding="utf-8")
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    found = re.search(r"^OLDEST = \((\d+), (\d+)\)$", script, re.MULTILINE)
+    assert found is not None and oldest == f">={found[1]}.{found[2]}"
+    commands = re.findall(r"^(python3 .*)-m venv", README, re.MULTILINE)
+    assert commands == ["python3 scripts/check_python.py && python3 "] * 2
+    old = script.replace("sys.version_info", "(3, 9, 6)")
+    done = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True)
+    assert done.returncode == 1 and "needs Python 3.11 or later" in done.stderr and "is Python 3.9" in done.stderr
 
 
 def test_the_family_table_is_the_codes() -> None:

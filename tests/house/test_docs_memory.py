@@ -123,5 +123,5 @@ def test_the_page_on_memory_says_what_fewer_bits_need(plan: Planner) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_the_story_fits_its_budget_on_both_backends(backend: str) -> None:
-    budget = re.search(r"^python3 -m venv \.venv-story .* --memory (\S+)", (ROOT / "README.md").read_text(), re.M)
+    budget = re.search(r"^python3 .*-m venv \.venv-story .* --memory (\S+)", (ROOT / "README.md").read_text(), re.M)
     assert budget is not None and plan_model(None, FlashConfig(backend=backend, memory=budget[1])).memory.capacities
